@@ -1,0 +1,45 @@
+"""What every figure must beat: the same budgets, spent at random. They have the techniques' own interface."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mminfer.cache.lookm import LookM
+from mminfer.tokens.prune import AIMPrune
+
+
+@dataclass(frozen=True)
+class RandomPrune(AIMPrune):
+    """AIM's schedule, but who leaves is drawn by lot.
+
+    Args:
+        seed: of the lot; every layer draws its own.
+    """
+
+    seed: int = 0
+
+    def importance(self, q: Tensor, k: Tensor, layer_idx: int, query_index: Tensor | None, scale: float) -> Tensor:
+        return _lot((k.shape[2],), self.seed, layer_idx, k)
+
+
+@dataclass(frozen=True)
+class RandomEvict(LookM):
+    """LOOK-M's budget, but which entries stay is drawn by lot; nothing is merged unless asked.
+
+    Args:
+        seed: of the lot; every layer draws its own.
+    """
+
+    merge: str = "none"
+    seed: int = 0
+
+    def score(self, q: Tensor, k: Tensor, layer_idx: int, query_index: Tensor | None, scale: float) -> Tensor:
+        return _lot(k.shape[:3], self.seed, layer_idx, k)
+
+
+def _lot(shape: tuple[int, ...], seed: int, layer_idx: int, like: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(1_000_003 * seed + layer_idx)
+    return torch.rand(shape, generator=generator).to(like.device)

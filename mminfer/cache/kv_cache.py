@@ -1,0 +1,261 @@
+"""The key/value cache of compressed prompts: every layer and every sequence as long as it needs, no longer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from mminfer.errors import InputError
+
+SPARE_ENTRIES = 64
+
+
+@dataclass(frozen=True, eq=False)
+class CacheEntries:
+    """One sequence's entries in one layer, in order of position.
+
+    Args:
+        keys: [1, G, S, D], rotated.
+        values: [1, G, S, D].
+        is_visual: [1, G, S] bool; None where no cache technique will ask.
+        score: [1, G, S] float32, attention received so far; None where no cache technique will ask.
+    """
+
+    keys: Tensor
+    values: Tensor
+    is_visual: Tensor | None = None
+    score: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.keys.shape[2]
+
+    def extend(self, new: CacheEntries) -> CacheEntries:
+        """These entries, then the new ones."""
+        pairs = ((getattr(self, name), getattr(new, name)) for name in self.__dataclass_fields__)
+        return CacheEntries(*(None if a is None or b is None else torch.cat([a, b], 2) for a, b in pairs))
+
+    def gather(self, index: Tensor) -> CacheEntries:
+        """The entries at `index` [1, G, K] of each head, keys and values included."""
+        rows = index[..., None].expand(*index.shape, self.keys.shape[-1])
+        return CacheEntries(
+            self.keys.gather(2, rows),
+            self.values.gather(2, rows),
+            None if self.is_visual is None else self.is_visual.gather(2, index),
+            None if self.score is None else self.score.gather(2, index),
+        )
+
+    def with_states(self, keys: Tensor, values: Tensor) -> CacheEntries:
+        """The same entries holding other keys and values."""
+        return replace(self, keys=keys, values=values)
+
+
+class CompressedLayer(CacheLayerMixin):
+    """One layer: sequences end at the same column and start where their own length puts them.
+
+    Args:
+        entries: one `CacheEntries` a sequence.
+        seen: tokens of each sequence this layer has ever taken in.
+        cache: the cache it belongs to, which knows the logical length.
+    """
+
+    is_sliding = False
+
+    def __init__(self, entries: Sequence[CacheEntries], seen: Sequence[int], cache: CompressedCache) -> None:
+        self.cache = cache
+        self.seen = tuple(seen)
+        self.end = max(len(e) for e in entries)
+        lengths = [len(e) for e in entries]
+        self.starts = None
+        if len(set(lengths)) > 1:
+            self.starts = torch.tensor([self.end - n for n in lengths], device=entries[0].keys.device)
+        self._buffers = [self._pad([getattr(e, name) for e in entries]) for name in CacheEntries.__dataclass_fields__]
+        self.is_initialized = True
+        self.dtype, self.device = entries[0].keys.dtype, entries[0].keys.device
+
+    def _pad(self, parts: list[Tensor | None]) -> Tensor | None:
+        """[1, G, S_b, ...] each -> [B, G, end, ...], right-aligned."""
+        tensors = [p for p in parts if p is not None]
+        if not tensors:
+            return None
+        if len(tensors) == 1:
+            return tensors[0].contiguous()
+        shape = list(tensors[0].shape)
+        out = tensors[0].new_zeros(len(tensors), shape[1], self.end, *shape[3:])
+        for row, part in zip(out, tensors, strict=True):
+            row[:, self.end - part.shape[2] :] = part[0]
+        return out
+
+    @property
+    def keys(self) -> Tensor:  # type: ignore[override]
+        """[B, G, longest row, D]: what is held, without the spare room."""
+        return self._buffers[0][:, :, : self.end]  # type: ignore[index]
+
+    @property
+    def values(self) -> Tensor:  # type: ignore[override]
+        """[B, G, longest row, D]."""
+        return self._buffers[1][:, :, : self.end]  # type: ignore[index]
+
+    @property
+    def batch_size(self) -> int:
+        return self.keys.shape[0]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Entries a head of each sequence."""
+        starts = [0] * self.batch_size if self.starts is None else self.starts.tolist()
+        return [self.end - start for start in starts]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys and values held, padding between sequences not counted."""
+        return 2 * sum(self.lengths) * self.keys.shape[1] * self.keys.shape[3] * self.keys.element_size()
+
+    def row(self, sequence: int) -> CacheEntries:
+        """One sequence's entries, as views."""
+        start = self.end - self.lengths[sequence]
+        return CacheEntries(*(None if x is None else x[sequence : sequence + 1, :, start : self.end] for x in self._buffers))
+
+    def stage(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes S new columns ([B, G, S, D]) behind the last; they count once the cache advances.
+
+        Returns:
+            All keys and all values, the new ones included.
+        """
+        stop = self.end + k.shape[2]
+        if stop > self._buffers[0].shape[2]:  # type: ignore[union-attr]
+            self._grow(stop)
+        for buffer, new in zip(self._buffers[:2], (k, v), strict=True):
+            buffer[:, :, self.end : stop] = new  # type: ignore[index]
+        return self._buffers[0][:, :, :stop], self._buffers[1][:, :, :stop]  # type: ignore[index]
+
+    def _grow(self, columns: int) -> None:
+        capacity = columns + max(SPARE_ENTRIES, columns // 8)
+        for i, old in enumerate(self._buffers):
+            if old is not None:
+                new = old.new_zeros(*old.shape[:2], capacity, *old.shape[3:])
+                new[:, :, : self.end] = old[:, :, : self.end]
+                self._buffers[i] = new
+
+    def advance(self, columns: int) -> None:
+        """Makes the staged columns part of the layer."""
+        self.end += columns
+        self.seen = tuple(n + columns for n in self.seen)
+
+    def map_rows(self, change: torch.Tensor) -> None:
+        """Takes row `change[i]` as row i, as beams and repeats do."""
+        self._buffers = [None if x is None else x[change.to(x.device)] for x in self._buffers]
+        self.starts = None if self.starts is None else self.starts[change.to(self.starts.device)]
+        self.seen = tuple(self.seen[i] for i in change.tolist())
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: a layer is made by the prompt pass, whole."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+        raise InputError(
+            "this cache was compressed by mminfer and its rows have lengths of their own: go on with the patched "
+            "model or the engine that made it"
+        )
+
+    def get_seq_length(self) -> int:
+        """Tokens the host believes to be in the cache."""
+        return self.cache.logical_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.end + query_length, self.cache.logical_length - self.end
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class CompressedCache(Cache):
+    """What a prompt left behind: per layer its entries, and where the sequences go on.
+
+    `get_seq_length()` is the logical length, in tokens of the prompt as it was (padding included), because that is
+    what `generate` slices its inputs by. What is held is in `lengths` and `nbytes`.
+
+    Attributes:
+        logical_length: the length the host believes in.
+        tokens: tokens of each sequence taken in so far, padding not counted.
+        next_position: [B] float64, where each sequence's next text token goes.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(layers=[])
+        self.logical_length = 0
+        self.tokens: tuple[int, ...] = ()
+        self.next_position = torch.empty(0, dtype=torch.float64)
+
+    def commit(
+        self, layers: list[CompressedLayer], columns: int, tokens: Sequence[int], next_position: Tensor
+    ) -> None:
+        """Takes over what a whole pass made, at once: before this call nothing of the cache has changed."""
+        self.layers = layers
+        self.logical_length += columns
+        self.tokens = tuple(tokens)
+        self.next_position = next_position
+
+    def snapshot(self) -> Callable[[], None]:
+        """A function that puts the cache back as it is now; it costs no copy, since entries are never overwritten."""
+        state = (self.layers, self.logical_length, self.tokens, self.next_position)
+        ends = [(layer, layer.end, layer.seen) for layer in self.layers]
+
+        def restore() -> None:
+            self.layers, self.logical_length, self.tokens, self.next_position = state
+            for layer, end, seen in ends:
+                layer.end, layer.seen = end, seen
+
+        return restore
+
+    def advance(self, columns: int) -> None:
+        """Counts the columns that every layer has staged."""
+        for layer in self.layers:
+            layer.advance(columns)
+        self.logical_length += columns
+        self.tokens = tuple(n + columns for n in self.tokens)
+        self.next_position = self.next_position + columns
+
+    @property
+    def lengths(self) -> list[list[int]]:
+        """Entries a head, per layer and sequence."""
+        return [layer.lengths for layer in self.layers]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all keys and values held."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    def clone(self) -> CompressedCache:
+        """An independent copy: several questions can go on from one context."""
+        out = CompressedCache()
+        layers = [
+            CompressedLayer([_copy(layer.row(b)) for b in range(layer.batch_size)], layer.seen, out)
+            for layer in self.layers
+        ]
+        out.commit(layers, self.logical_length, self.tokens, self.next_position)
+        return out
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Rows in the order of the beams they go on from."""
+        for layer in self.layers:
+            layer.map_rows(beam_idx)
+        self.next_position = self.next_position[beam_idx.to(self.next_position.device)]
+        self.tokens = tuple(self.tokens[i] for i in beam_idx.tolist())
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.reorder_cache(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.reorder_cache(torch.arange(len(self.next_position)).repeat_interleave(repeats))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove != 0:
+            raise InputError("a compressed cache cannot be rolled back: assisted decoding is not supported")
+
+
+def _copy(entries: CacheEntries) -> CacheEntries:
+    fields = (getattr(entries, name) for name in entries.__dataclass_fields__)
+    return CacheEntries(*(None if x is None else x.clone() for x in fields))

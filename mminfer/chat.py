@@ -1,0 +1,161 @@
+"""A conversation that keeps its compressed cache: each turn runs only what is new."""
+
+from __future__ import annotations
+
+import copy
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mminfer.cache.kv_cache import CompressedCache
+from mminfer.errors import InputError
+from mminfer.patching import patched
+from mminfer.request import GenerationOutput, build_piece, normalise_messages
+
+if TYPE_CHECKING:
+    from mminfer.engine import Engine
+
+_OPEN = "\u27e6mminfer:open\u27e7"
+_ANSWER = "\u27e6mminfer:answer:{}\u27e7"
+
+
+class Chat:
+    """Turns of one conversation over one cache; `engine.chat()` makes it.
+
+    The template is rendered with marks in place of answers, and a turn is whatever the new rendering adds to the old
+    one: nothing that is in the cache is ever tokenised or computed again.
+
+    Attributes:
+        cache: the compressed cache of all turns so far.
+    """
+
+    def __init__(self, engine: Engine, *, allow_remote: bool = False, num_frames: int = 8, **generation_kwargs: Any) -> None:
+        self._engine = engine
+        self._media = {"allow_remote": allow_remote, "num_frames": num_frames}
+        self._generation_kwargs = generation_kwargs
+        self.cache = CompressedCache()
+        self._messages: list[dict[str, Any]] = []
+        self._rendered = ""
+        self._ids: list[int] = []  # what the cache holds, as the host counts it
+        self._unread: list[int] = []  # generated, but not yet run through the model
+
+    def read(self, content: Any) -> None:
+        """Takes content in and compresses it without answering; the user's turn stays open for more.
+
+        Args:
+            content: a string or a list of text, image and video parts.
+
+        Raises:
+            InputError: the content is wrong; the chat is as it was.
+        """
+        messages, parts = self._with(content)
+        rendered = self._render(messages, open_turn=True)
+        piece, new = self._piece(rendered, parts)
+        with self._engine._lock, patched(self._engine.model, self._engine.config):
+            ids = piece.pop("input_ids")
+            piece.pop("attention_mask", None)
+            self._engine.model(
+                input_ids=ids, past_key_values=self.cache, logits_to_keep=1, use_cache=True, **piece
+            )
+        self._commit(messages, rendered, new, [])
+
+    def send(self, content: Any, max_new_tokens: int = 64, **generation_kwargs: Any) -> GenerationOutput:
+        """Ends the user's turn with this content and answers.
+
+        Args:
+            content: a string or a list of text, image and video parts.
+            max_new_tokens: tokens to generate at most.
+            generation_kwargs: the host's, on top of those the chat was made with.
+
+        Raises:
+            InputError: the content is wrong; the chat is as it was.
+        """
+        start = time.perf_counter()
+        messages, parts = self._with(content)
+        rendered = self._render(messages, open_turn=False)
+        piece, new = self._piece(rendered, parts)
+        past = len(self._ids)
+        ids = torch.tensor([self._ids + new], device=piece["input_ids"].device)
+        piece |= {"input_ids": ids, "attention_mask": torch.ones_like(ids), "past_key_values": self.cache}
+        positions = piece["position_ids"]
+        piece["position_ids"] = torch.cat([positions.new_zeros(*positions.shape[:-1], past), positions], -1)
+        kwargs = {**self._generation_kwargs, "max_new_tokens": max_new_tokens, **generation_kwargs}
+        restore = self.cache.snapshot()
+        try:
+            output = self._engine.run(piece, start, **kwargs)[0]
+        except BaseException:
+            restore()
+            raise
+        answered = len(output.token_ids)
+        mark = _ANSWER.format(len(messages))
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": mark}]})
+        self._commit(messages, rendered + mark, new + output.token_ids[: answered - 1], output.token_ids[answered - 1 :])
+        return output
+
+    def fork(self) -> Chat:
+        """An independent copy: several questions can be asked of what was read once."""
+        other = copy.copy(self)
+        other.cache = self.cache.clone()
+        other._messages, other._ids, other._unread = list(self._messages), list(self._ids), list(self._unread)
+        return other
+
+    def _with(self, content: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """The messages with this content in the user's open turn, and its parts, media loaded."""
+        supports_video = self._engine.supports_video
+        checked = normalise_messages([{"role": "user", "content": content}], supports_video=supports_video, **self._media)
+        parts = checked[0]["content"]
+        bare = [p if p["type"] == "text" else {"type": p["type"]} for p in parts]
+        messages = list(self._messages)
+        if messages and messages[-1]["role"] == "user":
+            messages[-1] = {"role": "user", "content": messages[-1]["content"] + bare}
+        else:
+            messages.append({"role": "user", "content": bare})
+        return messages, parts
+
+    def _render(self, messages: list[dict[str, Any]], open_turn: bool) -> str:
+        if not open_turn:
+            return self._template(messages, True)
+        last = messages[-1]
+        marked = [*messages[:-1], {"role": "user", "content": [*last["content"], {"type": "text", "text": _OPEN}]}]
+        text, found, _ = self._template(marked, False).partition(_OPEN)
+        if not found:
+            raise InputError("the model's chat template drops text of an open turn: use send() instead of read()")
+        return text.rstrip()  # white space belongs to what follows, as tokenizers have it
+
+    def _template(self, messages: list[dict[str, Any]], generation_prompt: bool) -> str:
+        return self._engine.processor.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=generation_prompt
+        )
+
+    def _piece(self, rendered: str, parts: list[dict[str, Any]]) -> tuple[dict[str, Any], list[int]]:
+        """Model inputs for what the rendering adds, and its token ids, unread ones first."""
+        if not rendered.startswith(self._rendered):
+            raise InputError("the model's chat template rewrites earlier turns: start a new chat with the whole history")
+        engine = self._engine
+        piece = build_piece(
+            engine.processor,
+            rendered[len(self._rendered) :],
+            parts,
+            first=not self._rendered,
+            device=engine.device,
+            dtype=engine.model.dtype,
+        )
+        ids: Tensor = piece["input_ids"]
+        unread = self._unread if self._unread != ids[0, :1].tolist() else []
+        if unread:
+            prefix = ids.new_tensor([unread])
+            piece["input_ids"] = ids = torch.cat([prefix, ids], 1)
+            if "mm_token_type_ids" in piece:
+                types = piece["mm_token_type_ids"]
+                piece["mm_token_type_ids"] = torch.cat([types.new_zeros(1, len(unread)), types], 1)
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        piece["position_ids"] = engine.adapter.host_positions(piece, mask)[:, None]
+        if engine.adapter.position_axes == 1:
+            piece["position_ids"] = piece["position_ids"][0]
+        return piece, ids[0].tolist()
+
+    def _commit(self, messages: list[dict[str, Any]], rendered: str, fed: list[int], unread: list[int]) -> None:
+        self._messages, self._rendered = messages, rendered
+        self._ids, self._unread = self._ids + fed, unread

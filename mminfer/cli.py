@@ -1,0 +1,144 @@
+"""The command line: mminfer generate | doctor."""
+
+from __future__ import annotations
+
+import functools
+import json
+import platform
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from mminfer.errors import InputError, MminferError
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, help="Vision-language models over long contexts, at a fraction of the compute."
+)
+_out, _err = Console(), Console(stderr=True)
+
+
+def _told_plainly(command: Callable[..., None]) -> Callable[..., None]:
+    """A wrong request ends with its message and exit code 2, without a traceback."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except MminferError as error:
+            _err.print(f"[bold red]{type(error).__name__}:[/] ", end="")
+            _err.print(str(error), markup=False, highlight=False)
+            raise typer.Exit(2) from None
+
+    return run
+
+
+@app.command()
+@_told_plainly
+def generate(
+    prompt: Annotated[str | None, typer.Option(help="The question. Default: the one that comes with the bundled images.")] = None,
+    model: Annotated[str, typer.Option(help="Checkpoint folder or hub name; 'nano' is the bundled model.")] = "nano",
+    image: Annotated[list[str] | None, typer.Option(help="An image file; repeat for more. Default with nano: the bundled ones.")] = None,
+    video: Annotated[list[str] | None, typer.Option(help="A video file; repeat for more.")] = None,
+    preset: Annotated[str, typer.Option(help="What to do to the request; 'mminfer doctor' lists all.")] = "balanced",
+    config: Annotated[Path | None, typer.Option(help="A JSON file written by InferenceConfig.to_json(), instead of a preset.")] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Run the uncompressed model beside it.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 64,
+    num_frames: Annotated[int, typer.Option(min=1, help="Frames taken of each video.")] = 8,
+    allow_remote: Annotated[bool, typer.Option("--allow-remote", help="Let image URLs be fetched.")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ... Default: float32 on the CPU.")] = None,
+) -> None:
+    """Answer a question about images or a video, and say what that took."""
+    settings = _settings(preset, config)
+    messages = _messages(model, prompt, image or [], video or [])
+    from mminfer.engine import Engine  # the heavy imports come after the cheap checks
+
+    engine = Engine.from_pretrained(model, settings, device, dtype)
+    kwargs: dict[str, Any] = {"max_new_tokens": max_new_tokens, "num_frames": num_frames, "allow_remote": allow_remote}
+    kwargs["output_logits"] = compare
+    if compare:  # the first call of a process pays for what both runs share
+        full_engine = Engine(engine.model, engine.processor)
+        full_engine.generate(messages, **{**kwargs, "max_new_tokens": 1})
+        full = full_engine.generate(messages, **kwargs)
+    output = engine.generate(messages, **kwargs)
+    report: dict[str, Any] = {"model": model, "config": settings.to_dict(), "text": output.text, "stats": output.stats.to_dict()}
+    if compare:
+        from mminfer.metrics.fidelity import kl_divergence
+
+        kl = kl_divergence(full.logits[0], output.logits[0]).item()
+        report |= {"uncompressed": {"text": full.text, "stats": full.stats.to_dict()}, "first_token_kl": kl}
+    if as_json:
+        sys.stdout.write(json.dumps(report) + "\n")
+        return
+    from mminfer.report import comparison_table, stats_table
+
+    _out.print(f"[bold]{messages[-1]['content'][-1]['text']}[/]")
+    _out.print(output.text, markup=False)
+    if compare:
+        _out.print("[dim]uncompressed:[/]", end=" ")
+        _out.print(full.text, markup=False)
+        _out.print(comparison_table(output.stats, full.stats, kl))
+    _out.print(stats_table(output.stats))
+
+
+@app.command()
+@_told_plainly
+def doctor() -> None:
+    """What this machine has, which backend each op takes, and which families and presets there are."""
+    import mminfer_kernels
+    import torch
+    import transformers
+
+    from mminfer.config import PRESETS
+    from mminfer.models.registry import supported_families
+
+    table = Table(title="mminfer doctor", title_justify="left", show_header=False)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    rows = {
+        "python": platform.python_version(),
+        "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
+        "transformers": transformers.__version__,
+        "gpu": gpu,
+        "families": ", ".join(supported_families()),
+        "presets": ", ".join(PRESETS),
+    }
+    for op in mminfer_kernels.OPS:
+        rows[op] = ", ".join(mminfer_kernels.available_backends(op))
+    for name, value in rows.items():
+        table.add_row(name, value)
+    _out.print(table)
+
+
+def _settings(preset: str, config: Path | None) -> Any:
+    from mminfer.config import InferenceConfig
+
+    if config is None:
+        return InferenceConfig.from_preset(preset)
+    try:
+        return InferenceConfig.from_json(config.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--config {config}: {error}") from error
+
+
+def _messages(model: str, prompt: str | None, images: list[str], videos: list[str]) -> list[dict[str, Any]]:
+    from mminfer import nano
+
+    if model == nano.NANO and not images and not videos:
+        return nano.sample_messages(prompt)
+    if prompt is None or not prompt.strip():
+        raise InputError("no question: pass --prompt TEXT")
+    media = [{"type": "image", "image": path} for path in images] + [{"type": "video", "video": path} for path in videos]
+    return [{"role": "user", "content": [*media, {"type": "text", "text": prompt}]}]
+
+
+def main() -> None:
+    """Entry point: library warnings as single lines."""
+    warnings.showwarning = lambda message, *_, **__: _err.print(f"warning: {message}", style="yellow", highlight=False)
+    app()

@@ -1,0 +1,156 @@
+"""The settings of a run: one optional technique per stage, presets, and JSON both ways."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mminfer.baselines import RandomEvict, RandomPrune
+from mminfer.cache.lookm import LookM
+from mminfer.errors import ConfigError
+from mminfer.operators.skip import OperatorSkip
+from mminfer.positions.v2pe import V2PE
+from mminfer.technique import (
+    CacheTechnique,
+    LayerRange,
+    MergeTechnique,
+    PositionTechnique,
+    PruneTechnique,
+    SkipTechnique,
+    Stage,
+    Technique,
+)
+from mminfer.tokens.merge import AIMMerge
+from mminfer.tokens.prune import AIMPrune
+
+if TYPE_CHECKING:
+    from mminfer.models.base import ModelSpec
+
+TECHNIQUES: dict[str, type[Technique]] = {
+    cls.__name__: cls for cls in (V2PE, AIMMerge, AIMPrune, OperatorSkip, LookM, RandomPrune, RandomEvict)
+}
+
+
+@dataclass(frozen=True)
+class InferenceConfig:
+    """What is done to a request, stage by stage; None leaves a stage as the host model has it.
+
+    Args:
+        positions: rotary positions of visual tokens (`V2PE`).
+        merge: merging of visual tokens before the language model (`AIMMerge`).
+        prune: pruning of visual tokens inside it (`AIMPrune`).
+        skip: operators that visual tokens skip (`OperatorSkip`).
+        cache: compression of the key/value cache (`LookM`).
+
+    Raises:
+        ConfigError: a technique stands in another stage's place, or a setting is out of range.
+    """
+
+    positions: PositionTechnique | None = None
+    merge: MergeTechnique | None = None
+    prune: PruneTechnique | None = None
+    skip: SkipTechnique | None = None
+    cache: CacheTechnique | None = None
+
+    def __post_init__(self) -> None:
+        for stage in Stage:
+            technique = getattr(self, stage.value)
+            if technique is not None and getattr(technique, "stage", None) is not stage:
+                raise ConfigError(
+                    f"{stage.value}={technique!r} is no {stage.value} technique: "
+                    f"use {', '.join(n for n, c in TECHNIQUES.items() if c.stage is stage)} or None"
+                )
+
+    @property
+    def techniques(self) -> tuple[Technique, ...]:
+        """The techniques that are on."""
+        return tuple(t for stage in Stage if (t := getattr(self, stage.value)) is not None)
+
+    @property
+    def removes_rows(self) -> bool:
+        """Whether tokens of the prompt may be gone after the last layer."""
+        return self.merge is not None or self.prune is not None
+
+    def check(self, spec: ModelSpec) -> None:
+        """Raises `ConfigError` if any setting does not fit the model."""
+        for technique in self.techniques:
+            technique.check(spec)
+
+    @classmethod
+    def from_preset(cls, name: str) -> InferenceConfig:
+        """A named setting; layers scale with the model's depth. `PRESETS` lists the names.
+
+        Raises:
+            ConfigError: there is no preset of this name.
+        """
+        if name not in PRESETS:
+            raise ConfigError(f"unknown preset {name!r}; presets: {', '.join(PRESETS)}")
+        return PRESETS[name]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: every stage's technique by class name and fields."""
+        return {s.value: _to_data(getattr(self, s.value)) for s in Stage}
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict())
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> InferenceConfig:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ConfigError: an unknown stage, technique or field.
+        """
+        stages = {s.value for s in Stage}
+        if not isinstance(data, dict) or set(data) - stages:
+            raise ConfigError(f"config {data!r}: wanted an object with the keys {', '.join(sorted(stages))}")
+        return cls(**{stage: _from_data(stage, value) for stage, value in data.items()})
+
+    @classmethod
+    def from_json(cls, text: str) -> InferenceConfig:
+        try:
+            return cls.from_dict(json.loads(text))
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"config is not JSON ({error}); write it with InferenceConfig.to_json()") from error
+
+
+def _to_data(technique: Technique | None) -> dict[str, Any] | None:
+    if technique is None:
+        return None
+    fields = dataclasses.asdict(technique)  # type: ignore[call-overload]
+    return {"technique": type(technique).__name__, **fields}
+
+
+def _from_data(stage: str, data: Any) -> Technique | None:
+    if data is None:
+        return None
+    fields = dict(data)
+    name = fields.pop("technique", None)
+    if name not in TECHNIQUES:
+        raise ConfigError(f"{stage}: unknown technique {name!r}; techniques: {', '.join(TECHNIQUES)}")
+    for key, value in fields.items():
+        if isinstance(value, dict):
+            fields[key] = LayerRange(**value)
+        elif isinstance(value, list):
+            fields[key] = tuple(value)
+    try:
+        return TECHNIQUES[name](**fields)
+    except TypeError as error:
+        raise ConfigError(f"{stage}: {error}") from error
+
+
+# The paper's 28 layers: pruning from layer 14 to 22 (AIM, section 4.1).
+_AIM_PRUNE = AIMPrune(start=14 / 28, end=22 / 28)
+
+PRESETS: dict[str, InferenceConfig] = {
+    "off": InferenceConfig(),
+    **{f"v2pe-{n}": InferenceConfig(positions=V2PE(delta=1 / n)) for n in (4, 16, 64, 256)},
+    "aim": InferenceConfig(merge=AIMMerge(ratio=0.25), prune=_AIM_PRUNE),
+    "aim-merge": InferenceConfig(merge=AIMMerge(ratio=0.25)),
+    "aim-prune": InferenceConfig(prune=_AIM_PRUNE),
+    "lookm-20": InferenceConfig(cache=LookM(important_ratio=0.1, recent_ratio=0.1)),
+    "lookm-5": InferenceConfig(cache=LookM(important_ratio=0.025, recent_ratio=0.025)),
+    "skip-ffn": InferenceConfig(skip=OperatorSkip(ffn=LayerRange(start=0.125, interval=2))),
+}

@@ -1,0 +1,95 @@
+"""What every room must know of the tokens: one immutable record, made once, narrowed as tokens leave."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+class Modality(IntEnum):
+    """Where a token came from."""
+
+    TEXT = 0
+    IMAGE = 1
+    VIDEO = 2
+
+
+@dataclass(frozen=True, eq=False)
+class TokenLayout:
+    """Per-token facts of a packed batch: T rows, sequence after sequence, no padding.
+
+    Args:
+        sequence: [T] int64, ascending: which chat of the batch a token belongs to.
+        modality: [T] int8, a `Modality`.
+        image_id: [T] int64: the image, tile or frame a token belongs to, counted over the batch; -1 for text.
+        size: [T] float32: how many patches a token stands for; 1 for text, 0 for a visual token that is no patch
+            (LLaVA-OneVision's newline), which no merge may touch.
+        source: [T] int64: the token's row in the packed prompt as it came in.
+        position: [A, T] float64: rotary positions on A axes (1, or 3 for M-RoPE).
+        next_position: [B] float64: where the next text token of each sequence goes.
+    """
+
+    sequence: Tensor
+    modality: Tensor
+    image_id: Tensor
+    size: Tensor
+    source: Tensor
+    position: Tensor
+    next_position: Tensor
+
+    def __len__(self) -> int:
+        return self.sequence.shape[0]
+
+    @property
+    def num_sequences(self) -> int:
+        return self.next_position.shape[0]
+
+    @cached_property
+    def is_visual(self) -> Tensor:
+        """[T] bool."""
+        return self.modality != Modality.TEXT
+
+    @cached_property
+    def text_rows(self) -> Tensor:
+        """[number of text tokens] int64: the rows that are text."""
+        return (~self.is_visual).nonzero()[:, 0]
+
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """Rows of each sequence."""
+        return tuple(torch.bincount(self.sequence, minlength=self.num_sequences).tolist())
+
+    @cached_property
+    def visual_lengths(self) -> tuple[int, ...]:
+        """Visual rows of each sequence."""
+        return tuple(torch.bincount(self.sequence[self.is_visual], minlength=self.num_sequences).tolist())
+
+    @cached_property
+    def spans(self) -> tuple[tuple[int, int], ...]:
+        """First row and one past the last row of each sequence (the pairs of `cu_seqlens`)."""
+        ends = torch.tensor(self.lengths).cumsum(0).tolist()
+        return tuple(zip([0, *ends[:-1]], ends, strict=True))
+
+    def select(self, index: Tensor) -> TokenLayout:
+        """The layout of the rows in `index` ([K] int64, ascending)."""
+        return replace(
+            self,
+            sequence=self.sequence[index],
+            modality=self.modality[index],
+            image_id=self.image_id[index],
+            size=self.size[index],
+            source=self.source[index],
+            position=self.position[:, index],
+        )
+
+    def merge(self, index: Tensor, size: Tensor) -> TokenLayout:
+        """The layout after merging: rows `index` stay and now stand for `size` ([K] float32) patches each."""
+        return replace(self.select(index), size=size)
+
+    def at(self, position: Tensor, next_position: Tensor) -> TokenLayout:
+        """The same tokens at other rotary positions: [A, T] and [B] float64."""
+        return replace(self, position=position, next_position=next_position)

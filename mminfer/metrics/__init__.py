@@ -1,0 +1,1 @@
+"""Counting what a run cost: FLOPs, bytes, time, fidelity."""

@@ -1,0 +1,50 @@
+"""Peak memory of a stretch of code, and bytes of a full cache."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from mminfer.models.base import ModelSpec
+
+
+class Peak:
+    """`bytes`: the highest memory in use while the block ran; on a GPU what torch allocated, else resident memory."""
+
+    bytes: int = 0
+
+
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[Peak]:
+    """Measures the block's own peak where the system can start a peak afresh (CUDA, Linux), else the process's."""
+    peak = Peak()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    try:
+        yield peak
+    finally:
+        peak.bytes = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _resident_peak()
+
+
+def _resident_peak() -> int:
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return 1024 * int(line.split()[1])
+    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return usage if sys.platform == "darwin" else 1024 * usage
+
+
+def full_cache_bytes(spec: ModelSpec, tokens: Sequence[int], element_size: int) -> int:
+    """Keys and values of all tokens in all layers."""
+    return 2 * sum(tokens) * spec.num_layers * spec.num_key_value_heads * spec.head_dim * element_size

@@ -1,0 +1,114 @@
+"""The figures of one answer, as the report and the command line show them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mminfer.metrics.flops import full_prompt_flops, prompt_flops
+from mminfer.metrics.memory import full_cache_bytes
+from mminfer.metrics.records import LayerRecord, PromptRecord
+
+if TYPE_CHECKING:
+    from mminfer.models.base import ModelSpec
+
+
+@dataclass(frozen=True)
+class GenerationStats:
+    """What one answer took. Times and peak memory are of the whole call, which a batch shares.
+
+    Args:
+        prompt_tokens: tokens of the prompt (of this turn), placeholders counted as what they stand for.
+        visual_tokens: visual ones among them.
+        merged_tokens: tokens that entered the language model.
+        layer_rows: rows that entered each layer.
+        layer_entries: entries a head that each layer's cache held after the prompt.
+        cache_bytes: keys and values held after the prompt.
+        full_cache_bytes: the same of the uncompressed model.
+        prompt_flops: the language model's work on the prompt as it ran, techniques included; vision tower left out.
+        full_prompt_flops: the same of the uncompressed model.
+        new_tokens: tokens generated.
+        ttft_ms: from the call to the first token: preprocessing, vision tower and prompt pass.
+        prompt_ms: the prompt pass alone.
+        tpot_ms: mean time per token after the first; None with one token.
+        peak_bytes: highest memory in use during the call.
+        backends: which implementation each op ran with.
+    """
+
+    prompt_tokens: int
+    visual_tokens: int
+    merged_tokens: int
+    layer_rows: tuple[int, ...]
+    layer_entries: tuple[int, ...]
+    cache_bytes: int
+    full_cache_bytes: int
+    prompt_flops: int
+    full_prompt_flops: int
+    new_tokens: int
+    ttft_ms: float
+    prompt_ms: float
+    tpot_ms: float | None
+    peak_bytes: int
+    backends: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class CallTimes:
+    """Times and memory that a whole call shares; see `GenerationStats`."""
+
+    ttft_ms: float
+    prompt_ms: float
+    tpot_ms: float | None
+    peak_bytes: int
+    backends: dict[str, str]
+
+
+def stats_of(
+    spec: ModelSpec, record: PromptRecord, sequence: int, new_tokens: int, element_size: int, times: CallTimes
+) -> GenerationStats:
+    """The figures of one sequence of a batch."""
+    own = _own_record(record, sequence)
+    entries = tuple(layer.entries[0] for layer in own.layers)
+    tokens = own.prompt[0] + own.past[0]
+    per_entry = 2 * spec.num_key_value_heads * spec.head_dim * element_size
+    return GenerationStats(
+        prompt_tokens=own.prompt[0],
+        visual_tokens=own.visual[0],
+        merged_tokens=own.merged[0],
+        layer_rows=tuple(layer.rows[0] for layer in own.layers),
+        layer_entries=entries,
+        cache_bytes=sum(entries) * per_entry,
+        full_cache_bytes=full_cache_bytes(spec, [tokens], element_size),
+        prompt_flops=prompt_flops(spec, own),
+        full_prompt_flops=full_prompt_flops(spec, own.prompt, own.past),
+        new_tokens=new_tokens,
+        **dataclasses.asdict(times),
+    )
+
+
+def _own_record(record: PromptRecord, sequence: int) -> PromptRecord:
+    """One sequence's part; a technique's own FLOPs are shared out by what it worked on."""
+    return PromptRecord(
+        past=(record.past[sequence],),
+        prompt=(record.prompt[sequence],),
+        visual=(record.visual[sequence],),
+        merged=(record.merged[sequence],),
+        layers=[_own_layer(layer, sequence) for layer in record.layers],
+        merge_flops=_share(record.merge_flops, record.visual, sequence),
+    )
+
+
+def _own_layer(layer: LayerRecord, sequence: int) -> LayerRecord:
+    names = ("rows", "queries", "ffn", "pairs", "entries")
+    own = {name: (getattr(layer, name)[sequence],) for name in names}
+    return LayerRecord(**own, overhead_flops=_share(layer.overhead_flops, layer.pairs, sequence))
+
+
+def _share(total: int, weights: Sequence[int], sequence: int) -> int:
+    return total * weights[sequence] // max(1, sum(weights))

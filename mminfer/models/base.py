@@ -1,0 +1,230 @@
+"""What the prompt pass must know of a host model. One adapter carries every family of the common structure."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from mminfer_kernels import rotary_table
+from torch import Tensor, nn
+
+from mminfer.errors import InputError, UnsupportedModelError
+from mminfer.layout import Modality, TokenLayout
+
+PIXEL_INPUTS = {Modality.IMAGE: "pixel_values", Modality.VIDEO: "pixel_values_videos"}
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Geometry of the language model: all that checks and cost formulas need."""
+
+    family: str
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    max_position_embeddings: int
+    position_axes: int = 1
+    sliding_layers: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class VisualUnit:
+    """One image, tile or frame as the language model will see it: [n, C] features, [n] patches each stands for."""
+
+    features: Tensor
+    size: Tensor
+
+
+class ModelAdapter:
+    """A family's names and rules. It reads the host model and calls its modules; it never changes them.
+
+    Args:
+        model: a Hugging Face `...ForConditionalGeneration` whose language model is a stack of pre-norm decoder
+            layers with `self_attn`, `mlp`, `input_layernorm` and `post_attention_layernorm`.
+    """
+
+    language_model_name: ClassVar[str] = "language_model"
+    position_axes: ClassVar[int] = 1
+    # First and last module of a layer's FFN branch: rows are gathered before the one, scattered after the other.
+    ffn_modules: ClassVar[tuple[str, str]] = ("post_attention_layernorm", "mlp")
+    # What the host keeps on the model between calls; an undone patch puts it back.
+    host_state: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.base: nn.Module = model.base_model  # type: ignore[assignment]
+        self.language_model: nn.Module = getattr(self.base, self.language_model_name)
+        self.layers: nn.ModuleList = self.language_model.layers  # type: ignore[assignment]
+        self.text_config: Any = self.language_model.config
+        self.spec = self._spec()
+
+    def _spec(self) -> ModelSpec:
+        config = self.text_config
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        kinds = getattr(config, "layer_types", None) or ["full_attention"] * len(self.layers)
+        other = sorted(set(kinds) - {"full_attention", "sliding_attention"})
+        if other:
+            raise UnsupportedModelError(f"layers of type {', '.join(other)} are not supported, only full attention")
+        return ModelSpec(
+            family=self.model.config.model_type,  # type: ignore[union-attr]
+            num_layers=len(self.layers),
+            hidden_size=config.hidden_size,
+            num_attention_heads=config.num_attention_heads,
+            num_key_value_heads=config.num_key_value_heads,
+            head_dim=head_dim,
+            intermediate_size=config.intermediate_size,
+            vocab_size=config.vocab_size,
+            max_position_embeddings=config.max_position_embeddings,
+            position_axes=self.position_axes,
+            sliding_layers=tuple(i for i, kind in enumerate(kinds) if kind == "sliding_attention"),
+        )
+
+    def placeholder_id(self, modality: Modality) -> int | None:
+        """The token id that stands for one visual token of this modality."""
+        return getattr(self.model.config, f"{modality.name.lower()}_token_id", None)
+
+    def visual_units(self, inputs: Mapping[str, Any]) -> dict[Modality, list[VisualUnit]]:
+        """Images and frames of a request in prompt order, encoded by the host's own tower and projector.
+
+        Features that `generate` has encoded already (`mm_encoder_outputs`) are taken as they are.
+        """
+        encoded = inputs.get("mm_encoder_outputs") or {}
+        units = {}
+        for modality, pixels in PIXEL_INPUTS.items():
+            name = modality.name.lower()
+            output = encoded.get(name)
+            encode = getattr(self.base, f"get_{name}_features", None)
+            if output is None and inputs.get(pixels) is not None and encode is not None:
+                names = inspect.signature(encode).parameters
+                output = encode(**{k: v for k, v in inputs.items() if k in names and v is not None}, return_dict=True)
+            if output is not None:
+                units[modality] = self.split_units(modality, output.pooler_output)
+        return units
+
+    def split_units(self, modality: Modality, features: Any) -> list[VisualUnit]:
+        """The host's features (a [images, n, C] tensor or a list of [n, C]) as one unit an image."""
+        return [VisualUnit(x, x.new_ones(x.shape[0], dtype=torch.float32)) for x in features]
+
+    def host_positions(self, inputs: Mapping[str, Any], mask: Tensor) -> Tensor:
+        """Positions of the packed rows as the host counts them, [A, T] float64.
+
+        Args:
+            inputs: the model's inputs; `position_ids` ([B, N], float or integer) are used where given.
+            mask: [B, N] bool, False on padding.
+        """
+        position_ids = inputs.get("position_ids")
+        if position_ids is None:
+            position_ids = (mask.long().cumsum(-1) - 1).clamp_min(0)
+        return position_ids.expand(mask.shape)[mask].double()[None]
+
+    def rotary(self, hidden_states: Tensor, position: Tensor, precise: bool) -> tuple[Tensor, Tensor]:
+        """cos and sin, [..., D] each, for positions [A, ...] float64.
+
+        Args:
+            hidden_states: gives dtype and device.
+            precise: form angles in float64, as fractional positions far out need; else the host's own rounding, so
+                that nothing differs from the host by a bit.
+        """
+        if not precise:
+            return self.language_model.rotary_emb(hidden_states, self._host_axes(position))  # type: ignore[operator]
+        rotary = self._current_rotary(hidden_states, position)
+        return rotary_table(
+            position if self.position_axes > 1 else position[0],
+            rotary.inv_freq,
+            rotary.attention_scaling,
+            sections=self.rotary_sections(),
+            dtype=hidden_states.dtype,
+        )
+
+    def _host_axes(self, position: Tensor) -> Tensor:
+        return position if self.position_axes > 1 else position[0]
+
+    def _current_rotary(self, hidden_states: Tensor, position: Tensor) -> Any:
+        """The host's rotary module, its frequencies brought up to date if they depend on the length."""
+        rotary: Any = self.language_model.rotary_emb
+        if "dynamic" in rotary.rope_type or rotary.rope_type == "longrope":
+            rotary(hidden_states[:1, :1], self._host_axes(position.amax().expand(self.position_axes, 1, 1)))
+        return rotary
+
+    def rotary_sections(self) -> list[int] | None:
+        """M-RoPE's split of the frequencies over the axes; None for one axis."""
+        return None
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """Final norm and head: [..., C] -> [..., vocabulary]."""
+        return self.model.lm_head(self.language_model.norm(hidden_states))  # type: ignore[operator]
+
+    def embed(self, inputs: Mapping[str, Any]) -> tuple[Tensor, TokenLayout]:
+        """The packed prompt: input embeddings [T, C] with visual features in place, and their layout.
+
+        Raises:
+            InputError: placeholders and features do not match, or the batch is not in the host's format.
+        """
+        mask = _attention_mask(inputs)
+        sequence = torch.arange(mask.shape[0], device=mask.device)[:, None].expand_as(mask)[mask]
+        if inputs.get("inputs_embeds") is not None:
+            embeds, ids = inputs["inputs_embeds"][mask], None
+        else:
+            ids = inputs["input_ids"][mask]
+            embeds = self.model.get_input_embeddings()(ids)  # type: ignore[operator]
+        modality = torch.zeros_like(sequence, dtype=torch.int8)
+        image_id, size = torch.full_like(sequence, -1), torch.ones_like(sequence, dtype=torch.float32)
+        num_units = 0
+        units = self.visual_units(inputs)
+        for kind in PIXEL_INPUTS:
+            rows = self._placeholder_rows(kind, ids, units.get(kind, []))
+            if rows.numel() == 0:
+                continue
+            features = torch.cat([u.features for u in units[kind]]).to(embeds)
+            embeds = embeds.index_copy(0, rows.to(embeds.device), features)
+            lengths = torch.tensor([len(u.features) for u in units[kind]], device=rows.device)
+            modality[rows] = int(kind)
+            image_id[rows] = num_units + torch.repeat_interleave(lengths)
+            size[rows] = torch.cat([u.size for u in units[kind]]).to(size)
+            num_units += len(lengths)
+        position = self.host_positions(inputs, mask)
+        source = torch.arange(len(sequence), device=sequence.device)
+        last = position.new_full((mask.shape[0],), -1.0)
+        last = last.scatter_reduce(0, sequence, position.amax(0), "amax", include_self=True)
+        return embeds, TokenLayout(sequence, modality, image_id, size, source, position, last + 1)
+
+    def _placeholder_rows(self, kind: Modality, ids: Tensor | None, units: list[VisualUnit]) -> Tensor:
+        token = self.placeholder_id(kind)
+        name = kind.name.lower()
+        found = sum(len(u.features) for u in units)
+        if ids is None or token is None:
+            if found:
+                raise InputError(f"{found} {name} features but no token ids to place them: pass input_ids")
+            return torch.empty(0, dtype=torch.int64)
+        rows = (ids == token).nonzero()[:, 0]
+        if len(rows) != found:
+            raise InputError(
+                f"the prompt holds {len(rows)} {name} placeholder tokens but its {name}s give {found} features: pass the "
+                f"{name}s of exactly the placeholders in the prompt, as the processor prepares them"
+            )
+        return rows
+
+
+def _attention_mask(inputs: Mapping[str, Any]) -> Tensor:
+    """[B, N] bool."""
+    ids = inputs.get("input_ids")
+    like = ids if ids is not None else inputs.get("inputs_embeds")
+    if like is None or like.shape[1] == 0:
+        raise InputError("the prompt is empty: pass input_ids or inputs_embeds of at least one token")
+    mask = inputs.get("attention_mask")
+    if mask is None:
+        return torch.ones(like.shape[:2], dtype=torch.bool, device=like.device)
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise InputError(f"attention_mask of shape {shape}: only a 2D padding mask [batch, tokens] is supported")
+    mask = mask[:, -like.shape[1] :].bool()
+    if not bool(mask.any(-1).all()):
+        raise InputError("a row of the batch has no token at all (its attention_mask is all zero): drop that row")
+    return mask

@@ -1,0 +1,62 @@
+"""Qwen2.5-VL: three rotary axes (M-RoPE), and a position offset that the host keeps on the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from mminfer.layout import TokenLayout
+from mminfer.models.base import ModelAdapter
+
+
+class Qwen25VLAdapter(ModelAdapter):
+    """M-RoPE positions: temporal, height, width."""
+
+    position_axes = 3
+    host_state = ("rope_deltas",)
+
+    def embed(self, inputs: Mapping[str, Any]) -> tuple[Tensor, TokenLayout]:
+        embeds, layout = super().embed(inputs)
+        return embeds, replace(layout, image_id=_frame_ids(layout))
+
+    def host_positions(self, inputs: Mapping[str, Any], mask: Tensor) -> Tensor:
+        position_ids = inputs.get("position_ids")
+        if position_ids is None and inputs.get("input_ids") is not None:
+            types = inputs.get("mm_token_type_ids")
+            if types is None:
+                types = self._token_types(inputs["input_ids"])
+            grids = {k: inputs.get(k) for k in ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")}
+            position_ids, _ = self.base.get_rope_index(  # type: ignore[operator]
+                inputs["input_ids"], mm_token_type_ids=types, attention_mask=mask.long(), **grids
+            )
+        if position_ids is None or position_ids.dim() == 2:
+            return super().host_positions({**inputs, "position_ids": position_ids}, mask).expand(3, -1)
+        # `generate` puts the plain text positions in front of the three axes.
+        return position_ids[-3:].expand(3, *mask.shape)[:, mask].double()
+
+    def _token_types(self, input_ids: Tensor) -> Tensor:
+        config: Any = self.model.config
+        return (input_ids == config.image_token_id).int() + 2 * (input_ids == config.video_token_id).int()
+
+    def rotary_sections(self) -> list[int]:
+        return list(self.text_config.rope_parameters["mrope_section"])
+
+
+def _frame_ids(layout: TokenLayout) -> Tensor:
+    """[T] int64: a video comes as one unit, but no merge may cross its frames.
+
+    A frame starts where height and width are back at the unit's first token's.
+    """
+    if not bool(layout.is_visual.any()):
+        return layout.image_id
+    unit, grid = layout.image_id[layout.is_visual], layout.position[1:, layout.is_visual]
+    first = (unit != unit.roll(1)).long()
+    first[0] = 1
+    origin = grid[:, first.nonzero()[:, 0]][:, first.cumsum(0) - 1]
+    starts = (grid == origin).all(0).long()
+    image_id = layout.image_id.clone()
+    image_id[layout.is_visual] = starts.cumsum(0) - 1
+    return image_id

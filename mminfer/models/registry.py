@@ -1,0 +1,44 @@
+"""Which host families are supported, and by which adapter: one line each."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from mminfer.errors import UnsupportedModelError
+from mminfer.models.base import ModelAdapter
+from mminfer.models.llava_onevision import LlavaOnevisionAdapter
+from mminfer.models.qwen2_5_vl import Qwen25VLAdapter
+
+ADAPTERS: dict[str, type[ModelAdapter]] = {
+    "internvl": ModelAdapter,
+    "llava": ModelAdapter,
+    "llava_onevision": LlavaOnevisionAdapter,
+    "qwen2_5_vl": Qwen25VLAdapter,
+}
+
+
+def supported_families() -> list[str]:
+    """Host `model_type`s that have an adapter."""
+    return sorted(ADAPTERS)
+
+
+def check_family(model_type: str | None) -> None:
+    """Raises `UnsupportedModelError`, which names the supported families, unless there is an adapter."""
+    if model_type not in ADAPTERS:
+        raise UnsupportedModelError(
+            f"model type {model_type!r} is not supported; supported families: {', '.join(supported_families())}"
+        )
+
+
+def adapter_for(model: nn.Module) -> ModelAdapter:
+    """The adapter of a loaded host model.
+
+    Raises:
+        UnsupportedModelError: the family has no adapter, or the object is not a generating vision-language model.
+    """
+    check_family(getattr(getattr(model, "config", None), "model_type", None))
+    if not hasattr(model, "lm_head") or not hasattr(model, "generate"):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no language-model head: pass the ...ForConditionalGeneration model"
+        )
+    return ADAPTERS[model.config.model_type](model)  # type: ignore[union-attr]

@@ -1,0 +1,117 @@
+"""Skipping operators of the language model for visual tokens: their rows are never computed, not masked away."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from mminfer.errors import ConfigError
+from mminfer.layout import TokenLayout
+from mminfer.technique import LayerRange, SkipTechnique, check_layer
+
+if TYPE_CHECKING:
+    from mminfer.models.base import ModelSpec
+
+Layers = tuple[int, ...] | list[int] | LayerRange
+
+
+@dataclass(frozen=True)
+class OperatorSkip(SkipTechnique):
+    """Which layers spare visual tokens which operator; a spared operator leaves the residual stream as it was.
+
+    Text tokens always complete. Each field is a list of layer indices or a `LayerRange`.
+
+    Args:
+        ffn: layers whose FFN visual tokens skip.
+        attention: layers in which visual tokens issue no query; their keys and values are still written.
+        block: layers in which they skip both.
+
+    Raises:
+        ConfigError: a field is not a list of layer indices.
+
+    Reference: arXiv 2405.16700 section 4 and arXiv 2410.09454 (FFN); arXiv 2606.08511 (attention). The authors' prompt-only
+        mode adds the normalised hidden state in place of the operator's output; we leave the residual stream alone, as
+        the paper says.
+    """
+
+    ffn: Layers = ()
+    attention: Layers = ()
+    block: Layers = ()
+
+    def __post_init__(self) -> None:
+        for name in ("ffn", "attention", "block"):
+            layers = getattr(self, name)
+            if isinstance(layers, list):
+                object.__setattr__(self, name, tuple(layers))
+            elif not isinstance(layers, (tuple, LayerRange)):
+                raise ConfigError(f"OperatorSkip.{name}={layers!r}: wanted a list of layer indices or a LayerRange")
+
+    def check(self, spec: ModelSpec) -> None:
+        for name in ("ffn", "attention", "block"):
+            layers = getattr(self, name)
+            if isinstance(layers, LayerRange):
+                check_layer(f"OperatorSkip.{name}.start", layers.start, spec.num_layers)
+                check_layer(f"OperatorSkip.{name}.end", layers.end, spec.num_layers, last=spec.num_layers)
+                if layers.interval < 1:
+                    raise ConfigError(f"OperatorSkip.{name}.interval={layers.interval!r}: wanted 1 or more")
+            else:
+                for layer in layers:
+                    if not isinstance(layer, int):
+                        raise ConfigError(f"OperatorSkip.{name} holds {layer!r}: wanted layer indices (int)")
+                    check_layer(f"OperatorSkip.{name}", layer, spec.num_layers)
+
+    def apply(self, layout: TokenLayout, layer_idx: int, num_layers: int) -> tuple[Tensor | None, Tensor | None]:
+        """Packed rows that issue a query, and rows that go through the FFN; None: all of them."""
+        block = layer_idx in _indices(self.block, num_layers)
+        attention = block or layer_idx in _indices(self.attention, num_layers)
+        ffn = block or layer_idx in _indices(self.ffn, num_layers)
+        text = layout.text_rows
+        return (text if attention else None), (text if ffn else None)
+
+    @contextmanager
+    def narrow(
+        self, layer: nn.Module, ffn_modules: tuple[str, str], queries: Tensor | None, ffn: Tensor | None
+    ) -> Iterator[None]:
+        """Within it, the layer's query and output projections and its FFN see only the rows given ([K] int64)."""
+        with ExitStack() as stack:
+            if queries is not None:
+                attention: Any = layer.self_attn
+                stack.enter_context(_only_rows(attention.q_proj, attention.q_proj, queries))
+                stack.enter_context(_only_rows(attention.o_proj, attention.o_proj, queries))
+            if ffn is not None:
+                first, last = (getattr(layer, name) for name in ffn_modules)
+                stack.enter_context(_only_rows(first, last, ffn))
+            yield
+
+
+def _indices(layers: Layers, num_layers: int) -> tuple[int, ...] | list[int]:
+    return layers.layers(num_layers) if isinstance(layers, LayerRange) else layers
+
+
+@contextmanager
+def _only_rows(first: nn.Module, last: nn.Module, rows: Tensor) -> Iterator[None]:
+    """Rows are gathered ahead of `first` and put back, among zeros, behind `last`.
+
+    As hooks, so that the modules' own forward (quantised, sharded, hooked by others) stays as it is. Ours come first
+    on the way in and last on the way out: whoever looks at the modules sees the rows they really compute.
+    """
+    total = 0
+
+    def gather(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        nonlocal total
+        total = args[0].shape[1]
+        return (args[0].index_select(1, rows), *args[1:])
+
+    def scatter(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        return out.new_zeros(out.shape[0], total, *out.shape[2:]).index_copy_(1, rows, out)
+
+    handles = [first.register_forward_pre_hook(gather, prepend=True), last.register_forward_hook(scatter)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,173 @@
+"""Drop-in patching: a loaded model's own `forward` and `generate` take our prompt pass until it is undone."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from mminfer.cache.kv_cache import CompressedCache
+from mminfer.config import InferenceConfig
+from mminfer.decode import decode_step
+from mminfer.errors import ConfigError, InputError
+from mminfer.metrics.records import PromptRecord
+from mminfer.models.base import ModelAdapter
+from mminfer.models.registry import adapter_for
+from mminfer.prefill import prompt_pass
+
+_REFUSED = {
+    "labels": "a loss",
+    "output_attentions": "attention matrices, which are never built",
+    "output_hidden_states": "hidden states of rows that may have left",
+}
+
+
+class PatchHandle:
+    """A patched model: what its last prompt pass did, and the way back.
+
+    Attributes:
+        model: the patched model.
+        adapter: how the model is read.
+        config: the techniques in force.
+        records: one `PromptRecord` a prompt pass, since the patch was set.
+        prompt_ms: duration of each of those passes.
+        first_token_at: `time.perf_counter()` at the end of the last prompt pass.
+        step_ms: duration of each decoding step since then.
+    """
+
+    def __init__(self, model: nn.Module, config: InferenceConfig) -> None:
+        if isinstance(getattr(model.__dict__.get("forward"), "mminfer_handle", None), PatchHandle):
+            raise ConfigError("the model is patched already: call undo() on that patch first")
+        self.model, self.config = model, config
+        self.adapter: ModelAdapter = adapter_for(model)
+        config.check(self.adapter.spec)
+        self.records: list[PromptRecord] = []
+        self.prompt_ms: list[float] = []
+        self.first_token_at = 0.0
+        self.step_ms: list[float] = []
+        self._state = {name: getattr(self.adapter.base, name) for name in self.adapter.host_state}
+        self._instance_forward = model.__dict__.get("forward")
+        original = model.forward
+        signature = inspect.signature(original)
+
+        @functools.wraps(original)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            bound = signature.bind(*args, **kwargs).arguments
+            return self._forward({**bound.pop("kwargs", {}), **bound})
+
+        forward.mminfer_handle = self  # type: ignore[attr-defined]
+        model.forward = forward
+
+    def undo(self) -> None:
+        """Gives the model back as it was. Calling it again does nothing."""
+        if getattr(self.model.__dict__.get("forward"), "mminfer_handle", None) is not self:
+            return
+        if self._instance_forward is None:
+            del self.model.forward
+        else:
+            self.model.forward = self._instance_forward
+        for name, value in self._state.items():
+            setattr(self.adapter.base, name, value)
+
+    @torch.no_grad()
+    def _forward(self, inputs: dict[str, Any]) -> Any:
+        cache = _cache_of(inputs)
+        start = time.perf_counter()
+        if cache.logical_length and _is_step(inputs):
+            logits = self._step(inputs, cache)
+            self.step_ms.append(1e3 * (time.perf_counter() - start))
+        else:
+            logits = self._prompt(inputs, cache)
+            self.first_token_at = time.perf_counter()
+            self.prompt_ms.append(1e3 * (self.first_token_at - start))
+            self.step_ms.clear()
+        past = None if inputs.get("use_cache") is False else cache
+        output = CausalLMOutputWithPast(logits=logits, past_key_values=past)  # type: ignore[arg-type]
+        return output.to_tuple() if inputs.get("return_dict") is False else output
+
+    def _step(self, inputs: dict[str, Any], cache: CompressedCache) -> Tensor:
+        embeds = inputs.get("inputs_embeds")
+        if embeds is None:
+            embeds = self.model.get_input_embeddings()(inputs["input_ids"])  # type: ignore[operator]
+        return self.adapter.logits(decode_step(self.adapter, self.config, embeds, cache))
+
+    def _prompt(self, inputs: dict[str, Any], cache: CompressedCache) -> Tensor:
+        for name, what in _REFUSED.items():
+            if inputs.get(name) is not None and inputs[name] is not False:
+                raise InputError(f"{name}: a patched model gives no {what}; undo() the patch for this call")
+        embeds, layout = self.adapter.embed(inputs)
+        like = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+        hidden, left, record = prompt_pass(self.adapter, self.config, embeds, layout, cache, like.shape[1])
+        self.records.append(record)
+        if inputs.get("logits_to_keep", 0) == 1 or self.config.removes_rows:
+            return self.adapter.logits(hidden[[stop - 1 for _, stop in left.spans]][:, None])
+        return self._all_logits(inputs, hidden, like.shape[:2])
+
+    def _all_logits(self, inputs: dict[str, Any], hidden: Tensor, shape: tuple[int, int]) -> Tensor:
+        """[B, N, vocabulary] (or the columns of `logits_to_keep`), in the padded places the rows came from."""
+        mask = inputs.get("attention_mask")
+        mask = torch.ones(shape, dtype=torch.bool) if mask is None else mask[:, -shape[1] :].bool()
+        padded = hidden.new_zeros(*shape, hidden.shape[-1])
+        padded[mask.to(hidden.device)] = hidden
+        keep = inputs.get("logits_to_keep", 0)
+        return self.adapter.logits(padded[:, slice(-keep, None) if isinstance(keep, int) and keep else slice(None) if isinstance(keep, int) else keep])
+
+
+def _cache_of(inputs: dict[str, Any]) -> CompressedCache:
+    """The cache to go on from; a new one in place of the empty one that `generate` brings."""
+    cache = inputs.get("past_key_values")
+    if isinstance(cache, CompressedCache):
+        return cache
+    if isinstance(cache, Cache) and getattr(cache, "is_compileable", False):
+        raise InputError(f"{type(cache).__name__}: a static cache cannot shrink; leave cache_implementation at its default")
+    if cache is not None and cache.get_seq_length() > 0:
+        raise InputError(
+            f"past_key_values is a {type(cache).__name__} filled by the unpatched model: start from an empty cache, or "
+            "go on with the cache that the patched model returned"
+        )
+    return CompressedCache()
+
+
+def _is_step(inputs: dict[str, Any]) -> bool:
+    """Whether this is one text token a sequence, with nothing to see."""
+    seen = (inputs.get("pixel_values"), inputs.get("pixel_values_videos"), inputs.get("mm_encoder_outputs"))
+    like = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+    return like.shape[1] == 1 and not any(x is not None and (isinstance(x, Tensor) or len(x) > 0) for x in seen)
+
+
+def patch(model: nn.Module, config: InferenceConfig) -> PatchHandle:
+    """Makes a loaded Hugging Face vision-language model run with these techniques, in its own `generate`.
+
+    `forward` of the instance is replaced, nothing else: no class, no weight, no global table. When rows leave the prompt
+    (merging, pruning), `forward` returns logits of the last position only, as `generate` asks for.
+
+    Args:
+        model: a `...ForConditionalGeneration` of a supported family.
+        config: the techniques; `InferenceConfig()` changes nothing but the way it is computed.
+
+    Returns:
+        A handle; `undo()` gives the model back as it was.
+
+    Raises:
+        UnsupportedModelError: the family has no adapter.
+        ConfigError: a setting does not fit the model, or it is patched already.
+    """
+    return PatchHandle(model, config)
+
+
+@contextmanager
+def patched(model: nn.Module, config: InferenceConfig) -> Iterator[PatchHandle]:
+    """`patch` for the time of a `with` block."""
+    handle = patch(model, config)
+    try:
+        yield handle
+    finally:
+        handle.undo()

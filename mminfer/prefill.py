@@ -1,0 +1,211 @@
+"""The prompt pass: one loop over the host's own decoder layers, on packed rows that may leave on the way."""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import nullcontext
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from mminfer.attention import causal_attention, routed_attention
+from mminfer.cache.kv_cache import CacheEntries, CompressedCache, CompressedLayer
+from mminfer.config import InferenceConfig
+from mminfer.layout import TokenLayout
+from mminfer.metrics.records import LayerRecord, PromptRecord
+from mminfer.models.base import ModelAdapter, ModelSpec
+
+
+class LayerAttention:
+    """One layer's attention in the prompt pass, and what has to happen while its queries and keys are at hand.
+
+    Args:
+        adapter: the model.
+        config: the techniques.
+        layout: the rows that enter the layer.
+        layer_idx: which layer.
+        origin: per sequence, tokens and visual tokens that entered the language model.
+        queries: [K] int64, packed rows that issue a query; None: all.
+        past: the layer's cache of earlier turns.
+    """
+
+    def __init__(
+        self,
+        adapter: ModelAdapter,
+        config: InferenceConfig,
+        layout: TokenLayout,
+        layer_idx: int,
+        origin: tuple[tuple[int, int], ...],
+        queries: Tensor | None,
+        past: CompressedLayer | None,
+    ) -> None:
+        self.adapter, self.config, self.layout, self.layer_idx = adapter, config, layout, layer_idx
+        self.origin, self.queries, self.past = origin, queries, past
+        self.entries: list[CacheEntries] = []
+        self.kept: list[Tensor] = []
+        self.num_queries: list[int] = []
+        self.pairs: list[int] = []
+        prunes = config.prune is not None and config.prune.prunes(layer_idx, adapter.spec.num_layers)
+        self.prune = config.prune if prunes else None
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+        out = torch.zeros_like(q) if self.queries is not None else None
+        parts = []
+        for sequence, (start, stop) in enumerate(self.layout.spans):
+            rows = self._query_rows(start, stop)
+            q_rows = q[:, :, start:stop] if rows is None else q[:, :, rows]
+            part = self._sequence(sequence, q_rows, k[:, :, start:stop], v[:, :, start:stop], rows, scale, window)
+            parts.append(part)
+            if out is not None:
+                out[:, :, rows] = part
+        return torch.cat(parts, 2) if out is None else out
+
+    def _query_rows(self, start: int, stop: int) -> Tensor | None:
+        if self.queries is None:
+            return None
+        return self.queries[(self.queries >= start) & (self.queries < stop)]
+
+    def _sequence(
+        self, sequence: int, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None, scale: float, window: int | None
+    ) -> Tensor:
+        start, stop = self.layout.spans[sequence]
+        is_visual = self.layout.is_visual[start:stop]
+        entries = self._new_entries(k, v, is_visual)
+        num_past = 0
+        if self.past is not None:
+            earlier = self.past.row(sequence)
+            num_past, entries = len(earlier), earlier.extend(entries)
+        places = None
+        if rows is not None:
+            places = rows - start + num_past
+        elif num_past:
+            places = torch.arange(num_past, len(entries), device=q.device)
+        out = causal_attention(q, entries.keys, entries.values, scale, places, window)
+        self._count(len(entries), places, window)
+        if self.prune is not None:
+            depth = self.adapter.spec.num_layers
+            kept = self.prune.apply(
+                q, entries.keys, is_visual, self.origin[sequence], self.layer_idx, depth, places, scale
+            )
+            self.kept.append(kept + start)
+        self.entries.append(self._compress(sequence, q, entries, places, scale))
+        return out
+
+    def _new_entries(self, k: Tensor, v: Tensor, is_visual: Tensor) -> CacheEntries:
+        if self.config.cache is None:
+            return CacheEntries(k, v)
+        heads = k.shape[:3]
+        return CacheEntries(k, v, is_visual.expand(heads), k.new_zeros(heads, dtype=torch.float32))
+
+    def _count(self, num_keys: int, places: Tensor | None, window: int | None) -> None:
+        if places is None:
+            places = torch.arange(num_keys)
+        seen = places + 1 if window is None else (places + 1).clamp_max(window)
+        self.num_queries.append(len(places))
+        self.pairs.append(int(seen.sum()))
+
+    def _compress(
+        self, sequence: int, q: Tensor, entries: CacheEntries, places: Tensor | None, scale: float
+    ) -> CacheEntries:
+        if self.config.cache is None:
+            return entries
+        return self.config.cache.apply(q, entries, self.seen[sequence], self.layer_idx, places, scale)
+
+    @property
+    def seen(self) -> list[int]:
+        """Tokens of each sequence that this layer has taken in, this pass included."""
+        past = (0,) * self.layout.num_sequences if self.past is None else self.past.seen
+        return [a + b for a, b in zip(past, self.layout.lengths, strict=True)]
+
+    def record(self, ffn: Tensor | None) -> LayerRecord:
+        """What the layer did; ffn: [K] packed rows that went through its FFN, None: all."""
+        lengths, spec = self.layout.lengths, self.adapter.spec
+        ffn_rows = lengths if ffn is None else tuple(torch.bincount(self.layout.sequence[ffn], minlength=len(lengths)).tolist())
+        overhead = sum(t.cost(spec, self.pairs) for t in (self.config.cache, self.prune) if t is not None)
+        entries = tuple(len(e) for e in self.entries)
+        return LayerRecord(lengths, tuple(self.num_queries), ffn_rows, tuple(self.pairs), entries, overhead)
+
+
+@torch.no_grad()
+def prompt_pass(
+    adapter: ModelAdapter,
+    config: InferenceConfig,
+    inputs_embeds: Tensor,
+    layout: TokenLayout,
+    cache: CompressedCache,
+    columns: int,
+) -> tuple[Tensor, TokenLayout, PromptRecord]:
+    """Runs a prompt, or the next turn of one, through the language model and fills the cache.
+
+    If anything raises, the cache is as it was.
+
+    Args:
+        adapter: the host model.
+        config: the techniques.
+        inputs_embeds: [T, C], packed.
+        layout: of these T rows, at the host's positions.
+        cache: empty, or what earlier turns left.
+        columns: by how much the host will believe the cache to have grown.
+
+    Returns:
+        Hidden states [T', C] of the rows that are left, before the final norm; their layout; the record.
+    """
+    past = cache.layers if cache.logical_length else None
+    if past is not None:
+        layout = _after(layout, cache.next_position)
+    if config.positions is not None:
+        layout = config.positions.apply(layout)
+    next_position = layout.next_position
+    earlier = cache.tokens or (0,) * layout.num_sequences
+    record = PromptRecord(earlier, layout.lengths, layout.visual_lengths)
+    _warn_beyond(adapter.spec, config, next_position)
+    if config.merge is not None:
+        inputs_embeds, layout = config.merge.apply(inputs_embeds, layout)
+        record.merge_flops = config.merge.cost(adapter.spec, record.visual)
+    record.merged = layout.lengths
+    origin = tuple(zip(layout.lengths, layout.visual_lengths, strict=True))
+    hidden = inputs_embeds[None]
+    cos, sin = adapter.rotary(hidden, layout.position[:, None], fractional(config))
+    layers = []
+    with routed_attention(adapter.text_config):
+        for i, layer in enumerate(adapter.layers):
+            queries, ffn = (None, None) if config.skip is None else config.skip.apply(layout, i, adapter.spec.num_layers)
+            attend = LayerAttention(adapter, config, layout, i, origin, queries, past[i] if past else None)
+            narrow = nullcontext() if config.skip is None else config.skip.narrow(layer, adapter.ffn_modules, queries, ffn)
+            with narrow:
+                hidden = layer(
+                    hidden, position_embeddings=(cos, sin), attention_mask=None, use_cache=False, attend=attend
+                )
+            layers.append(CompressedLayer(attend.entries, attend.seen, cache))
+            record.layers.append(attend.record(ffn))
+            if attend.kept:
+                kept = torch.cat(attend.kept)
+                hidden, cos, sin = (x.index_select(1, kept) for x in (hidden, cos, sin))
+                layout = layout.select(kept)
+    taken_in = [a + b for a, b in zip(earlier, record.prompt, strict=True)]
+    cache.commit(layers, columns, taken_in, next_position)
+    return hidden[0], layout, record
+
+
+def fractional(config: InferenceConfig) -> bool:
+    """Whether rotary positions are no longer the host's integers, so that angles must be formed in float64."""
+    return config.positions is not None and bool(config.positions.fractional)
+
+
+def _after(layout: TokenLayout, next_position: Tensor) -> TokenLayout:
+    """The layout moved so that each sequence's first token stands at its next position."""
+    first = layout.position[:, [start for start, _ in layout.spans]].amin(0)
+    shift = next_position.to(first.device) - first
+    return replace(layout, position=layout.position + shift[layout.sequence], next_position=layout.next_position + shift)
+
+
+def _warn_beyond(spec: ModelSpec, config: InferenceConfig, next_position: Tensor) -> None:
+    reached = float(next_position.max())
+    if reached > spec.max_position_embeddings:
+        way = "a smaller delta" if fractional(config) else "V2PE, for example positions=V2PE(delta=1/16),"
+        warnings.warn(
+            f"the prompt reaches rotary position {reached:.0f}, but the model was made for {spec.max_position_embeddings}: "
+            f"answers may break down; {way} brings visual tokens closer together",
+            stacklevel=2,
+        )

@@ -1,0 +1,181 @@
+"""The one interface of every technique: settings in, checks before any forward pass, pure work on tensors."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor, nn
+
+from mminfer.errors import ConfigError
+from mminfer.layout import TokenLayout
+
+if TYPE_CHECKING:
+    from mminfer.cache.kv_cache import CacheEntries
+    from mminfer.models.base import ModelSpec
+
+
+class Stage(Enum):
+    """Where in the way of a request a technique works; the value is its field in `InferenceConfig`."""
+
+    POSITIONS = "positions"
+    MERGE = "merge"
+    PRUNE = "prune"
+    SKIP = "skip"
+    CACHE = "cache"
+
+
+class Technique(ABC):
+    """A frozen dataclass whose fields are its settings. It keeps no state, on itself or on the model's modules."""
+
+    stage: ClassVar[Stage]
+
+    @abstractmethod
+    def check(self, spec: ModelSpec) -> None:
+        """Raises `ConfigError` if these settings do not fit the model."""
+
+    def cost(self, spec: ModelSpec, lengths: Sequence[int]) -> int:
+        """FLOPs that the technique itself spends, once or in one layer; lengths: what its stage works on."""
+        return 0
+
+
+class PositionTechnique(Technique):
+    """Places tokens on the rotary axes."""
+
+    stage = Stage.POSITIONS
+
+    @property
+    @abstractmethod
+    def fractional(self) -> bool:
+        """Whether positions leave the host's integers, so that angles must be formed in float64."""
+
+    @abstractmethod
+    def apply(self, layout: TokenLayout) -> TokenLayout:
+        """The layout, which stands at the host's positions, at this technique's."""
+
+
+class MergeTechnique(Technique):
+    """Combines visual tokens before the language model; `cost` takes visual tokens a sequence."""
+
+    stage = Stage.MERGE
+
+    @abstractmethod
+    def apply(self, inputs_embeds: Tensor, layout: TokenLayout) -> tuple[Tensor, TokenLayout]:
+        """[T, C] and its layout -> [T', C] and the layout of what is left."""
+
+
+class PruneTechnique(Technique):
+    """Drops visual tokens behind a layer; `cost` takes query-key pairs a sequence."""
+
+    stage = Stage.PRUNE
+
+    @abstractmethod
+    def prunes(self, layer_idx: int, num_layers: int) -> bool:
+        """Whether tokens may leave behind this layer."""
+
+    @abstractmethod
+    def apply(
+        self,
+        q: Tensor,
+        k: Tensor,
+        is_visual: Tensor,
+        origin: tuple[int, int],
+        layer_idx: int,
+        num_layers: int,
+        query_index: Tensor | None,
+        scale: float,
+    ) -> Tensor:
+        """Which of one sequence's rows stay.
+
+        Args:
+            q: [1, H, S, D] rotated queries.
+            k: [1, G, N, D] rotated keys; the last of them are the sequence's rows, earlier ones are of earlier turns.
+            is_visual: [rows] bool.
+            origin: tokens and visual tokens with which the sequence entered the language model.
+            layer_idx: the layer just computed.
+            num_layers: depth of the model.
+            query_index: [S] int64, place of each query among the keys; None: query j is key j.
+            scale: factor of the logits.
+
+        Returns:
+            [K] int64, ascending, among the rows.
+        """
+
+
+class SkipTechnique(Technique):
+    """Leaves operators out for some rows."""
+
+    stage = Stage.SKIP
+
+    @abstractmethod
+    def apply(self, layout: TokenLayout, layer_idx: int, num_layers: int) -> tuple[Tensor | None, Tensor | None]:
+        """Packed rows ([K] int64) that issue a query, and that go through the FFN; None: all of them."""
+
+    @abstractmethod
+    def narrow(
+        self, layer: nn.Module, ffn_modules: tuple[str, str], queries: Tensor | None, ffn: Tensor | None
+    ) -> AbstractContextManager[None]:
+        """Within it, the layer computes those rows only."""
+
+
+class CacheTechnique(Technique):
+    """Compresses a layer's keys and values; `cost` takes query-key pairs a sequence."""
+
+    stage = Stage.CACHE
+
+    @abstractmethod
+    def apply(
+        self, q: Tensor, entries: CacheEntries, seen: int, layer_idx: int, query_index: Tensor | None, scale: float
+    ) -> CacheEntries:
+        """What one sequence keeps in one layer.
+
+        Args:
+            q: [1, H, S, D] rotated queries of this pass.
+            entries: all entries, those of this pass last.
+            seen: tokens the layer has taken in over all passes.
+            layer_idx: which layer.
+            query_index: [S] int64, place of each query among the entries; None: query j is entry j.
+            scale: factor of the logits.
+        """
+
+
+@dataclass(frozen=True)
+class LayerRange:
+    """Layers `start <= i < end` with `i % interval == 0`; a float start or end is a fraction of the depth."""
+
+    start: int | float = 0
+    end: int | float = 1.0
+    interval: int = 1
+
+    def layers(self, num_layers: int) -> tuple[int, ...]:
+        """The layers' indices."""
+        start, end = (layer_index(x, num_layers) for x in (self.start, self.end))
+        return tuple(i for i in range(start, end) if i % self.interval == 0)
+
+
+def layer_index(layer: int | float, num_layers: int) -> int:
+    """A layer given by its index (int) or as a fraction of the depth (float), as an index."""
+    return layer if isinstance(layer, int) else round(layer * num_layers)
+
+
+def check_layer(name: str, layer: Any, num_layers: int, *, last: int | None = None) -> None:
+    """Raises `ConfigError` unless the layer lies in 0..last (default: the last layer of the model)."""
+    last = num_layers - 1 if last is None else last
+    number = isinstance(layer, (int, float)) and not isinstance(layer, bool)
+    if not number or not 0 <= layer_index(layer, num_layers) <= last:
+        raise ConfigError(
+            f"{name}={layer!r} does not fit a model of {num_layers} layers: give an index from 0 to {last}, "
+            f"or a float from 0.0 to 1.0 as a fraction of the depth"
+        )
+
+
+def check_fraction(name: str, value: Any, *, zero: bool = False) -> None:
+    """Raises `ConfigError` unless value is a number in (0, 1], or in [0, 1] with `zero`."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0 <= value <= 1 or (value == 0 and not zero):
+        interval = "[0, 1]" if zero else "(0, 1]"
+        raise ConfigError(f"{name}={value!r}: a kept fraction must be a number in {interval}; 1 keeps all")
