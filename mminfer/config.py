@@ -152,5 +152,7 @@ PRESETS: dict[str, InferenceConfig] = {
     "aim-prune": InferenceConfig(prune=_AIM_PRUNE),
     "lookm-20": InferenceConfig(cache=LookM(important_ratio=0.1, recent_ratio=0.1)),
     "lookm-5": InferenceConfig(cache=LookM(important_ratio=0.025, recent_ratio=0.025)),
+    "balanced": InferenceConfig(merge=AIMMerge(ratio=0.25), skip=OperatorSkip(ffn=LayerRange(start=0.5))),
+    "fast": InferenceConfig(merge=AIMMerge(ratio=0.25), prune=_AIM_PRUNE, skip=OperatorSkip(ffn=LayerRange(start=0.25))),
     "skip-ffn": InferenceConfig(skip=OperatorSkip(ffn=LayerRange(start=0.125, interval=2))),
 }

@@ -168,7 +168,8 @@ class Engine:
             end = time.perf_counter()
         new = result.sequences[:, inputs["input_ids"].shape[1] :]
         times = self._times(handle, start, end, new.shape[1], peak.bytes, backends)
-        return [self._output(handle, row, ids, times, generation_kwargs) for row, ids in enumerate(new)]
+        logits = None if result.get("logits") is None else torch.stack(result.logits, 1)
+        return [self._output(handle, row, ids, times, logits, generation_kwargs) for row, ids in enumerate(new)]
 
     def _times(
         self, handle: PatchHandle, start: float, end: float, new: int, peak_bytes: int, backends: dict[str, str]
@@ -178,13 +179,19 @@ class Engine:
         return CallTimes(1e3 * (first - start), handle.prompt_ms[-1], tpot, peak_bytes, backends)
 
     def _output(
-        self, handle: PatchHandle, row: int, ids: Tensor, times: CallTimes, generation_kwargs: dict[str, Any]
+        self,
+        handle: PatchHandle,
+        row: int,
+        ids: Tensor,
+        times: CallTimes,
+        logits: Tensor | None,
+        generation_kwargs: dict[str, Any],
     ) -> GenerationOutput:
         token_ids = _until_end(ids.tolist(), self._end_ids(generation_kwargs))
         element_size = self.model.dtype.itemsize
         stats = stats_of(self.adapter.spec, handle.records[-1], row, len(token_ids), element_size, times)
         text = self.processor.tokenizer.decode(token_ids, skip_special_tokens=True).strip()
-        return GenerationOutput(text, token_ids, stats)
+        return GenerationOutput(text, token_ids, stats, None if logits is None else logits[row, : len(token_ids)])
 
     def _end_ids(self, generation_kwargs: dict[str, Any]) -> set[int]:
         given = generation_kwargs.get("generation_config") or self.model.generation_config

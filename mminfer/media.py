@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import logging
-import stat
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
-from http.client import HTTPException
-from io import BytesIO
-from itertools import chain
 from pathlib import Path
 from types import ModuleType
 from typing import IO, Any
@@ -22,14 +15,13 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mminfer.errors import InputError
+from mminfer.sources import open_source
 
 logger = logging.getLogger(__name__)
 
 MAX_PIXELS = 178_956_970  # where Pillow speaks of a decompression bomb
-MAX_REMOTE_BYTES = 64 * 2**20
-REMOTE_TIMEOUT_S = 20
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-# Containers that hold their own frames. Playlists (hls, concat, dash) are left out: they make ffmpeg open other files.
+# Containers that hold their own frames: a playlist (hls, concat, dash) would make ffmpeg open other files.
 VIDEO_FORMATS = "mov,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,flv,asf,ogg,gif"
 DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 
@@ -38,8 +30,8 @@ def load_image(source: Any, *, allow_remote: bool = False) -> Image.Image:
     """Load one image; of an animation or a multi-page file, the first.
 
     Args:
-        source: a PIL image, a path, a "data:image/...;base64," or http(s) URL, or uint8 pixels [H, W, 3] as a NumPy
-            array or [H, W, 3] or [3, H, W] as a tensor.
+        source: a PIL image, a path, a "data:image/...;base64," or http(s) URL, or uint8 pixels: an array
+            [H, W, 3], or a tensor [H, W, 3] or [3, H, W].
         allow_remote: fetch http(s) URLs.
 
     Returns:
@@ -55,14 +47,14 @@ def load_image(source: Any, *, allow_remote: bool = False) -> Image.Image:
         source = (source.permute(1, 2, 0) if channels_first else source).detach().cpu().numpy()
     if isinstance(source, np.ndarray):
         return Image.fromarray(np.ascontiguousarray(_check_pixels(source, "image", ("H", "W", 3))))
-    with _open(source, "image", allow_remote) as (file, name):
+    with open_source(source, "image", allow_remote=allow_remote) as (file, name):
         try:
             image = Image.open(file, formats=IMAGE_FORMATS)
         except UnidentifiedImageError as error:
             file.seek(0)
             raise InputError(
-                f"{name}: not an image; it starts with {file.read(12)!r}, wanted one of {', '.join(IMAGE_FORMATS)}: "
-                "pass an image file, or convert it"
+                f"{name}: not an image; it starts with {file.read(12)!r}: wanted one of "
+                f"{', '.join(IMAGE_FORMATS)}: pass an image file, or convert it"
             ) from error
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise InputError(f"{name}: {error}; scale it down to {MAX_PIXELS:,} pixels") from error
@@ -100,7 +92,7 @@ def read_video(
     if fps is not None and not 0 < fps < float("inf"):
         raise InputError(f"fps is {fps!r}: wanted a positive number")
     if isinstance(source, (str, Path)):
-        with _open(source, "video", allow_remote) as (file, name):
+        with open_source(source, "video", allow_remote=allow_remote) as (file, name):
             return _sample_file(file, name, num_frames, fps)
     frames = _given_frames(source, allow_remote)
     if fps is not None:
@@ -141,7 +133,9 @@ def _given_frames(source: Any, allow_remote: bool) -> np.ndarray:
         return _check_pixels(source, "video", ("F", "H", "W", 3))
     if not isinstance(source, (list, tuple)) or not source:
         found = "an empty list" if isinstance(source, (list, tuple)) else type(source).__name__
-        raise InputError(f"the given video is {found}: wanted a path, uint8 frames [F, H, W, 3] or a list of images")
+        raise InputError(
+            f"the given video is {found}: wanted a path, uint8 frames [F, H, W, 3] or a list of images"
+        )
     images = [load_image(frame, allow_remote=allow_remote) for frame in source]
     sizes = {image.size for image in images}
     if len(sizes) > 1:
@@ -150,7 +144,7 @@ def _given_frames(source: Any, allow_remote: bool) -> np.ndarray:
 
 
 def _damaged(name: str, error: Exception) -> InputError:
-    return InputError(f"{name}: damaged or cut short ({error}); wanted a whole file: fetch or export it again")
+    return InputError(f"{name}: damaged or cut short ({error}): wanted a whole file: get it again")
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
@@ -158,68 +152,12 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     if not width or not height or width * height > MAX_PIXELS:
         raise InputError(f"{name}: {width} x {height} pixels: wanted 1 to {MAX_PIXELS:,} pixels in all")
     if image.mode in DEEP_MODES:
-        raise InputError(f"{name}: pixels of mode {image.mode}, which RGB would clip: scale them to 8 bits first")
+        raise InputError(f"{name}: mode {image.mode}, which would be clipped: scale its pixels to 8 bits")
     try:
         image.load()
         return ImageOps.exif_transpose(image).convert("RGB")
     except Exception as error:  # decoders raise anything on hostile data
         raise _damaged(name, error) from error
-
-
-@contextmanager
-def _open(source: Any, kind: str, allow_remote: bool) -> Iterator[tuple[IO[bytes], str]]:
-    """The bytes of a path or URL, and what to call them."""
-    if not isinstance(source, (str, Path)):
-        raise InputError(f"the {kind} is {type(source).__name__}: wanted a path, a URL, a PIL image or uint8 pixels")
-    scheme = source.partition("://")[0].lower() if isinstance(source, str) and "://" in source[:32] else None
-    if isinstance(source, str) and source[:5].lower() == "data:":
-        yield BytesIO(_decode_data_url(source, kind)), "the data: URL"
-    elif scheme in ("http", "https"):
-        yield BytesIO(_fetch(str(source), allow_remote)), str(source)
-    elif scheme is not None:
-        raise InputError(f"{source}: {scheme}:// is not allowed: pass a plain path, or an http(s) or data: URL")
-    else:
-        name = str(source)
-        with _open_local(Path(source), name, kind) as file:
-            yield file, name
-
-
-def _open_local(path: Path, name: str, kind: str) -> IO[bytes]:
-    try:
-        mode = path.stat().st_mode
-        if not stat.S_ISREG(mode):  # also keeps us from pipes and devices, which may never end
-            found = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
-            raise InputError(f"{name}: {found}: wanted the path of one {kind} file")
-        return path.open("rb")
-    except (OSError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{name}: {reason}: wanted the path of a readable {kind} file") from error
-
-
-def _decode_data_url(url: str, kind: str) -> bytes:
-    head, _, payload = url.partition(",")
-    if kind != "image" or not head.lower().startswith("data:image/") or not head.lower().endswith(";base64"):
-        raise InputError(f"{head[:60]!r}, given as {kind}: wanted 'data:image/...;base64,' (videos: pass a file)")
-    try:
-        return base64.b64decode(payload, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise InputError(f"the data: URL is not base64: {error}") from error
-
-
-def _fetch(url: str, allow_remote: bool) -> bytes:
-    if not allow_remote:
-        raise InputError(f"{url}: remote sources are off: pass allow_remote=True, or download it first")
-    request = urllib.request.Request(url, headers={"User-Agent": "mminfer"})
-    try:
-        with urllib.request.urlopen(request, timeout=REMOTE_TIMEOUT_S) as response:
-            content = response.read(MAX_REMOTE_BYTES + 1)
-    except (OSError, ValueError, HTTPException) as error:
-        raise InputError(f"{url}: could not be fetched: {error}") from error
-    if len(content) > MAX_REMOTE_BYTES:
-        raise InputError(f"{url}: larger than {MAX_REMOTE_BYTES:,} bytes: download it and pass the path")
-    return content
 
 
 def _sample_file(
@@ -235,19 +173,24 @@ def _sample_file(
             claimed, rate = stream.frames, stream.average_rate
         if fps is not None and not rate:
             raise InputError(f"{name}: the file does not tell its frame rate: use num_frames instead of fps")
-        for total in (claimed, None):  # a header may be silent or wrong about the length: then count
-            total = total or sum(1 for _ in _decoded(av, file, name))
+        for total in (claimed, 0):  # a header may be silent or wrong about the length: then count
+            if not total:
+                total = sum(1 for _ in _decoded(av, file, name))
             count = num_frames if fps is None else max(1, int(total / rate * Fraction(fps)))
             count = min(count, total)
             frames = _pick(_decoded(av, file, name), count, total)
             if count and len(frames) == count:
+                if total < claimed:
+                    logger.warning("%s: only %d of %d frames are there", name, total, claimed)
                 pixels = np.stack(frames)
                 return pixels, _metadata(pixels, _spread(count, total), total, rate)
-    except av.FFmpegError as error:
+    except InputError:
+        raise
+    except Exception as error:  # FFmpeg's errors, and whatever else a hostile container sets off
         raise InputError(
             f"{name}: not a video that PyAV can read ({error}): pass a video file such as MP4, WebM or MKV"
         ) from error
-    raise InputError(f"{name}: no frame could be decoded: wanted a whole video file; fetch or export it again")
+    raise InputError(f"{name}: no frame could be decoded: wanted a whole video file: get it again")
 
 
 def _pick(frames: Iterator[Any], count: int, total: int) -> list[np.ndarray]:
@@ -271,10 +214,11 @@ def _container(av: ModuleType, file: IO[bytes], name: str) -> Iterator[Any]:
     options = {"format_whitelist": VIDEO_FORMATS}
     with av.open(file, container_options=options, metadata_errors="ignore") as container:
         if not container.streams.video:
-            raise InputError(f"{name}: a {container.format.long_name} file without a video stream: pass a video")
+            raise InputError(f"{name}: a {container.format.name} file without a video stream: pass a video")
         context = container.streams.video[0].codec_context
         if context.width * context.height > MAX_PIXELS:
-            raise InputError(f"{name}: frames of {context.width} x {context.height}: scale them to {MAX_PIXELS:,} pixels")
+            found = f"{context.width} x {context.height}"
+            raise InputError(f"{name}: frames of {found} pixels: wanted at most {MAX_PIXELS:,}: scale down")
         yield container
 
 
@@ -283,9 +227,7 @@ def _decoded(av: ModuleType, file: IO[bytes], name: str) -> Iterator[Any]:
     with _container(av, file, name) as container:
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
-        seen = 0
         try:
-            for seen, frame in enumerate(chain(container.decode(stream)), 1):
-                yield frame
-        except av.FFmpegError as error:
-            logger.warning("%s: damaged after frame %d (%s): only what comes before is used", name, seen, error)
+            yield from container.decode(stream)
+        except Exception as error:  # as above
+            logger.warning("%s: damaged (%s): only the frames before that are used", name, error)

@@ -1,0 +1,74 @@
+"""What every benchmark needs: rows that say where they come from, and timing that a drifting machine cannot bend."""
+
+import csv
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def provenance() -> dict[str, Any]:
+    """Commit, machine and versions, for every row."""
+    git = ["git", "-C", str(RESULTS), "describe", "--always", "--dirty", "--exclude=*"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    return {
+        "commit": commit,
+        "device": f"{platform.machine()} CPU",
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def write_rows(name: str, rows: Iterable[Mapping[str, Any]]) -> Path:
+    """Puts rows into results/<name>.csv in place of an earlier run's, provenance added."""
+    origin = provenance()
+    complete = [{**row, **origin} for row in rows]
+    path = RESULTS / f"{name}.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, complete[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(complete)
+    return path
+
+
+def read_rows(name: str) -> list[dict[str, str]]:
+    """The rows of results/<name>.csv."""
+    with (RESULTS / f"{name}.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def interleaved(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, dict[str, float]]:
+    """Times runs in turn, so that drift moves all of them; one warm-up each is told apart.
+
+    Returns:
+        For each run: warmup_ms, p20_ms, median_ms, p80_ms.
+    """
+    warmup = {name: _time_ms(run) for name, run in runs.items()}
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            times[name].append(_time_ms(run))
+    return {name: {"warmup_ms": warmup[name], **_quantiles(values)} for name, values in times.items()}
+
+
+def _time_ms(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    run()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def _quantiles(values: list[float]) -> dict[str, float]:
+    if len(values) == 1:
+        return {"p20_ms": values[0], "median_ms": values[0], "p80_ms": values[0]}
+    p20, _, _, p80 = statistics.quantiles(values, n=5, method="inclusive")
+    return {"p20_ms": p20, "median_ms": statistics.median(values), "p80_ms": p80}

@@ -1,0 +1,36 @@
+"""Tensor operations the techniques are built from: each a plain PyTorch reference and faster equals of it."""
+
+from mminfer_kernels.best_match import best_match
+from mminfer_kernels.column_mass import column_mass, power_iterate
+from mminfer_kernels.decode_attention import decode_attention
+from mminfer_kernels.dispatch import (
+    BackendError,
+    available_backends,
+    backend_for,
+    backends_used,
+    record_backends,
+    registered_ops,
+)
+from mminfer_kernels.merge_rows import merge_rows
+from mminfer_kernels.rotary import apply_rotary, rotary_table
+from mminfer_kernels.rows import add_rows, gather_rows
+
+OPS = registered_ops()
+
+__all__ = [
+    "OPS",
+    "BackendError",
+    "add_rows",
+    "apply_rotary",
+    "available_backends",
+    "backend_for",
+    "backends_used",
+    "best_match",
+    "column_mass",
+    "decode_attention",
+    "gather_rows",
+    "merge_rows",
+    "power_iterate",
+    "record_backends",
+    "rotary_table",
+]

@@ -1,0 +1,138 @@
+"""How much attention each key receives, summed or iterated, without the attention matrix in memory."""
+
+import torch
+
+from mminfer_kernels.column_mass import reference
+from mminfer_kernels.dispatch import register, resolve
+
+__all__ = ["column_mass", "power_iterate"]
+
+register("column_mass", "reference", reference.column_mass)
+register("power_iterate", "reference", reference.power_iterate)
+
+
+def column_mass(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    weights: torch.Tensor | None = None,
+    temperature: float = 1.0,
+    causal: bool = True,
+    query_index: torch.Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Column sums of the attention matrix: `weights @ softmax(q k^T * scale / temperature + causal)`.
+
+    Works by blocks of queries, each seeing only the keys up to its last visible one; memory is O(N).
+
+    Args:
+        q: queries [B, H, S, D].
+        k: keys [B, G, N, D]; query head h reads key head h // (H / G).
+        weights: vote of each query, [B, H, S] or [B, S]; None gives every query one vote.
+        temperature: divides the logits.
+        causal: whether query s sees only keys n <= query_index[s].
+        query_index: [S] int64, strictly ascending: the place of each query row among the N keys. None puts
+            the S queries at the last S places.
+        scale: factor of the logits, `D ** -0.5` by default.
+        backend: "auto", "native", "triton" or "reference".
+
+    Returns:
+        [B, H, N] float32 (float64 for float64 input); the softmax is float32 whatever the input's dtype.
+
+    Raises:
+        ValueError: shapes, dtypes or settings that do not fit.
+        BackendError: an explicit backend that is not there.
+
+    Reference:
+        LOOK-M (arXiv 2406.18139): the score of a cache entry; with a query vector of weights, one
+        step of AIM's importance (arXiv 2412.03248). The authors sum over a materialised N x N matrix.
+    """
+    _check_attention(q, k, temperature, query_index if causal else None, aligned=causal)
+    if weights is not None and tuple(weights.shape) not in (tuple(q.shape[:3]), (q.shape[0], q.shape[2])):
+        raise ValueError(
+            f"weights has shape {list(weights.shape)}, wanted [B, H, S] or [B, S] of q {list(q.shape)}"
+        )
+    _, run = resolve("column_mass", backend, q, k)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return run(q, k, weights, scale / temperature, causal, query_index)
+
+
+def power_iterate(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    iterations: int = 5,
+    temperature: float = 0.1,
+    query_index: torch.Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """`iterations` times `x <- x @ M` from `x = 1/N`, `M` the causal attention matrix of each head.
+
+    All iterations take one pass. `M` is lower triangular, so `x_{t+1}[j]` sums `x_t[i] M[i, j]` over rows
+    `i >= j`. Walk the query blocks from the last to the first, with an accumulator for each of `x_1 .. x_T`
+    over all columns. When block I is reached, every later row has already added its share, so only the
+    block's own rows are missing: with `P = M[I, :]`, computed once, and the square `P[:, I]`,
+
+        x_0[I] = 1/N,    x_t[I] = acc_t[I] + x_{t-1}[I] @ P[:, I]         (t = 1 .. T-1, in turn)
+        acc_{t+1} += x_t[I] @ P                                          (t = 0 .. T-1, as one product)
+
+    Afterwards `acc_T` is `x_T`. The softmax, the costly part, is computed once, not once an iteration.
+
+    Args:
+        q: queries [B, H, S, D].
+        k: keys [B, G, N, D]; query head h reads key head h // (H / G).
+        iterations: T, 0 or more.
+        temperature: divides the logits.
+        query_index: [S] int64, strictly ascending: the place of each query row among the N keys. None puts
+            the S queries at the last S places. Keys without a query cast no vote: their rows of M are zero.
+        scale: factor of the logits, `D ** -0.5` by default.
+        backend: "auto", "native", "triton" or "reference".
+
+    Returns:
+        [B, H, N] float32 (float64 for float64 input).
+
+    Raises:
+        ValueError: shapes, dtypes or settings that do not fit.
+        BackendError: an explicit backend that is not there.
+
+    Reference:
+        AIM (arXiv 2412.03248), token pruning. The authors multiply by a materialised N x N matrix five times.
+    """
+    _check_attention(q, k, temperature, query_index, aligned=True)
+    if iterations < 0:
+        raise ValueError(f"iterations is {iterations}, wanted 0 or more")
+    _, run = resolve("power_iterate", backend, q, k)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return run(q, k, iterations, scale / temperature, query_index)
+
+
+def _check_attention(
+    q: torch.Tensor, k: torch.Tensor, temperature: float, query_index: torch.Tensor | None, aligned: bool
+) -> None:
+    if q.dim() != 4 or k.dim() != 4 or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"q is {list(q.shape)} and k {list(k.shape)}, wanted [B, H, S, D] and [B, G, N, D]")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(f"{q.shape[1]} query heads do not divide evenly over {k.shape[1]} key heads")
+    if q.dtype != k.dtype or not q.is_floating_point():
+        raise ValueError(f"q is {q.dtype} and k {k.dtype}, wanted one floating dtype")
+    if temperature <= 0:
+        raise ValueError(f"temperature is {temperature}, wanted a positive number")
+    if query_index is not None:
+        _check_query_index(query_index, q.shape[2], k.shape[2])
+    elif aligned and q.shape[2] > k.shape[2]:
+        raise ValueError(f"{q.shape[2]} queries for {k.shape[2]} keys, wanted at most one query a key")
+
+
+def _check_query_index(query_index: torch.Tensor, queries: int, keys: int) -> None:
+    if query_index.shape != (queries,) or query_index.dtype != torch.int64:
+        raise ValueError(
+            f"query_index is {query_index.dtype} {list(query_index.shape)}, wanted int64 [{queries}]"
+        )
+    if queries == 0:
+        return
+    descends = (query_index[1:] <= query_index[:-1]).any()
+    first, last, wrong = torch.stack([query_index[0], query_index[-1], descends.long()]).tolist()
+    if wrong or first < 0 or last >= keys:
+        raise ValueError(
+            f"query_index runs from {first} to {last}, wanted strictly ascending places below {keys}"
+        )

@@ -1,0 +1,60 @@
+"""Attention of a few new queries over a padded cache."""
+
+import torch
+
+from mminfer_kernels.decode_attention import reference
+from mminfer_kernels.dispatch import register, resolve
+
+__all__ = ["decode_attention"]
+
+register("decode_attention", "reference", reference.decode_attention)
+
+
+def decode_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    starts: torch.Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Attention over right-aligned rows of a cache: row b attends to its entries starts[b] .. T-1.
+
+    The last S entries are the queries' own and causal among them; everything before is visible to all.
+
+    Args:
+        q: queries [B, H, S, D], S small, usually 1.
+        k: keys [B, G, T, D], T >= S; query head h reads key head h // (H / G).
+        v: values [B, G, T, D].
+        starts: [B] integers, at most T - S: the first valid entry of each row. None means all are valid.
+        scale: factor of the logits, `D ** -0.5` by default.
+        backend: "auto", "native", "triton" or "reference".
+
+    Returns:
+        [B, H, S, D] in q's dtype.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit.
+        BackendError: an explicit backend that is not there.
+    """
+    if (
+        q.dim() != 4
+        or k.dim() != 4
+        or k.shape != v.shape
+        or q.shape[0] != k.shape[0]
+        or q.shape[3] != k.shape[3]
+    ):
+        raise ValueError(
+            f"q is {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}, "
+            "wanted [B, H, S, D] and twice [B, G, T, D]"
+        )
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(f"{q.shape[1]} query heads do not divide evenly over {k.shape[1]} key heads")
+    if q.shape[2] > k.shape[2]:
+        raise ValueError(
+            f"{q.shape[2]} queries for {k.shape[2]} entries, wanted the queries' own to be among them"
+        )
+    if starts is not None and (starts.shape != (q.shape[0],) or starts.is_floating_point()):
+        raise ValueError(f"starts is {starts.dtype} {list(starts.shape)}, wanted integers [{q.shape[0]}]")
+    _, run = resolve("decode_attention", backend, q, k, v)
+    return run(q, k, v, starts, scale)

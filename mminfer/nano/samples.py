@@ -1,0 +1,58 @@
+"""Make the bundled sample context again: `python -m mminfer.nano.samples`.
+
+The same seed gives the same pictures and the same text; the pictures show handwriting never seen in training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from mminfer.nano import data, samples_path
+
+SEED = 1
+NUM_IMAGES = 8
+NUM_FACTS = 2
+
+
+def build_samples() -> tuple[dict[str, Any], dict[str, Image.Image]]:
+    """What `context.json` holds, and the pictures by file name."""
+    context = data.sample_context(random.Random(SEED), NUM_IMAGES, NUM_FACTS, ["q1"])
+    pixels = iter(data.draw_images(context, "test", SEED))
+    items: list[dict[str, Any]] = []
+    pictures = {}
+    for item in context.items:
+        if isinstance(item, data.ImageItem):
+            name = f"{item.label}.png"
+            pictures[name] = Image.fromarray(next(pixels).numpy())
+            shows = {"digit": item.digit, "colour": item.colour_name}
+            items.append({"text": item.text, "image": name, "label": item.label, **shows})
+        else:
+            items.append({"text": item.text, "word": item.word, "code": item.code})
+    (question,) = context.questions
+    return {"seed": SEED, "items": items, "question": question.text, "answer": question.answer}, pictures
+
+
+def write_samples(folder: Path) -> None:
+    """Write `context.json` and its pictures into a folder."""
+    context, pictures = build_samples()
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, picture in pictures.items():
+        picture.save(folder / name)
+    (folder / "context.json").write_text(json.dumps(context, indent=1) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=samples_path(), help="folder to write to")
+    write_samples(parser.parse_args().out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+"""Positions of tokens: where the rotary embedding puts text and visual tokens."""
+
+from mminfer.positions.v2pe import V2PE, v2pe_mrope_positions, v2pe_positions
+
+__all__ = ["V2PE", "v2pe_mrope_positions", "v2pe_positions"]

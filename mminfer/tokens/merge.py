@@ -1,0 +1,161 @@
+"""AIM, first half: merging similar visual tokens of one image before the language model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from mminfer_kernels import best_match, gather_rows, merge_rows
+
+from mminfer.errors import ConfigError
+from mminfer.layout import TokenLayout
+from mminfer.technique import MergeTechnique, check_fraction
+
+if TYPE_CHECKING:
+    from mminfer.models.base import ModelSpec
+
+
+@dataclass(frozen=True)
+class AIMMerge(MergeTechnique):
+    """Merging of similar visual tokens inside each image or frame, before the language model.
+
+    Rounds halve an image until no more than `ratio` of it is left. A merged token is the mean of its patches and stands
+    where its destination stood, at that token's rotary position.
+
+    Args:
+        ratio: kept fraction of an image's tokens, in (0, 1]; at least one token stays.
+
+    Raises:
+        ConfigError: `ratio` is out of range.
+
+    Reference: AIM (arXiv 2412.03248) section 3.2; the paper keeps 0.25 in two rounds. The authors' code gives merged tokens an
+        order and positions of their own and forgets sizes between rounds.
+    """
+
+    ratio: float = 0.25
+
+    def __post_init__(self) -> None:
+        check_fraction("AIMMerge.ratio", self.ratio)
+
+    def check(self, spec: ModelSpec) -> None:
+        """Any model will do."""
+
+    def apply(self, inputs_embeds: torch.Tensor, layout: TokenLayout) -> tuple[torch.Tensor, TokenLayout]:
+        mergeable = (layout.image_id >= 0) & (layout.size > 0)
+        if self.ratio == 1 or not bool(mergeable.any()):
+            return inputs_embeds, layout
+        merged, size = inputs_embeds.clone(), layout.size.clone()
+        stays = ~mergeable
+        for rows in _images_by_length(mergeable, layout.image_id):  # [images, T]
+            target = max(1, round(rows.shape[1] * self.ratio))
+            tokens, sizes = inputs_embeds[rows], layout.size[rows]
+            while tokens.shape[1] > target:
+                r = min(tokens.shape[1] // 2, tokens.shape[1] - target)
+                place, tokens, sizes = merge_round(tokens, sizes, r)
+                rows = rows.gather(1, place)
+            merged[rows], size[rows], stays[rows] = tokens, sizes, True
+        index = stays.nonzero()[:, 0]
+        return merged[index], layout.merge(index, size[index])
+
+    def cost(self, spec: ModelSpec, lengths: Sequence[int]) -> int:
+        """Similarities of the first round's halves, image by image; later rounds add a third at most."""
+        return 0
+
+
+def _images_by_length(mergeable: torch.Tensor, image_id: torch.Tensor) -> list[torch.Tensor]:
+    """Rows of the mergeable tokens, [images of one length, length] each: images of a length go together."""
+    rows = mergeable.nonzero()[:, 0]
+    images, counts = image_id[rows].unique_consecutive(return_counts=True)
+    starts = counts.cumsum(0) - counts
+    groups = []
+    for length in counts.unique().tolist():
+        first = starts[counts == length]
+        groups.append(rows[first[:, None] + torch.arange(length, device=rows.device)])
+    return groups
+
+
+def aim_merge(x: torch.Tensor, r: int, reference_order: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Merge the `r` tokens of an image most similar to a neighbour into that neighbour: one round.
+
+    Args:
+        x: features of one image [T, C] or of a batch of images of one size [B, T, C].
+        r: tokens to merge away, at most T // 2.
+        reference_order: the authors' order of the result (unmerged sources, most similar first, then
+            destinations) instead of the spatial order.
+
+    Returns:
+        tokens [T - r, C] or [B, T - r, C] in `x`'s dtype; sizes [T - r] or [B, T - r] float32, how many of
+        `x`'s tokens each stands for.
+
+    Raises:
+        ConfigError: `r` is out of range.
+        ValueError: `x` has the wrong number of dimensions.
+
+    Reference:
+        AIM (arXiv 2412.03248), token merging. Several rounds by the authors' rule are calls with
+        `reference_order=True`: each takes the plain mean. `merge_round` carries sizes from round to round.
+    """
+    if x.dim() not in (2, 3):
+        raise ValueError(f"x has shape {list(x.shape)}, wanted [T, C] or [B, T, C]")
+    batch = x if x.dim() == 3 else x[None]
+    ones = torch.ones(batch.shape[:2], dtype=torch.float32, device=x.device)
+    _, tokens, sizes = merge_round(batch, ones, r, reference_order)
+    return (tokens, sizes) if x.dim() == 3 else (tokens[0], sizes[0])
+
+
+def merge_round(
+    x: torch.Tensor, sizes: torch.Tensor, r: int, reference_order: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One round of merging over images of one size, with the sizes tokens already have.
+
+    Tokens at even places are sources, at odd places destinations; the `r` sources most similar to a
+    destination are averaged into it, weighted by how many tokens each stands for. A merged token stands where
+    its destination stood.
+
+    Args:
+        x: features [B, T, C]; tokens of different images never merge.
+        sizes: [B, T], how many original tokens each token stands for.
+        r: tokens to merge away, at most T // 2.
+        reference_order: the authors' order of the result, and their plain mean.
+
+    Returns:
+        place [B, T - r] int64: the place in `x` at which each result stands, ascending unless
+        `reference_order`, to select positions by; tokens [B, T - r, C] in `x`'s dtype; sizes [B, T - r] in
+        `sizes`' dtype.
+
+    Raises:
+        ConfigError: `r` is out of range.
+        ValueError: shapes that do not fit.
+
+    Reference:
+        AIM (arXiv 2412.03248), token merging, after ToMe (arXiv 2210.09461). The authors' mean forgets sizes
+        between rounds and their order is not spatial.
+    """
+    if x.dim() != 3 or sizes.shape != x.shape[:2]:
+        raise ValueError(f"x is {list(x.shape)} and sizes {list(sizes.shape)}, wanted [B, T, C] and [B, T]")
+    tokens = x.shape[1]
+    if not 0 <= r <= tokens // 2:
+        raise ConfigError(
+            f"r is {r}, wanted 0 to {tokens // 2}: at most half of {tokens} tokens merge in a round"
+        )
+    place = torch.arange(tokens, device=x.device).expand(x.shape[0], tokens)
+    if r == 0:
+        return place.clone(), x.clone(), sizes.clone()
+    source, destination = x[:, ::2], x[:, 1::2]
+    similarity, match = best_match(source, destination)
+    order = similarity.argsort(dim=-1, descending=True, stable=True)
+    merged, unmerged = order[:, :r], order[:, r:]  # places among the sources
+    size = sizes[:, ::2].gather(1, merged)
+    rows, target = gather_rows(source, merged), match.gather(1, merged)
+    weights = (None, None) if reference_order else (sizes[:, 1::2], size)
+    destination, _ = merge_rows(destination, rows, target, *weights)
+    grown = sizes[:, 1::2].scatter_add(1, target, size)
+    place = torch.cat((2 * unmerged, place[:, 1::2]), 1)
+    result = torch.cat((gather_rows(source, unmerged), destination), 1)
+    sizes = torch.cat((sizes[:, ::2].gather(1, unmerged), grown), 1)
+    if reference_order:
+        return place, result, sizes
+    place, spatial = place.sort(1)
+    return place, gather_rows(result, spatial), sizes.gather(1, spatial)

@@ -1,0 +1,183 @@
+"""AIM, second half: pruning visual tokens inside the language model by their importance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from mminfer_kernels import power_iterate
+from torch import Tensor
+
+from mminfer.errors import ConfigError
+from mminfer.technique import PruneTechnique, check_layer, layer_index
+
+if TYPE_CHECKING:
+    from mminfer.models.base import ModelSpec
+
+
+@dataclass(frozen=True)
+class AIMPrune(PruneTechnique):
+    """Pruning of unimportant visual tokens inside the language model, a few behind each layer.
+
+    The rows really leave: hidden states, keys and values of a pruned token exist in no later layer.
+
+    Args:
+        start: first layer behind which tokens leave; an index, or a fraction of the depth (float).
+        end: number of layers that any visual token goes through; likewise.
+        temperature: divides the attention logits of the importance.
+        iterations: steps of the importance.
+
+    Raises:
+        ConfigError: a setting is out of range.
+
+    Reference: AIM (arXiv 2412.03248) section 3.3; the paper's 28 layers prune from 14 to 22. The authors' code masks pruned tokens,
+        which saves nothing, and builds an N x N matrix a head.
+    """
+
+    start: int | float = 14 / 28
+    end: int | float = 22 / 28
+    temperature: float = 0.1
+    iterations: int = 5
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0 or self.iterations < 1:
+            raise ConfigError(
+                f"AIMPrune(temperature={self.temperature}, iterations={self.iterations}): wanted a temperature above 0 "
+                "and at least one iteration"
+            )
+
+    def check(self, spec: ModelSpec) -> None:
+        check_layer("AIMPrune.start", self.start, spec.num_layers)
+        check_layer("AIMPrune.end", self.end, spec.num_layers, last=spec.num_layers)
+        self.schedule(spec.num_layers)
+
+    def schedule(self, num_layers: int) -> list[float]:
+        """Kept fraction of visual tokens behind each layer."""
+        return aim_schedule(num_layers, layer_index(self.start, num_layers), layer_index(self.end, num_layers))
+
+    def prunes(self, layer_idx: int, num_layers: int) -> bool:
+        kept = [1.0, *self.schedule(num_layers)]
+        return kept[layer_idx + 1] < kept[layer_idx]
+
+    def apply(
+        self,
+        q: Tensor,
+        k: Tensor,
+        is_visual: Tensor,
+        origin: tuple[int, int],
+        layer_idx: int,
+        num_layers: int,
+        query_index: Tensor | None,
+        scale: float,
+    ) -> Tensor:
+        rows = is_visual.shape[0]
+        rate = self.schedule(num_layers)[layer_idx]
+        if not bool(is_visual.any()):
+            return torch.arange(rows, device=k.device)
+        if rate == 0:
+            return (~is_visual).nonzero()[:, 0]
+        importance = self.importance(q, k, layer_idx, query_index, scale)[-rows:]
+        return aim_keep(importance, is_visual, origin[0], rate)
+
+    def importance(self, q: Tensor, k: Tensor, layer_idx: int, query_index: Tensor | None, scale: float) -> Tensor:
+        """[N] float32, of every key of one sequence; a row without a query casts no vote."""
+        if query_index is not None and len(query_index) == 0:
+            return torch.zeros(k.shape[2], device=k.device)
+        mass = power_iterate(q, k, self.iterations, self.temperature, query_index, scale)
+        return mass.square_().mean(1).sqrt_()[0]
+
+    def cost(self, spec: ModelSpec, lengths: Sequence[int]) -> int:
+        """One product for the logits, and one of `iterations` votes with the probabilities."""
+        return 2 * spec.num_attention_heads * (spec.head_dim + self.iterations) * sum(lengths)
+
+
+def aim_importance(
+    q: torch.Tensor, k: torch.Tensor, temperature: float = 0.1, iterations: int = 5
+) -> torch.Tensor:
+    """Importance of each token: a page rank on a layer's attention, by `iterations` steps of power iteration.
+
+    Args:
+        q: queries after rotation [B, H, S, D]; with S < N the last S tokens vote.
+        k: keys after rotation [B, G, N, D].
+        temperature: divides the attention logits.
+        iterations: steps from the uniform vector 1 / N.
+
+    Returns:
+        [B, N] float32: the root of the mean over heads of the squared importance.
+
+    Raises:
+        ValueError: shapes, dtypes or settings that do not fit.
+
+    Reference:
+        AIM (arXiv 2412.03248), token pruning. Same values as the authors' code, without their N x N matrix a
+        head.
+    """
+    return power_iterate(q, k, iterations=iterations, temperature=temperature).square_().mean(1).sqrt_()
+
+
+def aim_schedule(num_layers: int, start: int, end: int) -> list[float]:
+    """Fraction of the prompt's visual tokens kept after each layer.
+
+    1 before layer `start`, then falling by `1 / (end - start)` a layer to 0 after layer `end - 1` and later.
+
+    Args:
+        num_layers: L, layers of the language model.
+        start: first layer (counted from 0) after which tokens are pruned.
+        end: number of layers any visual token goes through, `start < end <= L`.
+
+    Returns:
+        L fractions in [0, 1].
+
+    Raises:
+        ConfigError: the layers are not `0 <= start < end <= num_layers`.
+
+    Reference:
+        AIM (arXiv 2412.03248), token pruning; its setting for 28 layers is start 14, end 22, by the authors'
+        code.
+    """
+    if not 0 <= start < end <= num_layers:
+        raise ConfigError(f"start is {start} and end {end}, wanted 0 <= start < end <= {num_layers} layers")
+    return [min(1.0, max(0.0, (end - 1 - layer) / (end - start))) for layer in range(num_layers)]
+
+
+def aim_keep(
+    importance: torch.Tensor, visual_mask: torch.Tensor, prompt_tokens: int, rate: float
+) -> torch.Tensor:
+    """Which tokens of one sequence stay: all text, and the most important visual tokens.
+
+    `int((N0 - T) * rate) + T` tokens stay, of N0 prompt tokens with T text tokens among them.
+
+    Args:
+        importance: [N] of the tokens still there.
+        visual_mask: [N] bool, true at visual tokens.
+        prompt_tokens: N0, the length of the prompt before any pruning.
+        rate: fraction of the prompt's visual tokens to keep, in [0, 1].
+
+    Returns:
+        Kept places, int64, ascending; all of them where no more than the quota are left.
+
+    Raises:
+        ConfigError: `rate` is out of range.
+        ValueError: shapes or counts that do not fit.
+
+    Reference:
+        AIM (arXiv 2412.03248), token pruning. The authors' code masks what is not kept; here the caller
+        removes it.
+    """
+    if importance.dim() != 1 or visual_mask.shape != importance.shape:
+        raise ValueError(
+            f"importance is {list(importance.shape)}, visual_mask {list(visual_mask.shape)}, wanted [N] both"
+        )
+    if not 0 <= rate <= 1:
+        raise ConfigError(f"rate is {rate}, wanted a kept fraction in [0, 1]")
+    if prompt_tokens < importance.shape[0]:
+        raise ValueError(
+            f"prompt_tokens is {prompt_tokens}, wanted at least the {importance.shape[0]} tokens left"
+        )
+    text = (~visual_mask).nonzero()[:, 0]
+    visual = visual_mask.nonzero()[:, 0]
+    quota = int((prompt_tokens - text.shape[0]) * rate)
+    best = importance[visual].argsort(descending=True, stable=True)[:quota]
+    return torch.cat((text, visual[best])).sort().values

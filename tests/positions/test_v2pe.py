@@ -1,0 +1,169 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+from mminfer.errors import ConfigError
+from mminfer.positions import v2pe_mrope_positions, v2pe_positions
+
+DELTAS = st.sampled_from([1 / 2**n for n in range(9)])
+masks = st.lists(st.booleans(), min_size=1, max_size=60)
+
+
+def one_by_one(visual, delta):
+    """The rule read token by token; a leading visual run starts at 0."""
+    positions, last = [], -1.0
+    for is_visual in visual:
+        if not is_visual:
+            last = math.ceil(last) + 1
+        elif positions:
+            last += delta
+        else:
+            last = 0.0
+        positions.append(float(last))
+    return positions
+
+
+@settings(deadline=None, max_examples=150)
+@given(mask=masks, delta=DELTAS)
+def test_equals_the_rule_token_by_token(mask, delta):
+    found = v2pe_positions(torch.tensor([mask]), delta)
+    assert found.dtype == torch.float64 and found[0].tolist() == one_by_one(mask, delta)
+
+
+@settings(deadline=None, max_examples=50)
+@given(mask=masks)
+def test_delta_one_is_the_identity(mask):
+    assert torch.equal(v2pe_positions(torch.tensor([mask]), 1)[0], torch.arange(len(mask)).double())
+
+
+@settings(deadline=None, max_examples=80)
+@given(mask=masks, delta=DELTAS, pad=st.integers(0, 9), left=st.booleans(), visual_padding=st.booleans())
+def test_padding_changes_nothing(mask, delta, pad, left, visual_padding):
+    padding = [visual_padding] * pad
+    padded = padding + mask if left else mask + padding
+    valid = [0] * pad + [1] * len(mask) if left else [1] * len(mask) + [0] * pad
+    found = v2pe_positions(torch.tensor([padded]), delta, torch.tensor([valid]))[0]
+    valid = torch.tensor(valid).bool()
+    assert found[valid].tolist() == one_by_one(mask, delta)
+    assert not found[~valid].any()
+
+
+def test_rows_of_a_batch_do_not_touch():
+    masks = torch.rand(4, 63) < 0.6
+    together = v2pe_positions(masks, 1 / 16)
+    for row, mask in zip(together, masks, strict=True):
+        assert torch.equal(row, v2pe_positions(mask[None], 1 / 16)[0])
+
+
+def test_steps_that_are_no_powers_of_two_cost_text_nothing():
+    """70 * 0.1 is 7.000000000000001, and text still goes on at 8 + 1."""
+    mask = torch.tensor([[False, False] + [True] * 70 + [False]])
+    assert v2pe_positions(mask, 0.1)[0, -1] == 9
+
+
+def test_a_million_tokens_stay_exact():
+    mask = torch.ones(1, 2**20, dtype=torch.bool)
+    mask[:, 0] = False
+    found = v2pe_positions(mask, 1 / 256)[0]
+    assert torch.equal(found * 256, torch.arange(2**20).double())
+
+
+@pytest.mark.parametrize("delta", [0, -0.5, 1.5, math.nan])
+def test_delta_out_of_range(delta):
+    with pytest.raises(ConfigError, match="delta"):
+        v2pe_positions(torch.zeros(1, 3, dtype=torch.bool), delta)
+    with pytest.raises(ConfigError, match="delta"):
+        v2pe_mrope_positions(torch.zeros(3, 1), torch.zeros(1).bool(), torch.zeros(1).long(), delta)
+
+
+def test_wrong_shapes_are_named():
+    mask = torch.zeros(2, 5, dtype=torch.bool)
+    with pytest.raises(ValueError, match="wanted \\[B, N\\]"):
+        v2pe_positions(mask, 0.5, torch.ones(2, 4))
+    with pytest.raises(ValueError, match="wanted \\[A, N\\]"):
+        v2pe_mrope_positions(torch.zeros(3, 5), mask, mask.long(), 0.5)
+
+
+def prompt(*parts):
+    """Types (0 text, 1 image, 2 video), ids and grids of a prompt: an int is text, a triple a grid."""
+    types, ids, images, videos, count = [], [], [], [], 0
+    for part in parts:
+        if isinstance(part, int):
+            types += [0] * part
+            ids += [-1] * part
+            continue
+        frames, height, width = part
+        (videos if frames > 1 else images).append([frames, 2 * height, 2 * width])
+        types += [2 if frames > 1 else 1] * (frames * height * width)
+        ids += [count] * (frames * height * width)
+        count += 1
+    return torch.tensor(types), torch.tensor(ids), images, videos
+
+
+@pytest.fixture(scope="module")
+def host_positions():
+    """The host model's own M-RoPE positions of a prompt, [3, N]."""
+    text = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 0, "num_attention_heads": 1}
+    vision = {"depth": 0, "hidden_size": 8, "out_hidden_size": 8, "num_heads": 1, "tokens_per_second": 2}
+    text |= {"num_key_value_heads": 1, "vocab_size": 8}
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+    host = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)).model
+
+    def positions(*parts):
+        types, _, images, videos = prompt(*parts)
+        grids = {"image_grid_thw": images, "video_grid_thw": videos}
+        grids = {name: torch.tensor(grid) if grid else None for name, grid in grids.items()}
+        return host.get_rope_index(torch.zeros_like(types)[None], types[None], **grids)[0][:, 0].double()
+
+    return positions
+
+
+PROMPTS = [
+    (5, (1, 4, 6), 3),
+    ((1, 3, 3), 2),
+    (2, (1, 2, 8), 1, (1, 5, 1), 4, (1, 3, 3)),
+    (3, (6, 2, 2), 2, (1, 4, 4), 2),
+    (7,),
+]
+
+
+@pytest.mark.parametrize("parts", PROMPTS)
+def test_mrope_delta_one_is_the_host(parts, host_positions):
+    host, (types, ids, *_) = host_positions(*parts), prompt(*parts)
+    assert torch.equal(v2pe_mrope_positions(host, types > 0, ids, 1), host)
+
+
+@pytest.mark.parametrize("delta", [1 / 2, 1 / 16, 1 / 256])
+@pytest.mark.parametrize("parts", PROMPTS)
+def test_mrope_scales_images_and_closes_up(parts, delta, host_positions):
+    host, (types, ids, *_) = host_positions(*parts), prompt(*parts)
+    found = v2pe_mrope_positions(host, types > 0, ids, delta)
+    at, place = 0, 0
+    for part in parts:
+        count = part if isinstance(part, int) else math.prod(part)
+        mine, theirs = found[:, place : place + count], host[:, place : place + count]
+        if isinstance(part, int):
+            assert torch.equal(mine, (at + torch.arange(count).double()).expand(3, -1))
+            at += part
+        else:
+            torch.testing.assert_close(mine, at + delta * (theirs - theirs.min()), rtol=0, atol=0)
+            at += math.ceil(delta * (max(part[1:]) - 1)) + 1
+        place += count
+
+
+def test_frames_with_ids_of_their_own_stay_together(host_positions):
+    parts = (3, (6, 2, 2), 2)
+    host, (types, ids, *_) = host_positions(*parts), prompt(*parts)
+    frames = torch.where(types > 0, (torch.arange(len(ids)) - 3) // 4, -1)
+    whole = v2pe_mrope_positions(host, types > 0, ids, 1 / 16)
+    assert torch.equal(v2pe_mrope_positions(host, types > 0, frames, 1 / 16), whole)
+    assert torch.equal(v2pe_mrope_positions(host, types > 0, frames, 1), host)
+
+
+def test_mrope_of_nothing():
+    empty = torch.zeros(0)
+    assert v2pe_mrope_positions(torch.zeros(3, 0), empty.bool(), empty.long(), 0.5).shape == (3, 0)
