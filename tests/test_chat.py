@@ -1,0 +1,111 @@
+"""Turns over one cache: with everything off they equal one prompt with the whole history, token for token."""
+
+import pytest
+import torch
+
+from mminfer import V2PE, AIMMerge, Engine, InferenceConfig, InputError, LookM, nano
+
+QUESTION = "Which image shows a blue 1?"
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return Engine.from_pretrained("nano")
+
+
+@pytest.fixture(scope="module")
+def content():
+    return nano.sample_messages()[0]["content"][:-1]
+
+
+def with_config(engine, config):
+    return Engine(engine.model, engine.processor, config)
+
+
+def test_turns_equal_one_prompt(engine, content):
+    """Two turns, the second with a picture of its own."""
+    more = [{"type": "text", "text": "Image BD:"}, content[2], {"type": "text", "text": "What digit is in image BD?"}]
+    chat = engine.chat(output_logits=True)
+    first = chat.send([*content, {"type": "text", "text": QUESTION}])
+    second = chat.send(more)
+    history = [
+        {"role": "user", "content": [*content, {"type": "text", "text": QUESTION}]},
+        {"role": "assistant", "content": first.text},
+        {"role": "user", "content": more},
+    ]
+    whole = engine.generate(history, output_logits=True)
+    assert whole.token_ids == second.token_ids
+    torch.testing.assert_close(whole.logits, second.logits, rtol=0, atol=1e-4)
+    assert chat.cache.lengths == [[whole.stats.prompt_tokens + len(whole.token_ids) - 1]] * 6
+
+
+@pytest.mark.parametrize("cut", [1, 2, 5, 12])
+def test_reading_in_pieces_equals_one_prompt(engine, content, cut):
+    chat = engine.chat(output_logits=True)
+    chat.read(content[:cut])
+    chat.read(content[cut:])
+    pieces = chat.send(QUESTION)
+    whole = engine.generate([*content, {"type": "text", "text": QUESTION}], output_logits=True)
+    assert pieces.token_ids == whole.token_ids
+    torch.testing.assert_close(pieces.logits, whole.logits, rtol=0, atol=1e-4)
+
+
+def test_reading_in_pieces_with_v2pe_and_merging_equals_one_prompt(engine, content):
+    engine = with_config(engine, InferenceConfig(V2PE(1 / 16), AIMMerge(0.5)))
+    chat = engine.chat(output_logits=True)
+    chat.read(content[:7])
+    chat.read(content[7:])
+    pieces = chat.send(QUESTION)
+    whole = engine.generate([*content, {"type": "text", "text": QUESTION}], output_logits=True)
+    torch.testing.assert_close(pieces.logits, whole.logits, rtol=0, atol=1e-4)
+
+
+def test_an_answer_that_was_cut_short_is_gone_on_from(engine, content):
+    """The last token of an answer has not been through the model when the next turn comes."""
+    chat = engine.chat()
+    cut = chat.send([*content, {"type": "text", "text": QUESTION}], max_new_tokens=1)
+    assert len(cut.token_ids) == 1
+    second = chat.send("What is the code of nest?", output_logits=True)
+    history = [
+        {"role": "user", "content": [*content, {"type": "text", "text": QUESTION}]},
+        {"role": "assistant", "content": cut.text},
+        {"role": "user", "content": "What is the code of nest?"},
+    ]
+    whole = engine.generate(history, output_logits=True)
+    assert second.text == whole.text == "66"
+    torch.testing.assert_close(second.logits, whole.logits, rtol=0, atol=1e-4)
+
+
+def test_forks_do_not_disturb_each_other(engine, content):
+    chat = with_config(engine, InferenceConfig(cache=LookM(0.4, 0.1, merge="average"))).chat()
+    chat.read(content)
+    held = chat.cache.nbytes
+    alone = chat.fork().send(QUESTION, output_logits=True)
+    other, one = chat.fork(), chat.fork()
+    other.send("What is the code of coin?")
+    again = one.send(QUESTION, output_logits=True)
+    assert torch.equal(alone.logits, again.logits)
+    assert chat.cache.nbytes == held
+
+
+def test_the_cache_stays_at_its_budget_over_turns(engine, content):
+    chat = with_config(engine, InferenceConfig(cache=LookM(budget=200))).chat()
+    sizes = []
+    for _ in range(4):
+        chat.read(content)
+        sizes.append(max(chat.cache.lengths)[0])
+    text = [576 - 512, 2 * 64, 3 * 64, 4 * 64]  # every text token stays
+    assert sizes[0] <= 200
+    assert all(size <= max(200, 100 + t) + 8 for size, t in zip(sizes, text, strict=True))
+
+
+def test_a_refused_turn_leaves_the_chat_as_it_was(engine, content):
+    chat = engine.chat()
+    chat.read(content)
+    with pytest.raises(InputError):
+        chat.read([{"type": "image", "image": "/nowhere.png"}])
+    with pytest.raises(InputError):
+        chat.send([{"type": "picture"}])
+    with pytest.raises(ValueError):
+        chat.send(QUESTION, temperature=-1.0, do_sample=True)
+    assert chat.send(QUESTION).text == "WB"

@@ -1,0 +1,162 @@
+"""The engine's own door: batches, streams, figures, and errors before any forward pass."""
+
+import warnings
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor, GPT2Config, GPT2LMHeadModel
+
+from mminfer import AIMMerge, AIMPrune, ConfigError, Engine, InferenceConfig, InputError, LookM, OperatorSkip, UnsupportedModelError, V2PE, nano
+from mminfer.config import PRESETS
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return Engine.from_pretrained("nano")
+
+
+@pytest.fixture(scope="module")
+def chats():
+    return [
+        nano.sample_messages(),
+        nano.sample_messages("What is the code of nest?"),
+        [{"role": "user", "content": nano.sample_messages("What digit is in image MK?")[0]["content"][11:]}],
+        "What is the code of owl?",
+    ]
+
+
+def test_the_engine_equals_the_host(engine, chats):
+    model = AutoModelForImageTextToText.from_pretrained(nano.checkpoint_path(), dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(nano.checkpoint_path())
+    for chat, ours in zip(chats, engine.generate(chats, output_logits=True), strict=True):
+        inputs = dict(engine.prepare([chat]))
+        host = model.generate(**inputs, max_new_tokens=64, output_logits=True, return_dict_in_generate=True)
+        new = host.sequences[0, inputs["input_ids"].shape[1] :]
+        assert ours.token_ids == new.tolist()
+        assert ours.text == processor.decode(new, skip_special_tokens=True).strip()
+        torch.testing.assert_close(ours.logits, torch.cat(host.logits), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_batch_gives_each_chat_what_it_gets_alone(engine, chats, preset):
+    engine = Engine(engine.model, engine.processor, InferenceConfig.from_preset(preset))
+    together = engine.generate(chats, output_logits=True, max_new_tokens=4)
+    for chat, output in zip(chats, together, strict=True):
+        alone = engine.generate(chat, output_logits=True, max_new_tokens=4)
+        assert output.token_ids == alone.token_ids
+        torch.testing.assert_close(output.logits, alone.logits, rtol=0, atol=1e-4)
+        for name in ("prompt_tokens", "merged_tokens", "layer_rows", "layer_entries", "cache_bytes", "prompt_flops"):
+            assert getattr(output.stats, name) == getattr(alone.stats, name)
+
+
+def test_the_figures_are_those_of_the_run(engine):
+    config = InferenceConfig(merge=AIMMerge(0.25), prune=AIMPrune(3, 5), cache=LookM(budget=150))
+    output = Engine(engine.model, engine.processor, config).generate(nano.sample_messages())
+    stats = output.stats
+    assert (stats.prompt_tokens, stats.visual_tokens, stats.merged_tokens) == (576, 512, 192)
+    assert stats.layer_rows == (192, 192, 192, 192, 128, 64)
+    assert stats.layer_entries == (150, 150, 150, 150, 128, 64)
+    assert stats.cache_bytes == sum(stats.layer_entries) * 2 * 2 * 32 * 4
+    assert stats.full_cache_bytes == 6 * 576 * 2 * 2 * 32 * 4
+    assert 0 < stats.prompt_flops < 0.3 * stats.full_prompt_flops
+    assert 0 < stats.prompt_ms < stats.ttft_ms
+    assert stats.new_tokens == len(output.token_ids) == 2
+    assert stats.peak_bytes > 10_000_000
+    assert stats.backends["column_mass"] == stats.backends["best_match"] == "reference"
+
+
+def test_off_counts_the_full_models_flops(engine):
+    stats = engine.generate(nano.sample_messages()).stats
+    assert stats.prompt_flops == stats.full_prompt_flops
+    assert stats.cache_bytes == stats.full_cache_bytes
+
+
+def test_a_stream_gives_the_same_text(engine):
+    stream = engine.stream(nano.sample_messages())
+    assert "".join(stream).strip() == "WB"
+    assert stream.output.text == "WB"
+    assert list(stream) == []
+
+
+def test_a_stream_checks_the_request_at_once_and_hands_errors_on(engine):
+    with pytest.raises(InputError):
+        engine.stream([{"role": "user", "content": [{"type": "image", "image": "/nowhere.png"}]}])
+    with pytest.raises(InputError, match="one chat"):
+        engine.stream([["a"], ["b"]])
+    with pytest.raises(ValueError, match="temperature"):
+        list(engine.stream(nano.sample_messages(), do_sample=True, temperature=-1.0))
+    assert engine.generate(nano.sample_messages()).text == "WB"
+
+
+def test_a_stream_can_be_left(engine):
+    stream = engine.stream(nano.sample_messages(), max_new_tokens=5000, min_new_tokens=5000)
+    next(stream)
+    stream.close()
+    assert len(stream.output.token_ids) < 5000
+
+
+def test_several_samples_and_stop_strings(engine):
+    torch.manual_seed(0)
+    outputs = engine.generate(nano.sample_messages(), num_return_sequences=3, do_sample=True, max_new_tokens=2)
+    assert len(outputs) == 3
+    stopped = engine.generate(nano.sample_messages(), stop_strings=["WB"], max_new_tokens=10, min_new_tokens=5)
+    assert stopped.text == "WB"
+
+
+def test_other_families_are_refused_by_name():
+    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=10))
+    with pytest.raises(UnsupportedModelError, match=r"gpt2.*internvl, llava, llava_onevision, qwen2_5_vl"):
+        Engine(model, None)
+
+
+def test_loading_refuses_before_it_loads(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(UnsupportedModelError, match="internvl"):
+        Engine.from_pretrained(str(tmp_path))
+    with pytest.raises(InputError, match="no model"):
+        Engine.from_pretrained(str(tmp_path / "nothing"))
+    with pytest.raises(ConfigError, match="6 layers"):
+        Engine.from_pretrained("nano", InferenceConfig(prune=AIMPrune(start=4, end=9)))
+
+
+BAD_REQUESTS = {
+    "a placeholder in the text": "what is <IMG_CONTEXT> this",
+    "an image part without an image": [{"type": "image"}],
+    "a missing file": [{"type": "image", "image": "/nowhere.png"}],
+    "an empty prompt": "  ",
+    "an unknown part": [{"type": "sound", "sound": "x"}],
+    "a remote image": [{"type": "image", "url": "http://127.0.0.1:9/x.png"}],
+}
+
+
+@pytest.mark.parametrize("name", BAD_REQUESTS)
+def test_a_bad_request_is_refused_before_any_forward_pass_and_the_next_one_is_answered(engine, name):
+    calls = []
+    hook = engine.model.register_forward_pre_hook(lambda *a: calls.append(1))
+    tower = engine.model.base_model.vision_tower.register_forward_pre_hook(lambda *a: calls.append(1))
+    with pytest.raises(InputError):
+        engine.generate(BAD_REQUESTS[name])
+    hook.remove()
+    tower.remove()
+    assert not calls
+    assert engine.generate(nano.sample_messages()).text == "WB"
+
+
+def test_a_context_beyond_the_models_positions_warns_of_v2pe(engine):
+    engine.model.config.get_text_config().max_position_embeddings = 300
+    try:
+        with pytest.warns(UserWarning, match=r"576.*300.*V2PE"):
+            Engine(engine.model, engine.processor).generate(nano.sample_messages(), max_new_tokens=1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            near = Engine(engine.model, engine.processor, InferenceConfig(V2PE(1 / 16)))
+            near.generate(nano.sample_messages(), max_new_tokens=1)
+    finally:
+        engine.model.config.get_text_config().max_position_embeddings = 32768
+
+
+def test_all_techniques_together_still_find_the_needle(engine):
+    config = InferenceConfig(
+        V2PE(1 / 4), AIMMerge(0.5), AIMPrune(), OperatorSkip(ffn=[4, 5], attention=[5]), LookM(0.5, 0.2, merge="average")
+    )
+    assert Engine(engine.model, engine.processor, config).generate(nano.sample_messages()).text == "WB"
