@@ -199,7 +199,7 @@ def _as_messages(messages: Any) -> list[Message]:
 def _check_order(messages: Sequence[Message]) -> None:
     roles = [message["role"] for message in messages]
     if "system" in roles[1:]:
-        raise InputError(f"message {roles.index('system', 1)} is the system's: it may only come first")
+        raise InputError(f"message {roles.index('system', 1)} is the system's: wanted at most one, in front")
     if roles[-1] != "user":
         raise InputError(f"the last message is the {roles[-1]}'s: wanted the user's, to be answered")
 
@@ -214,7 +214,7 @@ def _load_part(
         if not isinstance(part.get("text"), str):
             raise InputError(f'{where}: "text" is {type(part.get("text")).__name__}: wanted a string')
         return [{"type": "text", "text": part["text"]}]
-    if kind not in SOURCE_KEYS:
+    if not isinstance(kind, str) or kind not in SOURCE_KEYS:
         found = f"a part of type {kind!r}" if isinstance(part, dict) else type(part).__name__
         raise InputError(f'{where}: {found}: wanted a string or a dict of type "text", "image" or "video"')
     source = _source(part, kind, where)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from mminfer.metrics.records import PromptRecord
 
@@ -50,3 +54,28 @@ def full_prompt_flops(spec: ModelSpec, prompt: Sequence[int], past: Sequence[int
 def decode_flops(spec: ModelSpec, entries: Sequence[int]) -> int:
     """One token of one sequence over a cache with so many entries a head in each layer."""
     return sum(layer_flops(spec, 1, 1, 1, n + 1) for n in entries) + head_flops(spec, 1)
+
+
+@contextmanager
+def measured_flops() -> Iterator[FlopCounterMode]:
+    """Counts matrix products as they run; causal attention by the pairs it looks at. Read `get_total_flops()`.
+
+    torch's counter sees no attention on the CPU at all, and causal attention elsewhere as if it were dense.
+    """
+    ops = (
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu,
+        torch.ops.aten._scaled_dot_product_flash_attention,
+        torch.ops.aten._scaled_dot_product_efficient_attention,
+    )
+    with FlopCounterMode(display=False, custom_mapping=dict.fromkeys(ops, _attention_flops)) as counter:
+        yield counter
+
+
+def _attention_flops(
+    q: Sequence[int], k: Sequence[int], v: Sequence[int], *args: object, is_causal: bool = False, **kwargs: object
+) -> int:
+    """Shapes [B, H, S, D], [B, G, T, D]; the arguments of the fused attention ops, whose causal flag is their bool."""
+    batch, heads, queries, size = q
+    causal = is_causal or any(x is True for x in args)
+    pairs = queries * (queries + 1) // 2 if causal else queries * k[2]
+    return 2 * batch * heads * pairs * (size + v[3])

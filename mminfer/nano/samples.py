@@ -49,7 +49,7 @@ def write_samples(folder: Path) -> None:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=samples_path(), help="folder to write to")
     write_samples(parser.parse_args().out)
 

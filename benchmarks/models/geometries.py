@@ -1,0 +1,55 @@
+"""Random models of real geometries, and prompts for them with their visual features ready made."""
+
+from typing import Any
+
+import torch
+from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration, Qwen2Config, SiglipVisionConfig
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from mminfer import Engine, nano
+from mminfer.nano.data import draw_images, sample_context, to_content
+
+TOKENS_PER_FRAME = 196
+
+
+def llava_onevision_05b() -> Any:
+    """The language model of LLaVA-OneVision-0.5B, weights random, behind a token tower: features come ready made."""
+    vision = SiglipVisionConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2, image_size=384, patch_size=14)  # fmt: skip
+    text = Qwen2Config(
+        hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
+        vocab_size=152_000, max_position_embeddings=32_768, rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    config = LlavaOnevisionConfig(
+        vision_config=vision, text_config=text, image_token_id=151_646, video_token_id=151_647, tie_word_embeddings=True
+    )
+    torch.manual_seed(0)
+    return LlavaOnevisionForConditionalGeneration._from_config(config, attn_implementation="sdpa").eval()
+
+
+def video_prompt(model: Any, frames: int, text_tokens: int = 100) -> dict[str, Any]:
+    """One video of so many frames of 196 tokens between two halves of random text; no newline token among them."""
+    generator = torch.Generator().manual_seed(0)
+    visual = frames * TOKENS_PER_FRAME + 1
+    text = torch.randint(0, 150_000, (1, text_tokens), generator=generator)
+    placeholders = torch.full((1, visual), model.config.video_token_id)
+    ids = torch.cat([text[:, : text_tokens // 2], placeholders, text[:, text_tokens // 2 :]], 1)
+    features = 0.02 * torch.randn(1, visual, model.config.get_text_config().hidden_size, generator=generator)
+    features[:, -1] = model.model.image_newline.detach()
+    encoded = {"video": BaseModelOutputWithPooling(pooler_output=features)}
+    return {"input_ids": ids, "mm_encoder_outputs": encoded, "logits_to_keep": 1, "use_cache": True}
+
+
+def nano_prompt(num_images: int) -> tuple[Any, dict[str, Any]]:
+    """The bundled model, and a context of so many pictures with a question; the vision tower has run already."""
+    import random
+
+    engine = Engine.from_pretrained("nano")
+    context = sample_context(random.Random(0), num_images)
+    content = to_content(context, draw_images(context, "test", 0))
+    inputs = engine.prepare([[*content, {"type": "text", "text": context.questions[0].text}]])
+    pixels = inputs.pop("pixel_values")
+    with torch.no_grad():
+        features = engine.model.model.get_image_features(pixel_values=pixels, return_dict=True)
+    encoded = {"image": BaseModelOutputWithPooling(pooler_output=features.pooler_output)}
+    return engine.model, {**inputs, "mm_encoder_outputs": encoded, "logits_to_keep": 1, "use_cache": True}
