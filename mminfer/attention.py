@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 NAME = "mminfer"
+BLOCK_ROWS = 512
 MASK_ELEMENTS = 1 << 24
 _lock, _users = Lock(), 0
 
@@ -63,7 +64,12 @@ def routed_attention(config: Any) -> Iterator[None]:
 
 
 def causal_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, query_index: Tensor | None = None, window: int | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    query_index: Tensor | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """softmax(q k^T * scale + causal) v of one sequence, never the whole score matrix.
 
@@ -83,7 +89,7 @@ def causal_attention(
         return F.scaled_dot_product_attention(q, k, v, scale=scale, is_causal=True, enable_gqa=True)
     if query_index is None:
         query_index = torch.arange(num_keys, device=q.device)
-    rows = max(1, MASK_ELEMENTS // num_keys)
+    rows = max(1, min(BLOCK_ROWS, MASK_ELEMENTS // num_keys))
     blocks = []
     for q_block, places in zip(q.split(rows, 2), query_index.split(rows), strict=True):
         last = int(places[-1]) + 1

@@ -31,9 +31,11 @@ class Chat:
         cache: the compressed cache of all turns so far.
     """
 
-    def __init__(self, engine: Engine, *, allow_remote: bool = False, num_frames: int = 8, **generation_kwargs: Any) -> None:
+    def __init__(
+        self, engine: Engine, *, allow_remote: bool = False, num_frames: int = 8, **generation_kwargs: Any
+    ) -> None:
         self._engine = engine
-        self._media = {"allow_remote": allow_remote, "num_frames": num_frames}
+        self._media: dict[str, Any] = {"allow_remote": allow_remote, "num_frames": num_frames}
         self._generation_kwargs = generation_kwargs
         self.cache = CompressedCache()
         self._messages: list[dict[str, Any]] = []
@@ -56,9 +58,7 @@ class Chat:
         with self._engine._lock, patched(self._engine.model, self._engine.config):
             ids = piece.pop("input_ids")
             piece.pop("attention_mask", None)
-            self._engine.model(
-                input_ids=ids, past_key_values=self.cache, logits_to_keep=1, use_cache=True, **piece
-            )
+            self._engine.model(input_ids=ids, past_key_values=self.cache, logits_to_keep=1, use_cache=True, **piece)
         self._commit(messages, rendered, new, [])
 
     def send(self, content: Any, max_new_tokens: int = 64, **generation_kwargs: Any) -> GenerationOutput:
@@ -91,7 +91,12 @@ class Chat:
         answered = len(output.token_ids)
         mark = _ANSWER.format(len(messages))
         messages.append({"role": "assistant", "content": [{"type": "text", "text": mark}]})
-        self._commit(messages, rendered + mark, new + output.token_ids[: answered - 1], output.token_ids[answered - 1 :])
+        self._commit(
+            messages,
+            rendered + mark,
+            new + output.token_ids[: answered - 1],
+            output.token_ids[answered - 1 :],
+        )
         return output
 
     def fork(self) -> Chat:
@@ -104,7 +109,9 @@ class Chat:
     def _with(self, content: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """The messages with this content in the user's open turn, and its parts, media loaded."""
         supports_video = self._engine.supports_video
-        checked = normalise_messages([{"role": "user", "content": content}], supports_video=supports_video, **self._media)
+        checked = normalise_messages(
+            [{"role": "user", "content": content}], supports_video=supports_video, **self._media
+        )
         parts = checked[0]["content"]
         bare = [p if p["type"] == "text" else {"type": p["type"]} for p in parts]
         messages = list(self._messages)
@@ -118,7 +125,10 @@ class Chat:
         if not open_turn:
             return self._template(messages, True)
         last = messages[-1]
-        marked = [*messages[:-1], {"role": "user", "content": [*last["content"], {"type": "text", "text": _OPEN}]}]
+        marked = [
+            *messages[:-1],
+            {"role": "user", "content": [*last["content"], {"type": "text", "text": _OPEN}]},
+        ]
         text, found, _ = self._template(marked, False).partition(_OPEN)
         if not found:
             raise InputError("the model's chat template drops text of an open turn: use send() instead of read()")
@@ -132,7 +142,9 @@ class Chat:
     def _piece(self, rendered: str, parts: list[dict[str, Any]]) -> tuple[dict[str, Any], list[int]]:
         """Model inputs for what the rendering adds, and its token ids, unread ones first."""
         if not rendered.startswith(self._rendered):
-            raise InputError("the model's chat template rewrites earlier turns: start a new chat with the whole history")
+            raise InputError(
+                "the model's chat template rewrites earlier turns: start a new chat with the whole history"
+            )
         engine = self._engine
         piece = build_piece(
             engine.processor,

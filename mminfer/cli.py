@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.console import Console
@@ -17,8 +17,14 @@ from rich.table import Table
 
 from mminfer.errors import InputError, MminferError
 
+if TYPE_CHECKING:
+    from mminfer.engine import Engine
+    from mminfer.request import GenerationOutput
+
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, help="Vision-language models over long contexts, at a fraction of the compute."
+    add_completion=False,
+    no_args_is_help=True,
+    help="Vision-language models over long contexts, at a fraction of the compute.",
 )
 _out, _err = Console(), Console(stderr=True)
 
@@ -41,12 +47,20 @@ def _told_plainly(command: Callable[..., None]) -> Callable[..., None]:
 @app.command()
 @_told_plainly
 def generate(
-    prompt: Annotated[str | None, typer.Option(help="The question. Default: the one that comes with the bundled images.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="The question. Default: the one that comes with the bundled images.")
+    ] = None,
     model: Annotated[str, typer.Option(help="Checkpoint folder or hub name; 'nano' is the bundled model.")] = "nano",
-    image: Annotated[list[str] | None, typer.Option(help="An image file; repeat for more. Default with nano: the bundled ones.")] = None,
+    image: Annotated[
+        list[str] | None,
+        typer.Option(help="An image file; repeat for more. Default with nano: the bundled ones."),
+    ] = None,
     video: Annotated[list[str] | None, typer.Option(help="A video file; repeat for more.")] = None,
     preset: Annotated[str, typer.Option(help="What to do to the request; 'mminfer doctor' lists all.")] = "balanced",
-    config: Annotated[Path | None, typer.Option(help="A JSON file written by InferenceConfig.to_json(), instead of a preset.")] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="A JSON file written by InferenceConfig.to_json(), instead of a preset."),
+    ] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Run the uncompressed model beside it.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 64,
@@ -61,18 +75,27 @@ def generate(
     from mminfer.engine import Engine  # the heavy imports come after the cheap checks
 
     engine = Engine.from_pretrained(model, settings, device, dtype)
-    kwargs: dict[str, Any] = {"max_new_tokens": max_new_tokens, "num_frames": num_frames, "allow_remote": allow_remote}
+    kwargs: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "num_frames": num_frames,
+        "allow_remote": allow_remote,
+    }
     kwargs["output_logits"] = compare
     if compare:  # the first call of a process pays for what both runs share
         full_engine = Engine(engine.model, engine.processor)
         full_engine.generate(messages, **{**kwargs, "max_new_tokens": 1})
-        full = full_engine.generate(messages, **kwargs)
-    output = engine.generate(messages, **kwargs)
-    report: dict[str, Any] = {"model": model, "config": settings.to_dict(), "text": output.text, "stats": output.stats.to_dict()}
+        full = _answer(full_engine, messages, kwargs)
+    output = _answer(engine, messages, kwargs)
+    report: dict[str, Any] = {
+        "model": model,
+        "config": settings.to_dict(),
+        "text": output.text,
+        "stats": output.stats.to_dict(),
+    }
     if compare:
         from mminfer.metrics.fidelity import kl_divergence
 
-        kl = kl_divergence(full.logits[0], output.logits[0]).item()
+        kl = kl_divergence(full.logits[0], output.logits[0]).item()  # type: ignore[index]
         report |= {"uncompressed": {"text": full.text, "stats": full.stats.to_dict()}, "first_token_kl": kl}
     if as_json:
         sys.stdout.write(json.dumps(report) + "\n")
@@ -116,6 +139,11 @@ def doctor() -> None:
     _out.print(table)
 
 
+def _answer(engine: Engine, messages: list[dict[str, Any]], kwargs: dict[str, Any]) -> GenerationOutput:
+    (output,) = cast("list[GenerationOutput]", engine.generate([messages], **kwargs))
+    return output
+
+
 def _settings(preset: str, config: Path | None) -> Any:
     from mminfer.config import InferenceConfig
 
@@ -134,7 +162,9 @@ def _messages(model: str, prompt: str | None, images: list[str], videos: list[st
         return nano.sample_messages(prompt)
     if prompt is None or not prompt.strip():
         raise InputError("no question: pass --prompt TEXT")
-    media = [{"type": "image", "image": path} for path in images] + [{"type": "video", "video": path} for path in videos]
+    media = [{"type": "image", "image": path} for path in images] + [
+        {"type": "video", "video": path} for path in videos
+    ]
     return [{"role": "user", "content": [*media, {"type": "text", "text": prompt}]}]
 
 

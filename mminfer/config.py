@@ -106,7 +106,8 @@ class InferenceConfig:
         stages = {s.value for s in Stage}
         if not isinstance(data, dict) or set(data) - stages:
             raise ConfigError(f"config {data!r}: wanted an object with the keys {', '.join(sorted(stages))}")
-        return cls(**{stage: _from_data(stage, value) for stage, value in data.items()})
+        techniques: dict[str, Any] = {stage: _from_data(stage, value) for stage, value in data.items()}
+        return cls(**techniques)
 
     @classmethod
     def from_json(cls, text: str) -> InferenceConfig:
@@ -153,6 +154,8 @@ PRESETS: dict[str, InferenceConfig] = {
     "lookm-20": InferenceConfig(cache=LookM(important_ratio=0.1, recent_ratio=0.1)),
     "lookm-5": InferenceConfig(cache=LookM(important_ratio=0.025, recent_ratio=0.025)),
     "balanced": InferenceConfig(merge=AIMMerge(ratio=0.25), skip=OperatorSkip(ffn=LayerRange(start=0.5))),
-    "fast": InferenceConfig(merge=AIMMerge(ratio=0.25), prune=_AIM_PRUNE, skip=OperatorSkip(ffn=LayerRange(start=0.25))),
+    "fast": InferenceConfig(
+        merge=AIMMerge(ratio=0.25), prune=_AIM_PRUNE, skip=OperatorSkip(ffn=LayerRange(start=0.25))
+    ),
     "skip-ffn": InferenceConfig(skip=OperatorSkip(ffn=LayerRange(start=0.125, interval=2))),
 }

@@ -16,7 +16,9 @@ from mminfer.prefill import fractional
 
 
 @torch.no_grad()
-def decode_step(adapter: ModelAdapter, config: InferenceConfig, hidden_states: Tensor, cache: CompressedCache) -> Tensor:
+def decode_step(
+    adapter: ModelAdapter, config: InferenceConfig, hidden_states: Tensor, cache: CompressedCache
+) -> Tensor:
     """Runs one new token of each sequence; if anything raises, the cache is as it was.
 
     Args:

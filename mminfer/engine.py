@@ -81,9 +81,9 @@ class Engine:
         if dtype is None:
             dtype = torch.float32 if device.type == "cpu" else "auto"
         placed = "device_map" in hf_kwargs
-        model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, use_safetensors=True, **hf_kwargs)
+        model: Any = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, use_safetensors=True, **hf_kwargs)
         processor = AutoProcessor.from_pretrained(path, **shared)
-        return cls(model if placed else model.to(device), processor, config)
+        return cls(model if placed else model.to(device=device), processor, config)
 
     @property
     def device(self) -> torch.device:
@@ -172,7 +172,13 @@ class Engine:
         return [self._output(handle, row, ids, times, logits, generation_kwargs) for row, ids in enumerate(new)]
 
     def _times(
-        self, handle: PatchHandle, start: float, end: float, new: int, peak_bytes: int, backends: dict[str, str]
+        self,
+        handle: PatchHandle,
+        start: float,
+        end: float,
+        new: int,
+        peak_bytes: int,
+        backends: dict[str, str],
     ) -> CallTimes:
         first = handle.first_token_at
         tpot = 1e3 * (end - first) / (new - 1) if new > 1 else None

@@ -69,6 +69,11 @@ class TokenLayout:
         return tuple(torch.bincount(self.sequence[self.is_visual], minlength=self.num_sequences).tolist())
 
     @cached_property
+    def image_lengths(self) -> tuple[int, ...]:
+        """Tokens of each image or frame that stand for patches."""
+        return tuple(torch.bincount(self.image_id[self.is_visual & (self.size > 0)]).tolist())
+
+    @cached_property
     def spans(self) -> tuple[tuple[int, int], ...]:
         """First row and one past the last row of each sequence (the pairs of `cu_seqlens`)."""
         ends = torch.tensor(self.lengths).cumsum(0).tolist()

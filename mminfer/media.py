@@ -63,9 +63,7 @@ def load_image(source: Any, *, allow_remote: bool = False) -> Image.Image:
         return _to_rgb(image, name)
 
 
-def load_video(
-    source: Any, *, num_frames: int = 8, fps: float | None = None, allow_remote: bool = False
-) -> np.ndarray:
+def load_video(source: Any, *, num_frames: int = 8, fps: float | None = None, allow_remote: bool = False) -> np.ndarray:
     """The frames of `read_video`, without their times."""
     return read_video(source, num_frames=num_frames, fps=fps, allow_remote=allow_remote)[0]
 
@@ -133,9 +131,7 @@ def _given_frames(source: Any, allow_remote: bool) -> np.ndarray:
         return _check_pixels(source, "video", ("F", "H", "W", 3))
     if not isinstance(source, (list, tuple)) or not source:
         found = "an empty list" if isinstance(source, (list, tuple)) else type(source).__name__
-        raise InputError(
-            f"the given video is {found}: wanted a path, uint8 frames [F, H, W, 3] or a list of images"
-        )
+        raise InputError(f"the given video is {found}: wanted a path, uint8 frames [F, H, W, 3] or a list of images")
     images = [load_image(frame, allow_remote=allow_remote) for frame in source]
     sizes = {image.size for image in images}
     if len(sizes) > 1:
@@ -160,9 +156,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         raise _damaged(name, error) from error
 
 
-def _sample_file(
-    file: IO[bytes], name: str, num_frames: int, fps: float | None
-) -> tuple[np.ndarray, dict[str, Any]]:
+def _sample_file(file: IO[bytes], name: str, num_frames: int, fps: float | None) -> tuple[np.ndarray, dict[str, Any]]:
     try:
         import av
     except ImportError as error:

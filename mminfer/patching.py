@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -43,7 +43,7 @@ class PatchHandle:
         step_ms: duration of each decoding step since then.
     """
 
-    def __init__(self, model: nn.Module, config: InferenceConfig) -> None:
+    def __init__(self, model: Any, config: InferenceConfig) -> None:
         if isinstance(getattr(model.__dict__.get("forward"), "mminfer_handle", None), PatchHandle):
             raise ConfigError("the model is patched already: call undo() on that patch first")
         self.model, self.config = model, config
@@ -63,7 +63,7 @@ class PatchHandle:
             bound = signature.bind(*args, **kwargs).arguments
             return self._forward({**bound.pop("kwargs", {}), **bound})
 
-        forward.mminfer_handle = self  # type: ignore[attr-defined]
+        vars(forward)["mminfer_handle"] = self
         model.forward = forward
 
     def undo(self) -> None:
@@ -90,13 +90,13 @@ class PatchHandle:
             self.prompt_ms.append(1e3 * (self.first_token_at - start))
             self.step_ms.clear()
         past = None if inputs.get("use_cache") is False else cache
-        output = CausalLMOutputWithPast(logits=logits, past_key_values=past)  # type: ignore[arg-type]
+        output = CausalLMOutputWithPast(logits=logits, past_key_values=past)
         return output.to_tuple() if inputs.get("return_dict") is False else output
 
     def _step(self, inputs: dict[str, Any], cache: CompressedCache) -> Tensor:
         embeds = inputs.get("inputs_embeds")
         if embeds is None:
-            embeds = self.model.get_input_embeddings()(inputs["input_ids"])  # type: ignore[operator]
+            embeds = self.model.get_input_embeddings()(inputs["input_ids"])
         return self.adapter.logits(decode_step(self.adapter, self.config, embeds, cache))
 
     def _prompt(self, inputs: dict[str, Any], cache: CompressedCache) -> Tensor:
@@ -118,7 +118,16 @@ class PatchHandle:
         padded = hidden.new_zeros(*shape, hidden.shape[-1])
         padded[mask.to(hidden.device)] = hidden
         keep = inputs.get("logits_to_keep", 0)
-        return self.adapter.logits(padded[:, slice(-keep, None) if isinstance(keep, int) and keep else slice(None) if isinstance(keep, int) else keep])
+        return self.adapter.logits(
+            padded[
+                :,
+                slice(-keep, None)
+                if isinstance(keep, int) and keep
+                else slice(None)
+                if isinstance(keep, int)
+                else keep,
+            ]
+        )
 
 
 def _cache_of(inputs: dict[str, Any]) -> CompressedCache:
@@ -127,7 +136,9 @@ def _cache_of(inputs: dict[str, Any]) -> CompressedCache:
     if isinstance(cache, CompressedCache):
         return cache
     if isinstance(cache, Cache) and getattr(cache, "is_compileable", False):
-        raise InputError(f"{type(cache).__name__}: a static cache cannot shrink; leave cache_implementation at its default")
+        raise InputError(
+            f"{type(cache).__name__}: a static cache cannot shrink; leave cache_implementation at its default"
+        )
     if cache is not None and cache.get_seq_length() > 0:
         raise InputError(
             f"past_key_values is a {type(cache).__name__} filled by the unpatched model: start from an empty cache, or "
@@ -143,11 +154,11 @@ def _is_step(inputs: dict[str, Any]) -> bool:
     return like.shape[1] == 1 and not any(x is not None and (isinstance(x, Tensor) or len(x) > 0) for x in seen)
 
 
-def patch(model: nn.Module, config: InferenceConfig) -> PatchHandle:
+def patch(model: Any, config: InferenceConfig) -> PatchHandle:
     """Makes a loaded Hugging Face vision-language model run with these techniques, in its own `generate`.
 
-    `forward` of the instance is replaced, nothing else: no class, no weight, no global table. When rows leave the prompt
-    (merging, pruning), `forward` returns logits of the last position only, as `generate` asks for.
+    `forward` of the instance is replaced, nothing else: no class, no weight, no global table. When rows leave the
+    prompt (merging, pruning), `forward` returns logits of the last position only, as `generate` asks for.
 
     Args:
         model: a `...ForConditionalGeneration` of a supported family.
@@ -164,7 +175,7 @@ def patch(model: nn.Module, config: InferenceConfig) -> PatchHandle:
 
 
 @contextmanager
-def patched(model: nn.Module, config: InferenceConfig) -> Iterator[PatchHandle]:
+def patched(model: Any, config: InferenceConfig) -> Iterator[PatchHandle]:
     """`patch` for the time of a `with` block."""
     handle = patch(model, config)
     try:

@@ -50,16 +50,20 @@ class LayerAttention:
         self.prune = config.prune if prunes else None
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
-        out = torch.zeros_like(q) if self.queries is not None else None
-        parts = []
+        # Rows before heads in memory, as the host reads it next.
+        out = q.new_empty(1, q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)
         for sequence, (start, stop) in enumerate(self.layout.spans):
             rows = self._query_rows(start, stop)
             q_rows = q[:, :, start:stop] if rows is None else q[:, :, rows]
             part = self._sequence(sequence, q_rows, k[:, :, start:stop], v[:, :, start:stop], rows, scale, window)
-            parts.append(part)
-            if out is not None:
+            if rows is not None:
+                out[:, :, start:stop] = 0
                 out[:, :, rows] = part
-        return torch.cat(parts, 2) if out is None else out
+            elif part.shape == out.shape:
+                return part
+            else:
+                out[:, :, start:stop] = part
+        return out
 
     def _query_rows(self, start: int, stop: int) -> Tensor | None:
         if self.queries is None:
@@ -67,7 +71,14 @@ class LayerAttention:
         return self.queries[(self.queries >= start) & (self.queries < stop)]
 
     def _sequence(
-        self, sequence: int, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None, scale: float, window: int | None
+        self,
+        sequence: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rows: Tensor | None,
+        scale: float,
+        window: int | None,
     ) -> Tensor:
         start, stop = self.layout.spans[sequence]
         is_visual = self.layout.is_visual[start:stop]
@@ -82,7 +93,7 @@ class LayerAttention:
         elif num_past:
             places = torch.arange(num_past, len(entries), device=q.device)
         out = causal_attention(q, entries.keys, entries.values, scale, places, window)
-        self._count(len(entries), places, window)
+        self._count(len(entries), q.shape[2], places, window)
         if self.prune is not None:
             depth = self.adapter.spec.num_layers
             kept = self.prune.apply(
@@ -98,12 +109,13 @@ class LayerAttention:
         heads = k.shape[:3]
         return CacheEntries(k, v, is_visual.expand(heads), k.new_zeros(heads, dtype=torch.float32))
 
-    def _count(self, num_keys: int, places: Tensor | None, window: int | None) -> None:
-        if places is None:
-            places = torch.arange(num_keys)
-        seen = places + 1 if window is None else (places + 1).clamp_max(window)
-        self.num_queries.append(len(places))
-        self.pairs.append(int(seen.sum()))
+    def _count(self, num_keys: int, num_queries: int, places: Tensor | None, window: int | None) -> None:
+        self.num_queries.append(num_queries)
+        if places is None and window is None:
+            self.pairs.append(num_keys * (num_keys + 1) // 2)
+            return
+        seen = (torch.arange(num_keys) if places is None else places) + 1
+        self.pairs.append(int((seen if window is None else seen.clamp_max(window)).sum()))
 
     def _compress(
         self, sequence: int, q: Tensor, entries: CacheEntries, places: Tensor | None, scale: float
@@ -121,7 +133,11 @@ class LayerAttention:
     def record(self, ffn: Tensor | None) -> LayerRecord:
         """What the layer did; ffn: [K] packed rows that went through its FFN, None: all."""
         lengths, spec = self.layout.lengths, self.adapter.spec
-        ffn_rows = lengths if ffn is None else tuple(torch.bincount(self.layout.sequence[ffn], minlength=len(lengths)).tolist())
+        ffn_rows = (
+            lengths
+            if ffn is None
+            else tuple(torch.bincount(self.layout.sequence[ffn], minlength=len(lengths)).tolist())
+        )
         overhead = sum(t.cost(spec, self.pairs) for t in (self.config.cache, self.prune) if t is not None)
         entries = tuple(len(e) for e in self.entries)
         return LayerRecord(lengths, tuple(self.num_queries), ffn_rows, tuple(self.pairs), entries, overhead)
@@ -161,8 +177,8 @@ def prompt_pass(
     record = PromptRecord(earlier, layout.lengths, layout.visual_lengths)
     _warn_beyond(adapter.spec, config, next_position)
     if config.merge is not None:
+        record.merge_flops = config.merge.cost(adapter.spec, layout.image_lengths)
         inputs_embeds, layout = config.merge.apply(inputs_embeds, layout)
-        record.merge_flops = config.merge.cost(adapter.spec, record.visual)
     record.merged = layout.lengths
     origin = tuple(zip(layout.lengths, layout.visual_lengths, strict=True))
     hidden = inputs_embeds[None]
@@ -170,12 +186,20 @@ def prompt_pass(
     layers = []
     with routed_attention(adapter.text_config):
         for i, layer in enumerate(adapter.layers):
-            queries, ffn = (None, None) if config.skip is None else config.skip.apply(layout, i, adapter.spec.num_layers)
+            queries, ffn = (
+                (None, None) if config.skip is None else config.skip.apply(layout, i, adapter.spec.num_layers)
+            )
             attend = LayerAttention(adapter, config, layout, i, origin, queries, past[i] if past else None)
-            narrow = nullcontext() if config.skip is None else config.skip.narrow(layer, adapter.ffn_modules, queries, ffn)
+            narrow = (
+                nullcontext() if config.skip is None else config.skip.narrow(layer, adapter.ffn_modules, queries, ffn)
+            )
             with narrow:
                 hidden = layer(
-                    hidden, position_embeddings=(cos, sin), attention_mask=None, use_cache=False, attend=attend
+                    hidden,
+                    position_embeddings=(cos, sin),
+                    attention_mask=None,
+                    use_cache=False,
+                    attend=attend,
                 )
             layers.append(CompressedLayer(attend.entries, attend.seen, cache))
             record.layers.append(attend.record(ffn))
@@ -197,7 +221,9 @@ def _after(layout: TokenLayout, next_position: Tensor) -> TokenLayout:
     """The layout moved so that each sequence's first token stands at its next position."""
     first = layout.position[:, [start for start, _ in layout.spans]].amin(0)
     shift = next_position.to(first.device) - first
-    return replace(layout, position=layout.position + shift[layout.sequence], next_position=layout.next_position + shift)
+    return replace(
+        layout, position=layout.position + shift[layout.sequence], next_position=layout.next_position + shift
+    )
 
 
 def _warn_beyond(spec: ModelSpec, config: InferenceConfig, next_position: Tensor) -> None:
@@ -205,7 +231,7 @@ def _warn_beyond(spec: ModelSpec, config: InferenceConfig, next_position: Tensor
     if reached > spec.max_position_embeddings:
         way = "a smaller delta" if fractional(config) else "V2PE, for example positions=V2PE(delta=1/16),"
         warnings.warn(
-            f"the prompt reaches rotary position {reached:.0f}, but the model was made for {spec.max_position_embeddings}: "
-            f"answers may break down; {way} brings visual tokens closer together",
+            f"the prompt reaches rotary position {reached:.0f}, but the model was made for "
+            f"{spec.max_position_embeddings}: answers may break down; {way} brings visual tokens closer together",
             stacklevel=2,
         )

@@ -18,10 +18,25 @@ def stats_table(stats: GenerationStats) -> Table:
     table.add_row("prompt tokens", f"{full:,}", f"{full:,}", "")
     table.add_row("  visual", f"{stats.visual_tokens:,}", f"{stats.visual_tokens:,}", "")
     table.add_row("tokens after merging", f"{stats.merged_tokens:,}", f"{full:,}", _share(stats.merged_tokens, full))
-    table.add_row("rows per layer", _runs(stats.layer_rows), f"{full:,}", _share(sum(stats.layer_rows), full * len(stats.layer_rows)))
+    table.add_row(
+        "rows per layer",
+        _runs(stats.layer_rows),
+        f"{full:,}",
+        _share(sum(stats.layer_rows), full * len(stats.layer_rows)),
+    )
     table.add_row("cache entries per layer", _runs(stats.layer_entries), "", "")
-    table.add_row("cache", _bytes(stats.cache_bytes), _bytes(stats.full_cache_bytes), _share(stats.cache_bytes, stats.full_cache_bytes))
-    table.add_row("prompt FLOPs (language model)", _flops(stats.prompt_flops), _flops(stats.full_prompt_flops), _share(stats.prompt_flops, stats.full_prompt_flops))
+    table.add_row(
+        "cache",
+        _bytes(stats.cache_bytes),
+        _bytes(stats.full_cache_bytes),
+        _share(stats.cache_bytes, stats.full_cache_bytes),
+    )
+    table.add_row(
+        "prompt FLOPs (language model)",
+        _flops(stats.prompt_flops),
+        _flops(stats.full_prompt_flops),
+        _share(stats.prompt_flops, stats.full_prompt_flops),
+    )
     table.add_row("time to first token", f"{stats.ttft_ms:.1f} ms", "", "")
     table.add_row("  prompt pass", f"{stats.prompt_ms:.1f} ms", "", "")
     tpot = "-" if stats.tpot_ms is None else f"{stats.tpot_ms:.2f} ms"
@@ -34,7 +49,12 @@ def stats_table(stats: GenerationStats) -> Table:
 def comparison_table(compressed: GenerationStats, full: GenerationStats, kl: float) -> Table:
     """Two measured runs of the same request, side by side."""
     table = Table(title="compressed beside uncompressed, both measured", title_justify="left")
-    for column, justify in (("", "left"), ("compressed", "right"), ("uncompressed", "right"), ("ratio", "right")):
+    for column, justify in (
+        ("", "left"),
+        ("compressed", "right"),
+        ("uncompressed", "right"),
+        ("ratio", "right"),
+    ):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     rows: list[tuple[str, float, float, str]] = [
         ("prompt FLOPs (language model)", compressed.prompt_flops, full.prompt_flops, "flops"),

@@ -204,9 +204,7 @@ def _check_order(messages: Sequence[Message]) -> None:
         raise InputError(f"the last message is the {roles[-1]}'s: wanted the user's, to be answered")
 
 
-def _load_part(
-    part: Any, where: str, allow_remote: bool, num_frames: int, supports_video: bool
-) -> list[Part]:
+def _load_part(part: Any, where: str, allow_remote: bool, num_frames: int, supports_video: bool) -> list[Part]:
     if isinstance(part, str):
         return [{"type": "text", "text": part}]
     kind = part.get("type") if isinstance(part, dict) else None

@@ -59,7 +59,7 @@ class PositionTechnique(Technique):
 
 
 class MergeTechnique(Technique):
-    """Combines visual tokens before the language model; `cost` takes visual tokens a sequence."""
+    """Combines visual tokens before the language model; `cost` takes visual tokens an image."""
 
     stage = Stage.MERGE
 
@@ -129,7 +129,13 @@ class CacheTechnique(Technique):
 
     @abstractmethod
     def apply(
-        self, q: Tensor, entries: CacheEntries, seen: int, layer_idx: int, query_index: Tensor | None, scale: float
+        self,
+        q: Tensor,
+        entries: CacheEntries,
+        seen: int,
+        layer_idx: int,
+        query_index: Tensor | None,
+        scale: float,
     ) -> CacheEntries:
         """What one sequence keeps in one layer.
 

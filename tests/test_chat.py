@@ -24,7 +24,11 @@ def with_config(engine, config):
 
 def test_turns_equal_one_prompt(engine, content):
     """Two turns, the second with a picture of its own."""
-    more = [{"type": "text", "text": "Image BD:"}, content[2], {"type": "text", "text": "What digit is in image BD?"}]
+    more = [
+        {"type": "text", "text": "Image BD:"},
+        content[2],
+        {"type": "text", "text": "What digit is in image BD?"},
+    ]
     chat = engine.chat(output_logits=True)
     first = chat.send([*content, {"type": "text", "text": QUESTION}])
     second = chat.send(more)

@@ -6,7 +6,19 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, GPT2Config, GPT2LMHeadModel
 
-from mminfer import AIMMerge, AIMPrune, ConfigError, Engine, InferenceConfig, InputError, LookM, OperatorSkip, UnsupportedModelError, V2PE, nano
+from mminfer import (
+    V2PE,
+    AIMMerge,
+    AIMPrune,
+    ConfigError,
+    Engine,
+    InferenceConfig,
+    InputError,
+    LookM,
+    OperatorSkip,
+    UnsupportedModelError,
+    nano,
+)
 from mminfer.config import PRESETS
 
 
@@ -45,7 +57,14 @@ def test_a_batch_gives_each_chat_what_it_gets_alone(engine, chats, preset):
         alone = engine.generate(chat, output_logits=True, max_new_tokens=4)
         assert output.token_ids == alone.token_ids
         torch.testing.assert_close(output.logits, alone.logits, rtol=0, atol=1e-4)
-        for name in ("prompt_tokens", "merged_tokens", "layer_rows", "layer_entries", "cache_bytes", "prompt_flops"):
+        for name in (
+            "prompt_tokens",
+            "merged_tokens",
+            "layer_rows",
+            "layer_entries",
+            "cache_bytes",
+            "prompt_flops",
+        ):
             assert getattr(output.stats, name) == getattr(alone.stats, name)
 
 
@@ -157,6 +176,10 @@ def test_a_context_beyond_the_models_positions_warns_of_v2pe(engine):
 
 def test_all_techniques_together_still_find_the_needle(engine):
     config = InferenceConfig(
-        V2PE(1 / 4), AIMMerge(0.5), AIMPrune(), OperatorSkip(ffn=[4, 5], attention=[5]), LookM(0.5, 0.2, merge="average")
+        V2PE(1 / 4),
+        AIMMerge(0.5),
+        AIMPrune(),
+        OperatorSkip(ffn=[4, 5], attention=[5]),
+        LookM(0.5, 0.2, merge="average"),
     )
     assert Engine(engine.model, engine.processor, config).generate(nano.sample_messages()).text == "WB"

@@ -292,9 +292,7 @@ def test_given_frames(tmp_path):
         load_video(frames, fps=2)
 
 
-@pytest.mark.parametrize(
-    "source", [None, 3, [], np.zeros((2, 4, 4), np.uint8), np.zeros((0, 4, 4, 3), np.uint8)]
-)
+@pytest.mark.parametrize("source", [None, 3, [], np.zeros((2, 4, 4), np.uint8), np.zeros((0, 4, 4, 3), np.uint8)])
 def test_things_that_are_not_videos(source):
     with pytest.raises(InputError, match="wanted"):
         load_video(source)

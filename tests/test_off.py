@@ -7,7 +7,18 @@ import pytest
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from mminfer import V2PE, AIMMerge, AIMPrune, ConfigError, InferenceConfig, InputError, LookM, OperatorSkip, patch, patched
+from mminfer import (
+    V2PE,
+    AIMMerge,
+    AIMPrune,
+    ConfigError,
+    InferenceConfig,
+    InputError,
+    LookM,
+    OperatorSkip,
+    patch,
+    patched,
+)
 from tests.tiny import FAMILIES, IMAGE, VIDEO, tiny_inputs, tiny_model
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
@@ -106,7 +117,10 @@ def test_undo_leaves_no_trace(family):
     implementations = set(ALL_ATTENTION_FUNCTIONS)
     host = model.generate(**inputs, **GREEDY)
     deltas = getattr(base, "rope_deltas", None)
-    handle = patch(model, InferenceConfig(V2PE(0.25), AIMMerge(), AIMPrune(), OperatorSkip(ffn=[1], attention=[2]), LookM()))
+    handle = patch(
+        model,
+        InferenceConfig(V2PE(0.25), AIMMerge(), AIMPrune(), OperatorSkip(ffn=[1], attention=[2]), LookM()),
+    )
     model.generate(**inputs, **GREEDY)
     handle.undo()
     handle.undo()

@@ -27,8 +27,10 @@ def rows_seen(model):
     seen, handles = defaultdict(list), []
     for name, module in model.base_model.language_model.named_modules():
         if name.startswith("layers."):
+
             def look(_, args, kwargs, name=name):
                 seen[name].append((args[0] if args else kwargs["hidden_states"]).shape[1])
+
             handles.append(module.register_forward_pre_hook(look, with_kwargs=True))
     yield seen
     for handle in handles:
@@ -90,9 +92,11 @@ def test_skipping_equals_discarding():
     hidden[0, is_visual] = features.detach()
     cos_sin = model.base_model.language_model.rotary_emb(hidden, torch.arange(hidden.shape[1])[None])
     with torch.no_grad():
-        want = model.lm_head(model.base_model.language_model.norm(
-            reference_skip(model, hidden, cos_sin, is_visual, ffn=[0, 2], attention=[1, 2])
-        ))
+        want = model.lm_head(
+            model.base_model.language_model.norm(
+                reference_skip(model, hidden, cos_sin, is_visual, ffn=[0, 2], attention=[1, 2])
+            )
+        )
     with patched(model, InferenceConfig(skip=OperatorSkip(ffn=[0], attention=[1], block=[2]))):
         got = model(**inputs).logits
     torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
@@ -124,10 +128,18 @@ def test_cache_bytes_are_the_budget_and_the_text(family, important, recent):
     size = config.hidden_size // config.num_attention_heads
     assert cache.lengths == [[entries]] * LAYERS
     assert cache.nbytes == 2 * LAYERS * entries * config.num_key_value_heads * size * 4
-    assert cache.nbytes == sum(x.numel() * x.element_size() for layer in cache.layers for x in (layer.keys, layer.values))
+    assert cache.nbytes == sum(
+        x.numel() * x.element_size() for layer in cache.layers for x in (layer.keys, layer.values)
+    )
 
 
-@pytest.mark.parametrize("config", [EVERYTHING, *(InferenceConfig(**{n: getattr(EVERYTHING, n)}) for n in ("merge", "prune", "skip", "cache"))])
+@pytest.mark.parametrize(
+    "config",
+    [
+        EVERYTHING,
+        *(InferenceConfig(**{n: getattr(EVERYTHING, n)}) for n in ("merge", "prune", "skip", "cache")),
+    ],
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_batch_gives_what_each_chat_gives_alone(family, config):
     model = tiny_model(family)
@@ -151,7 +163,11 @@ def split(family, inputs, prompts):
     images = videos = 0
     for row, prompt in enumerate(prompts):
         mask = inputs["attention_mask"][row].bool()
-        one = {name: inputs[name][row : row + 1, mask] for name in ("input_ids", "attention_mask", "mm_token_type_ids") if name in inputs}
+        one = {
+            name: inputs[name][row : row + 1, mask]
+            for name in ("input_ids", "attention_mask", "mm_token_type_ids")
+            if name in inputs
+        }
         n, v = prompt.count(IMAGE), prompt.count(VIDEO)
         per_image = 96 if family == "qwen2_5_vl" else 1
         per_video = 64 if family == "qwen2_5_vl" else 1

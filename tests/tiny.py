@@ -37,13 +37,17 @@ VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "n
 
 def _internvl() -> InternVLForConditionalGeneration:
     vision = InternVLVisionConfig(**VISION, image_size=[32, 32], patch_size=[4, 4])
-    config = InternVLConfig(vision_config=vision, text_config=Qwen2Config(**TEXT), image_token_id=IMAGE_ID, downsample_ratio=0.5)
+    config = InternVLConfig(
+        vision_config=vision, text_config=Qwen2Config(**TEXT), image_token_id=IMAGE_ID, downsample_ratio=0.5
+    )
     return InternVLForConditionalGeneration(config)
 
 
 def _llava() -> LlavaForConditionalGeneration:
     vision = CLIPVisionConfig(**VISION, image_size=16, patch_size=4, projection_dim=32)
-    config = LlavaConfig(vision_config=vision, text_config=LlamaConfig(**TEXT), image_token_id=IMAGE_ID, image_seq_length=16)
+    config = LlavaConfig(
+        vision_config=vision, text_config=LlamaConfig(**TEXT), image_token_id=IMAGE_ID, image_seq_length=16
+    )
     return LlavaForConditionalGeneration(config)
 
 
@@ -61,7 +65,10 @@ def _qwen2_5_vl() -> Qwen2_5_VLForConditionalGeneration:
         "depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64, "patch_size": 4,
         "spatial_merge_size": 2, "window_size": 16, "fullatt_block_indexes": [1],
     }  # fmt: skip
-    text = {**TEXT, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}}
+    text = {
+        **TEXT,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
+    }
     config = Qwen2_5_VLConfig(
         vision_config=vision, text_config=text, image_token_id=IMAGE_ID, video_token_id=VIDEO_ID,
         vision_start_token_id=START_ID, vision_end_token_id=END_ID,
@@ -135,7 +142,10 @@ def _ids(spec: Family, family: str, prompt: list[int | str], generator: torch.Ge
 def _pixels(family: str, images: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
     if family == "qwen2_5_vl":
         grid = torch.tensor([[1, 8, 12]] * images)
-        return {"pixel_values": torch.randn(images * 96, 3 * 2 * 16, generator=generator), "image_grid_thw": grid}
+        return {
+            "pixel_values": torch.randn(images * 96, 3 * 2 * 16, generator=generator),
+            "image_grid_thw": grid,
+        }
     if family == "llava_onevision":
         pixels = torch.randn(images, 3, 3, 16, 16, generator=generator)
         return {"pixel_values": pixels, "image_sizes": torch.tensor([[16, 32]] * images)}
@@ -146,5 +156,8 @@ def _pixels(family: str, images: int, generator: torch.Generator) -> dict[str, t
 def _video_pixels(family: str, videos: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
     if family == "qwen2_5_vl":
         grid = torch.tensor([[2, 4, 8]] * videos)
-        return {"pixel_values_videos": torch.randn(videos * 64, 3 * 2 * 16, generator=generator), "video_grid_thw": grid}
+        return {
+            "pixel_values_videos": torch.randn(videos * 64, 3 * 2 * 16, generator=generator),
+            "video_grid_thw": grid,
+        }
     return {"pixel_values_videos": torch.randn(videos, 2, 3, 16, 16, generator=generator)}

@@ -3,10 +3,15 @@
 from typing import Any
 
 import torch
-from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration, Qwen2Config, SiglipVisionConfig
+from transformers import (
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    Qwen2Config,
+    SiglipVisionConfig,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from mminfer import Engine, nano
+from mminfer import Engine
 from mminfer.nano.data import draw_images, sample_context, to_content
 
 TOKENS_PER_FRAME = 196
@@ -14,14 +19,20 @@ TOKENS_PER_FRAME = 196
 
 def llava_onevision_05b() -> Any:
     """The language model of LLaVA-OneVision-0.5B, weights random, behind a token tower: features come ready made."""
-    vision = SiglipVisionConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2, image_size=384, patch_size=14)  # fmt: skip
+    vision = SiglipVisionConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2, image_size=384, patch_size=14
+    )  # fmt: skip
     text = Qwen2Config(
         hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
         vocab_size=152_000, max_position_embeddings=32_768, rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         tie_word_embeddings=True,
     )  # fmt: skip
     config = LlavaOnevisionConfig(
-        vision_config=vision, text_config=text, image_token_id=151_646, video_token_id=151_647, tie_word_embeddings=True
+        vision_config=vision,
+        text_config=text,
+        image_token_id=151_646,
+        video_token_id=151_647,
+        tie_word_embeddings=True,
     )
     torch.manual_seed(0)
     return LlavaOnevisionForConditionalGeneration._from_config(config, attn_implementation="sdpa").eval()

@@ -53,7 +53,8 @@ def measure(name: str, model: Any, inputs: dict[str, Any], repeats: int) -> list
         flops_ratio = flops["off"] / flops[run_name]
         speedup = times["off"]["median_ms"] / times[run_name]["median_ms"]
         rows.append({
-            "model": name, "tokens": inputs["input_ids"].shape[1], "setting": run_name, "gflops": round(flops[run_name] / 1e9, 2),
+            "model": name, "tokens": inputs["input_ids"].shape[1], "setting": run_name,
+            "gflops": round(flops[run_name] / 1e9, 2),
             **{key: round(value, 2) for key, value in times[run_name].items()}, "flops_ratio": round(flops_ratio, 3),
             "speedup": round(speedup, 3), "share_of_ratio": round(speedup / flops_ratio, 3), "repeats": repeats,
         })  # fmt: skip
@@ -63,7 +64,9 @@ def measure(name: str, model: Any, inputs: dict[str, Any], repeats: int) -> list
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--frames", type=int, default=16, help="frames of 196 tokens for LLaVA-OneVision-0.5B's geometry")
+    parser.add_argument(
+        "--frames", type=int, default=16, help="frames of 196 tokens for LLaVA-OneVision-0.5B's geometry"
+    )
     parser.add_argument("--images", type=int, default=32, help="pictures of 64 tokens for nano")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--models", nargs="+", default=["nano", "llava-onevision-0.5b"])

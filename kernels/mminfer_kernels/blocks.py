@@ -1,7 +1,8 @@
 """How many rows a blocked op handles at a time, so that its scratch stays small whatever the length."""
 
 SCRATCH_BYTES = 8 * 2**20  # measured on CPU: beyond the last-level cache a block costs more than it saves
-MAX_BLOCK_ROWS = 64  # no block of an N-row problem is ever close to N x N
+FEW_BLOCK_ROWS = 32  # with fewer, heads are better taken in turn
+MAX_BLOCK_ROWS = 128  # no block of an N-row problem is ever close to N x N
 
 
 def block_rows(bytes_per_row: int, rows: int) -> int:

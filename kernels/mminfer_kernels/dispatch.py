@@ -35,9 +35,7 @@ _passed_over: set[tuple[str, str]] = set()
 _recording: ContextVar[dict[str, str] | None] = ContextVar("mminfer_kernels_recording", default=None)
 
 
-def register(
-    op: str, backend: str, function: Callable[..., Any], supports: Callable[..., bool] | None = None
-) -> None:
+def register(op: str, backend: str, function: Callable[..., Any], supports: Callable[..., bool] | None = None) -> None:
     """Make `function` the `backend` implementation of `op`.
 
     Args:

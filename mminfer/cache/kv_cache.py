@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -33,24 +33,23 @@ class CacheEntries:
     def __len__(self) -> int:
         return self.keys.shape[2]
 
+    @classmethod
+    def of(cls, columns: Sequence[Tensor | None]) -> CacheEntries:
+        """From keys, values, is_visual and score in this order."""
+        keys, values, is_visual, score = columns
+        if keys is None or values is None:
+            raise ValueError("entries without keys or values")
+        return cls(keys, values, is_visual, score)
+
+    @property
+    def columns(self) -> list[Tensor | None]:
+        """Keys, values, is_visual and score."""
+        return [self.keys, self.values, self.is_visual, self.score]
+
     def extend(self, new: CacheEntries) -> CacheEntries:
         """These entries, then the new ones."""
-        pairs = ((getattr(self, name), getattr(new, name)) for name in self.__dataclass_fields__)
-        return CacheEntries(*(None if a is None or b is None else torch.cat([a, b], 2) for a, b in pairs))
-
-    def gather(self, index: Tensor) -> CacheEntries:
-        """The entries at `index` [1, G, K] of each head, keys and values included."""
-        rows = index[..., None].expand(*index.shape, self.keys.shape[-1])
-        return CacheEntries(
-            self.keys.gather(2, rows),
-            self.values.gather(2, rows),
-            None if self.is_visual is None else self.is_visual.gather(2, index),
-            None if self.score is None else self.score.gather(2, index),
-        )
-
-    def with_states(self, keys: Tensor, values: Tensor) -> CacheEntries:
-        """The same entries holding other keys and values."""
-        return replace(self, keys=keys, values=values)
+        pairs = zip(self.columns, new.columns, strict=True)
+        return CacheEntries.of([None if a is None or b is None else torch.cat([a, b], 2) for a, b in pairs])
 
 
 class CompressedLayer(CacheLayerMixin):
@@ -72,11 +71,11 @@ class CompressedLayer(CacheLayerMixin):
         self.starts = None
         if len(set(lengths)) > 1:
             self.starts = torch.tensor([self.end - n for n in lengths], device=entries[0].keys.device)
-        self._buffers = [self._pad([getattr(e, name) for e in entries]) for name in CacheEntries.__dataclass_fields__]
+        self._buffers = [self._pad(column) for column in zip(*(e.columns for e in entries), strict=True)]
         self.is_initialized = True
         self.dtype, self.device = entries[0].keys.dtype, entries[0].keys.device
 
-    def _pad(self, parts: list[Tensor | None]) -> Tensor | None:
+    def _pad(self, parts: Sequence[Tensor | None]) -> Tensor | None:
         """[1, G, S_b, ...] each -> [B, G, end, ...], right-aligned."""
         tensors = [p for p in parts if p is not None]
         if not tensors:
@@ -117,7 +116,9 @@ class CompressedLayer(CacheLayerMixin):
     def row(self, sequence: int) -> CacheEntries:
         """One sequence's entries, as views."""
         start = self.end - self.lengths[sequence]
-        return CacheEntries(*(None if x is None else x[sequence : sequence + 1, :, start : self.end] for x in self._buffers))
+        return CacheEntries.of(
+            [None if x is None else x[sequence : sequence + 1, :, start : self.end] for x in self._buffers]
+        )
 
     def stage(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Writes S new columns ([B, G, S, D]) behind the last; they count once the cache advances.
@@ -154,7 +155,9 @@ class CompressedLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: a layer is made by the prompt pass, whole."""
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         raise InputError(
             "this cache was compressed by mminfer and its rows have lengths of their own: go on with the patched "
             "model or the engine that made it"
@@ -183,15 +186,15 @@ class CompressedCache(Cache):
         next_position: [B] float64, where each sequence's next text token goes.
     """
 
+    layers: list[CompressedLayer]  # type: ignore[assignment]
+
     def __init__(self) -> None:
         super().__init__(layers=[])
         self.logical_length = 0
         self.tokens: tuple[int, ...] = ()
         self.next_position = torch.empty(0, dtype=torch.float64)
 
-    def commit(
-        self, layers: list[CompressedLayer], columns: int, tokens: Sequence[int], next_position: Tensor
-    ) -> None:
+    def commit(self, layers: list[CompressedLayer], columns: int, tokens: Sequence[int], next_position: Tensor) -> None:
         """Takes over what a whole pass made, at once: before this call nothing of the cache has changed."""
         self.layers = layers
         self.logical_length += columns
@@ -257,5 +260,4 @@ class CompressedCache(Cache):
 
 
 def _copy(entries: CacheEntries) -> CacheEntries:
-    fields = (getattr(entries, name) for name in entries.__dataclass_fields__)
-    return CacheEntries(*(None if x is None else x.clone() for x in fields))
+    return CacheEntries.of([None if x is None else x.clone() for x in entries.columns])

@@ -28,8 +28,8 @@ class LookM(CacheTechnique):
     The cache ends at `recent + max(important, text before the recent window)` entries a head.
 
     Args:
-        important_ratio: entries before the recent window, as a fraction of the tokens a layer took in, in (0, 1]; or one
-            for each layer.
+        important_ratio: entries before the recent window, as a fraction of the tokens a layer took in, in (0, 1];
+            or one for each layer.
         recent_ratio: entries at the end, likewise, in [0, 1].
         merge: "average", "weighted", "pivot", or "none" to evict only.
         text_prior: whether every text entry stays.
@@ -38,8 +38,9 @@ class LookM(CacheTechnique):
     Raises:
         ConfigError: a setting is out of range.
 
-    Reference: LOOK-M (arXiv 2406.18139) section 3; the paper's settings are 0.1 + 0.1 and, as the hard case, 0.025 + 0.025. With grouped
-        heads the scores of a group are summed, which is ours.
+    Reference:
+        LOOK-M (arXiv 2406.18139) section 3; the paper's settings are 0.1 + 0.1 and, as the hard case, 0.025 + 0.025.
+        With grouped heads the scores of a group are summed, which is ours.
     """
 
     important_ratio: float | tuple[float, ...] = 0.1
@@ -58,23 +59,29 @@ class LookM(CacheTechnique):
         if self.merge not in MERGES:
             raise ConfigError(f"LookM.merge={self.merge!r}, wanted one of {', '.join(MERGES)}")
         if self.budget is not None and (not isinstance(self.budget, int) or self.budget < 1):
-            raise ConfigError(f"LookM.budget={self.budget!r}, wanted a number of entries, 1 or more, or None for the ratios")
+            raise ConfigError(f"LookM.budget={self.budget!r}, wanted 1 or more entries, or None for the ratios")
 
     def check(self, spec: ModelSpec) -> None:
         for name in ("important_ratio", "recent_ratio"):
             value = getattr(self, name)
             if isinstance(value, tuple) and len(value) != spec.num_layers:
                 raise ConfigError(
-                    f"LookM.{name} has {len(value)} values for {spec.num_layers} layers: give one for each, or a single one"
+                    f"LookM.{name} has {len(value)} values for {spec.num_layers} layers: give one each, or a single one"
                 )
         if spec.sliding_layers:
             raise ConfigError(
-                f"LookM: layers {list(spec.sliding_layers)} attend within a sliding window, which eviction would stretch; "
-                "leave cache=None for this model"
+                f"LookM: layers {list(spec.sliding_layers)} attend within a sliding window, which eviction would "
+                "stretch; leave cache=None for this model"
             )
 
     def apply(
-        self, q: Tensor, entries: CacheEntries, seen: int, layer_idx: int, query_index: Tensor | None, scale: float
+        self,
+        q: Tensor,
+        entries: CacheEntries,
+        seen: int,
+        layer_idx: int,
+        query_index: Tensor | None,
+        scale: float,
     ) -> CacheEntries:
         important, recent = self.quota(seen, layer_idx)
         if important >= seen:
@@ -90,8 +97,10 @@ class LookM(CacheTechnique):
         return CacheEntries(keys, values, entries.is_visual.gather(2, kept), entries.score.gather(2, kept))
 
     def quota(self, seen: int, layer_idx: int) -> tuple[int, int]:
-        """Entries kept before the recent window, and in it, of so many tokens; all of them where the ratios add up to 1."""
-        important, recent = (x[layer_idx] if isinstance(x, tuple) else x for x in (self.important_ratio, self.recent_ratio))
+        """Entries kept before the recent window, and in it, of so many tokens; all where the ratios add up to 1."""
+        important, recent = (
+            x[layer_idx] if isinstance(x, tuple) else x for x in (self.important_ratio, self.recent_ratio)
+        )
         if self.budget is not None:
             if self.budget >= seen:
                 return seen, 0

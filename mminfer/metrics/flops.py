@@ -72,7 +72,12 @@ def measured_flops() -> Iterator[FlopCounterMode]:
 
 
 def _attention_flops(
-    q: Sequence[int], k: Sequence[int], v: Sequence[int], *args: object, is_causal: bool = False, **kwargs: object
+    q: Sequence[int],
+    k: Sequence[int],
+    v: Sequence[int],
+    *args: object,
+    is_causal: bool = False,
+    **kwargs: object,
 ) -> int:
     """Shapes [B, H, S, D], [B, G, T, D]; the arguments of the fused attention ops, whose causal flag is their bool."""
     batch, heads, queries, size = q

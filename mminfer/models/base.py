@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from mminfer_kernels import rotary_table
-from torch import Tensor, nn
+from torch import Tensor
 
 from mminfer.errors import InputError, UnsupportedModelError
 from mminfer.layout import Modality, TokenLayout
@@ -57,12 +57,12 @@ class ModelAdapter:
     # What the host keeps on the model between calls; an undone patch puts it back.
     host_state: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         self.model = model
-        self.base: nn.Module = model.base_model  # type: ignore[assignment]
-        self.language_model: nn.Module = getattr(self.base, self.language_model_name)
-        self.layers: nn.ModuleList = self.language_model.layers  # type: ignore[assignment]
-        self.text_config: Any = self.language_model.config
+        self.base: Any = model.base_model
+        self.language_model: Any = getattr(self.base, self.language_model_name)
+        self.layers: Sequence[Any] = self.language_model.layers
+        self.text_config: Any = self.layers[0].self_attn.config
         self.spec = self._spec()
 
     def _spec(self) -> ModelSpec:
@@ -73,7 +73,7 @@ class ModelAdapter:
         if other:
             raise UnsupportedModelError(f"layers of type {', '.join(other)} are not supported, only full attention")
         return ModelSpec(
-            family=self.model.config.model_type,  # type: ignore[union-attr]
+            family=self.model.config.model_type,
             num_layers=len(self.layers),
             hidden_size=config.hidden_size,
             num_attention_heads=config.num_attention_heads,
@@ -133,7 +133,7 @@ class ModelAdapter:
                 that nothing differs from the host by a bit.
         """
         if not precise:
-            return self.language_model.rotary_emb(hidden_states, self._host_axes(position))  # type: ignore[operator]
+            return self.language_model.rotary_emb(hidden_states, self._host_axes(position))
         rotary = self._current_rotary(hidden_states, position)
         return rotary_table(
             position if self.position_axes > 1 else position[0],
@@ -159,7 +159,7 @@ class ModelAdapter:
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """Final norm and head: [..., C] -> [..., vocabulary]."""
-        return self.model.lm_head(self.language_model.norm(hidden_states))  # type: ignore[operator]
+        return self.model.lm_head(self.language_model.norm(hidden_states))
 
     def embed(self, inputs: Mapping[str, Any]) -> tuple[Tensor, TokenLayout]:
         """The packed prompt: input embeddings [T, C] with visual features in place, and their layout.
@@ -173,7 +173,7 @@ class ModelAdapter:
             embeds, ids = inputs["inputs_embeds"][mask], None
         else:
             ids = inputs["input_ids"][mask]
-            embeds = self.model.get_input_embeddings()(ids)  # type: ignore[operator]
+            embeds = self.model.get_input_embeddings()(ids)
         modality = torch.zeros_like(sequence, dtype=torch.int8)
         image_id, size = torch.full_like(sequence, -1), torch.ones_like(sequence, dtype=torch.float32)
         num_units = 0
@@ -206,8 +206,8 @@ class ModelAdapter:
         rows = (ids == token).nonzero()[:, 0]
         if len(rows) != found:
             raise InputError(
-                f"the prompt holds {len(rows)} {name} placeholder tokens but its {name}s give {found} features: pass the "
-                f"{name}s of exactly the placeholders in the prompt, as the processor prepares them"
+                f"the prompt holds {len(rows)} {name} placeholder tokens but its {name}s give {found} features: "
+                f"pass the {name}s of exactly the placeholders in the prompt, as the processor prepares them"
             )
         return rows
 

@@ -18,7 +18,7 @@ class LlavaOnevisionAdapter(ModelAdapter):
     def split_units(self, modality: Modality, features: Any) -> list[VisualUnit]:
         if modality is Modality.IMAGE:
             return [VisualUnit(x, self._patches(x)) for x in features]
-        vision = self.model.config.vision_config  # type: ignore[union-attr]
+        vision = self.model.config.vision_config
         per_frame = math.ceil(vision.image_size // vision.patch_size / 2) ** 2
         units = []
         for video in features:  # [frames * per_frame + 1 newline, C]
@@ -28,5 +28,5 @@ class LlavaOnevisionAdapter(ModelAdapter):
         return units
 
     def _patches(self, features: Tensor) -> Tensor:
-        newline = self.base.image_newline.to(features)  # type: ignore[union-attr, operator]
-        return (features != newline).any(-1).float()
+        newline: Tensor = self.base.image_newline.to(features)
+        return features.ne(newline).any(-1).float()

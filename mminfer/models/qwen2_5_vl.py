@@ -29,7 +29,7 @@ class Qwen25VLAdapter(ModelAdapter):
             if types is None:
                 types = self._token_types(inputs["input_ids"])
             grids = {k: inputs.get(k) for k in ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")}
-            position_ids, _ = self.base.get_rope_index(  # type: ignore[operator]
+            position_ids, _ = self.base.get_rope_index(
                 inputs["input_ids"], mm_token_type_ids=types, attention_mask=mask.long(), **grids
             )
         if position_ids is None or position_ids.dim() == 2:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any
 
 from mminfer.errors import UnsupportedModelError
 from mminfer.models.base import ModelAdapter
@@ -30,7 +30,7 @@ def check_family(model_type: str | None) -> None:
         )
 
 
-def adapter_for(model: nn.Module) -> ModelAdapter:
+def adapter_for(model: Any) -> ModelAdapter:
     """The adapter of a loaded host model.
 
     Raises:
@@ -41,4 +41,4 @@ def adapter_for(model: nn.Module) -> ModelAdapter:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no language-model head: pass the ...ForConditionalGeneration model"
         )
-    return ADAPTERS[model.config.model_type](model)  # type: ignore[union-attr]
+    return ADAPTERS[model.config.model_type](model)

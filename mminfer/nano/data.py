@@ -181,9 +181,7 @@ def sample_context(
     return context
 
 
-def _choose_combos(
-    rng: random.Random, num_images: int, tasks: list[str]
-) -> tuple[list[int], list[int], list[int]]:
+def _choose_combos(rng: random.Random, num_images: int, tasks: list[str]) -> tuple[list[int], list[int], list[int]]:
     """Combos to show in random order, those among them that occur once, and some that do not occur."""
     combos = rng.sample(range(60), 60)
     num_unique = min(tasks.count("q1"), num_images)

@@ -192,9 +192,7 @@ def table(rows: list[Row]) -> str:
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, default=checkpoint_path())
     parser.add_argument("--images", type=int, nargs="+", default=[2, 4, 8, 12, 24, 48])
     parser.add_argument("--deltas", type=float, nargs="+", default=[1, 1 / 4, 1 / 16, 1 / 64])
@@ -213,9 +211,7 @@ def main() -> None:
     model = AutoModelForImageTextToText.from_pretrained(args.checkpoint, dtype=torch.float32).eval()
     rows: list[Row] = []
     for num_images in args.images:
-        new = evaluate(
-            model, processor, num_images, args.deltas, args.questions, args.split, args.seed, args.generate
-        )
+        new = evaluate(model, processor, num_images, args.deltas, args.questions, args.split, args.seed, args.generate)
         rows += new
         for row in new:
             print(json.dumps(row), flush=True)

@@ -44,17 +44,13 @@ def load_digit_split(split: str) -> tuple[torch.Tensor, torch.Tensor]:
         ) from error
 
     bunch = load_digits()
-    train, test = train_test_split(
-        np.arange(len(bunch.target)), test_size=0.2, random_state=0, stratify=bunch.target
-    )
+    train, test = train_test_split(np.arange(len(bunch.target)), test_size=0.2, random_state=0, stratify=bunch.target)
     index = {"train": train, "test": test}[split]
     images = torch.from_numpy(bunch.images[index]).float() / 16.0
     return images, torch.from_numpy(bunch.target[index]).long()
 
 
-def render(
-    digits: torch.Tensor, colours: torch.Tensor, split: str, generator: torch.Generator
-) -> torch.Tensor:
+def render(digits: torch.Tensor, colours: torch.Tensor, split: str, generator: torch.Generator) -> torch.Tensor:
     """Draw a batch of pictures.
 
     A random handwriting sample of each digit is scaled, rotated, sheared and placed at random, then painted

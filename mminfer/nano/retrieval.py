@@ -73,9 +73,7 @@ def _rotate_projector(projector: InternVLMultiModalProjector, class_vectors: tor
     return basis
 
 
-def _init_embedding(
-    embedding: torch.Tensor, tokenizer: PreTrainedTokenizerBase, classes: torch.Tensor
-) -> None:
+def _init_embedding(embedding: torch.Tensor, tokenizer: PreTrainedTokenizerBase, classes: torch.Tensor) -> None:
     embedding.zero_()
     embedding[:, NAME] = torch.randn(len(embedding), 76) * 0.3
     ids = [tokenizer(word).input_ids[0] for word in data.DIGIT_NAMES + data.COLOUR_NAMES]

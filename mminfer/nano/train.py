@@ -297,9 +297,7 @@ def answer_logits(
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=["vision", "lm", "joint"])
     parser.add_argument("--out", type=Path, default=Path("checkpoint"), help="folder of the checkpoint")
     parser.add_argument("--log", type=Path, default=Path("log.jsonl"))

@@ -76,9 +76,7 @@ class Alignment(Classifier):
         return self.scale * mean @ F.normalize(self.embedding.weight[self.ids], dim=1).T
 
 
-def random_pictures(
-    n: int, split: str, generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def random_pictures(n: int, split: str, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Pictures uint8 [n, 32, 32, 3], their digits and their colours."""
     digits = torch.randint(10, (n,), generator=generator)
     colours = torch.randint(6, (n,), generator=generator)

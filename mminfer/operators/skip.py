@@ -33,9 +33,10 @@ class OperatorSkip(SkipTechnique):
     Raises:
         ConfigError: a field is not a list of layer indices.
 
-    Reference: arXiv 2405.16700 section 4 and arXiv 2410.09454 (FFN); arXiv 2606.08511 (attention). The authors' prompt-only
-        mode adds the normalised hidden state in place of the operator's output; we leave the residual stream alone, as
-        the paper says.
+    Reference:
+        arXiv 2405.16700 section 4 and arXiv 2410.09454 (FFN); arXiv 2606.08511 (attention). The authors' prompt-only
+        mode adds the normalised hidden state in place of the operator's output; we leave the residual stream alone,
+        as the paper says.
     """
 
     ffn: Layers = ()

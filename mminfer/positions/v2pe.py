@@ -27,7 +27,8 @@ class V2PE(PositionTechnique):
     Raises:
         ConfigError: `delta` is out of range.
 
-    Reference: V2PE (arXiv 2412.09616) section 3; on M-RoPE models every axis is scaled, which is ours.
+    Reference:
+        V2PE (arXiv 2412.09616) section 3; on M-RoPE models every axis is scaled, which is ours.
     """
 
     delta: float = 1 / 16
@@ -46,9 +47,7 @@ class V2PE(PositionTechnique):
         if not self.fractional:
             return layout
         one_axis = layout.position.shape[0] == 1
-        parts = [
-            (self._line if one_axis else self._grid)(layout, start, stop) for start, stop in layout.spans
-        ]
+        parts = [(self._line if one_axis else self._grid)(layout, start, stop) for start, stop in layout.spans]
         last = torch.stack([part.amax() for part in parts])
         return layout.at(torch.cat(parts, 1), _ceil(last) + 1)
 
@@ -57,14 +56,10 @@ class V2PE(PositionTechnique):
 
     def _grid(self, layout: TokenLayout, start: int, stop: int) -> torch.Tensor:
         rows = slice(start, stop)
-        return v2pe_mrope_positions(
-            layout.position[:, rows], layout.is_visual[rows], layout.image_id[rows], self.delta
-        )
+        return v2pe_mrope_positions(layout.position[:, rows], layout.is_visual[rows], layout.image_id[rows], self.delta)
 
 
-def v2pe_positions(
-    visual_mask: torch.Tensor, delta: float, attention_mask: torch.Tensor | None = None
-) -> torch.Tensor:
+def v2pe_positions(visual_mask: torch.Tensor, delta: float, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
     """Positions on one axis: a text token advances by 1, a visual token by `delta`.
 
     A visual run after text at integer position p gets `p + delta, p + 2 * delta, ...`; the next text token
@@ -91,9 +86,7 @@ def v2pe_positions(
     _check_delta(delta)
     if visual_mask.dim() != 2 or (attention_mask is not None and attention_mask.shape != visual_mask.shape):
         mask = None if attention_mask is None else list(attention_mask.shape)
-        raise ValueError(
-            f"visual_mask is {list(visual_mask.shape)}, attention_mask {mask}, wanted [B, N] both"
-        )
+        raise ValueError(f"visual_mask is {list(visual_mask.shape)}, attention_mask {mask}, wanted [B, N] both")
     valid = torch.ones_like(visual_mask) if attention_mask is None else attention_mask.bool()
     visual = visual_mask & valid
     texts = (valid & ~visual).cumsum(1)  # text tokens so far
@@ -136,11 +129,7 @@ def v2pe_mrope_positions(
         Ours; V2PE (arXiv 2412.09616) has one axis.
     """
     _check_delta(delta)
-    if (
-        positions.dim() != 2
-        or visual_mask.shape != positions.shape[1:]
-        or image_id.shape != positions.shape[1:]
-    ):
+    if positions.dim() != 2 or visual_mask.shape != positions.shape[1:] or image_id.shape != positions.shape[1:]:
         shapes = [list(x.shape) for x in (positions, visual_mask, image_id)]
         raise ValueError(f"positions, visual_mask, image_id are {shapes}, wanted [A, N], [N], [N]")
     if positions.shape[1] == 0:
@@ -176,6 +165,4 @@ def _ceil(x: torch.Tensor) -> torch.Tensor:
 
 def _check_delta(delta: float) -> None:
     if not 0 < delta <= 1:
-        raise ConfigError(
-            f"delta is {delta}, wanted a step in (0, 1], such as 1/16; 1 leaves positions as they are"
-        )
+        raise ConfigError(f"delta is {delta}, wanted a step in (0, 1], such as 1/16; 1 leaves positions as they are")

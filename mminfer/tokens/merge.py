@@ -30,8 +30,9 @@ class AIMMerge(MergeTechnique):
     Raises:
         ConfigError: `ratio` is out of range.
 
-    Reference: AIM (arXiv 2412.03248) section 3.2; the paper keeps 0.25 in two rounds. The authors' code gives merged tokens an
-        order and positions of their own and forgets sizes between rounds.
+    Reference:
+        AIM (arXiv 2412.03248) section 3.2; the paper keeps 0.25 in two rounds. The authors' code gives merged tokens
+        an order and positions of their own and forgets sizes between rounds.
     """
 
     ratio: float = 0.25
@@ -46,8 +47,8 @@ class AIMMerge(MergeTechnique):
         mergeable = (layout.image_id >= 0) & (layout.size > 0)
         if self.ratio == 1 or not bool(mergeable.any()):
             return inputs_embeds, layout
-        merged, size = inputs_embeds.clone(), layout.size.clone()
-        stays = ~mergeable
+        stays, size = ~mergeable, layout.size.clone()
+        merged = []  # rows and tokens of the images of one length
         for rows in _images_by_length(mergeable, layout.image_id):  # [images, T]
             target = max(1, round(rows.shape[1] * self.ratio))
             tokens, sizes = inputs_embeds[rows], layout.size[rows]
@@ -55,19 +56,29 @@ class AIMMerge(MergeTechnique):
                 r = min(tokens.shape[1] // 2, tokens.shape[1] - target)
                 place, tokens, sizes = merge_round(tokens, sizes, r)
                 rows = rows.gather(1, place)
-            merged[rows], size[rows], stays[rows] = tokens, sizes, True
+            size[rows], stays[rows] = sizes, True
+            merged.append((rows, tokens))
         index = stays.nonzero()[:, 0]
-        return merged[index], layout.merge(index, size[index])
+        out, new_row = inputs_embeds[index], stays.cumsum(0) - 1
+        for rows, tokens in merged:
+            out[new_row[rows]] = tokens
+        return out, layout.merge(index, size[index])
 
     def cost(self, spec: ModelSpec, lengths: Sequence[int]) -> int:
-        """Similarities of the first round's halves, image by image; later rounds add a third at most."""
-        return 0
+        """Cosine similarities, round by round."""
+        total = 0
+        for tokens in lengths:
+            target = max(1, round(tokens * self.ratio))
+            while tokens > target:
+                total += 2 * spec.hidden_size * (tokens - tokens // 2) * (tokens // 2)
+                tokens -= min(tokens // 2, tokens - target)
+        return total
 
 
 def _images_by_length(mergeable: torch.Tensor, image_id: torch.Tensor) -> list[torch.Tensor]:
     """Rows of the mergeable tokens, [images of one length, length] each: images of a length go together."""
     rows = mergeable.nonzero()[:, 0]
-    images, counts = image_id[rows].unique_consecutive(return_counts=True)
+    _, counts = image_id[rows].unique_consecutive(return_counts=True)
     starts = counts.cumsum(0) - counts
     groups = []
     for length in counts.unique().tolist():
@@ -137,9 +148,7 @@ def merge_round(
         raise ValueError(f"x is {list(x.shape)} and sizes {list(sizes.shape)}, wanted [B, T, C] and [B, T]")
     tokens = x.shape[1]
     if not 0 <= r <= tokens // 2:
-        raise ConfigError(
-            f"r is {r}, wanted 0 to {tokens // 2}: at most half of {tokens} tokens merge in a round"
-        )
+        raise ConfigError(f"r is {r}, wanted 0 to {tokens // 2}: at most half of {tokens} tokens merge in a round")
     place = torch.arange(tokens, device=x.device).expand(x.shape[0], tokens)
     if r == 0:
         return place.clone(), x.clone(), sizes.clone()

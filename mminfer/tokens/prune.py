@@ -32,8 +32,9 @@ class AIMPrune(PruneTechnique):
     Raises:
         ConfigError: a setting is out of range.
 
-    Reference: AIM (arXiv 2412.03248) section 3.3; the paper's 28 layers prune from 14 to 22. The authors' code masks pruned tokens,
-        which saves nothing, and builds an N x N matrix a head.
+    Reference:
+        AIM (arXiv 2412.03248) section 3.3; the paper's 28 layers prune from 14 to 22. The authors' code masks pruned
+        tokens, which saves nothing, and builds an N x N matrix a head.
     """
 
     start: int | float = 14 / 28
@@ -93,9 +94,7 @@ class AIMPrune(PruneTechnique):
         return 2 * spec.num_attention_heads * (spec.head_dim + self.iterations) * sum(lengths)
 
 
-def aim_importance(
-    q: torch.Tensor, k: torch.Tensor, temperature: float = 0.1, iterations: int = 5
-) -> torch.Tensor:
+def aim_importance(q: torch.Tensor, k: torch.Tensor, temperature: float = 0.1, iterations: int = 5) -> torch.Tensor:
     """Importance of each token: a page rank on a layer's attention, by `iterations` steps of power iteration.
 
     Args:
@@ -142,9 +141,7 @@ def aim_schedule(num_layers: int, start: int, end: int) -> list[float]:
     return [min(1.0, max(0.0, (end - 1 - layer) / (end - start))) for layer in range(num_layers)]
 
 
-def aim_keep(
-    importance: torch.Tensor, visual_mask: torch.Tensor, prompt_tokens: int, rate: float
-) -> torch.Tensor:
+def aim_keep(importance: torch.Tensor, visual_mask: torch.Tensor, prompt_tokens: int, rate: float) -> torch.Tensor:
     """Which tokens of one sequence stay: all text, and the most important visual tokens.
 
     `int((N0 - T) * rate) + T` tokens stay, of N0 prompt tokens with T text tokens among them.
@@ -173,9 +170,7 @@ def aim_keep(
     if not 0 <= rate <= 1:
         raise ConfigError(f"rate is {rate}, wanted a kept fraction in [0, 1]")
     if prompt_tokens < importance.shape[0]:
-        raise ValueError(
-            f"prompt_tokens is {prompt_tokens}, wanted at least the {importance.shape[0]} tokens left"
-        )
+        raise ValueError(f"prompt_tokens is {prompt_tokens}, wanted at least the {importance.shape[0]} tokens left")
     text = (~visual_mask).nonzero()[:, 0]
     visual = visual_mask.nonzero()[:, 0]
     quota = int((prompt_tokens - text.shape[0]) * rate)

@@ -101,9 +101,7 @@ def test_float64_input_is_computed_in_float64():
     q, k = attention(4, 2, 130, 130, dtype=torch.float64)
     matrix = dense_matrix(q, k)
     torch.testing.assert_close(column_mass(q, k), matrix.sum(2), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(
-        power_iterate(q, k, temperature=1.0), dense_power(matrix, 5), rtol=1e-12, atol=1e-12
-    )
+    torch.testing.assert_close(power_iterate(q, k, temperature=1.0), dense_power(matrix, 5), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -117,9 +115,7 @@ def test_non_contiguous_input():
     q = torch.randn(2, 80, 4, 16).transpose(1, 2)
     k = torch.randn(2, 80, 2, 16).transpose(1, 2)
     weights = torch.rand(2, 80, 4).transpose(1, 2)
-    assert torch.equal(
-        column_mass(q, k, weights), column_mass(q.contiguous(), k.contiguous(), weights.contiguous())
-    )
+    assert torch.equal(column_mass(q, k, weights), column_mass(q.contiguous(), k.contiguous(), weights.contiguous()))
     assert torch.equal(power_iterate(q, k), power_iterate(q.contiguous(), k.contiguous()))
 
 

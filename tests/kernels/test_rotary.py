@@ -99,9 +99,7 @@ def test_wrong_input_is_named():
         "one an axis": lambda: rotary_table(position, inv_freq, sections=[16, 16], interleaved=True),
         "wanted \\[A, ..., N\\]": lambda: rotary_table(position[0, 0], inv_freq, sections=[32]),
         "even D": lambda: apply_rotary(position, position, position[0, :, :3], position[0, :, :3]),
-        "k is": lambda: apply_rotary(
-            torch.ones(1, 5, 4), torch.ones(1, 6, 4), torch.ones(5, 4), torch.ones(5, 4)
-        ),
+        "k is": lambda: apply_rotary(torch.ones(1, 5, 4), torch.ones(1, 6, 4), torch.ones(5, 4), torch.ones(5, 4)),
     }
     for message, call in wrong.items():
         with pytest.raises(ValueError, match=message):

@@ -10,9 +10,7 @@ __all__ = ["best_match"]
 register("best_match", "reference", reference.best_match)
 
 
-def best_match(
-    src: torch.Tensor, dst: torch.Tensor, backend: str = "auto"
-) -> tuple[torch.Tensor, torch.Tensor]:
+def best_match(src: torch.Tensor, dst: torch.Tensor, backend: str = "auto") -> tuple[torch.Tensor, torch.Tensor]:
     """Most similar row of `dst` for each row of `src`: `max over t of cos(src[s], dst[t])`.
 
     Args:
@@ -33,9 +31,7 @@ def best_match(
         build the whole similarity matrix.
     """
     if src.dim() < 2 or dst.dim() < 2 or src.shape[:-2] != dst.shape[:-2] or src.shape[-1] != dst.shape[-1]:
-        raise ValueError(
-            f"src is {list(src.shape)} and dst {list(dst.shape)}, wanted [..., S, C] and [..., T, C]"
-        )
+        raise ValueError(f"src is {list(src.shape)} and dst {list(dst.shape)}, wanted [..., S, C] and [..., T, C]")
     if dst.shape[-2] == 0:
         raise ValueError(f"dst is {list(dst.shape)}: it has no row to match, wanted at least one")
     if src.dtype != dst.dtype or not src.is_floating_point():

@@ -49,9 +49,7 @@ def column_mass(
     """
     _check_attention(q, k, temperature, query_index if causal else None, aligned=causal)
     if weights is not None and tuple(weights.shape) not in (tuple(q.shape[:3]), (q.shape[0], q.shape[2])):
-        raise ValueError(
-            f"weights has shape {list(weights.shape)}, wanted [B, H, S] or [B, S] of q {list(q.shape)}"
-        )
+        raise ValueError(f"weights has shape {list(weights.shape)}, wanted [B, H, S] or [B, S] of q {list(q.shape)}")
     _, run = resolve("column_mass", backend, q, k)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return run(q, k, weights, scale / temperature, causal, query_index)
@@ -125,14 +123,10 @@ def _check_attention(
 
 def _check_query_index(query_index: torch.Tensor, queries: int, keys: int) -> None:
     if query_index.shape != (queries,) or query_index.dtype != torch.int64:
-        raise ValueError(
-            f"query_index is {query_index.dtype} {list(query_index.shape)}, wanted int64 [{queries}]"
-        )
+        raise ValueError(f"query_index is {query_index.dtype} {list(query_index.shape)}, wanted int64 [{queries}]")
     if queries == 0:
         return
     descends = (query_index[1:] <= query_index[:-1]).any()
     first, last, wrong = torch.stack([query_index[0], query_index[-1], descends.long()]).tolist()
     if wrong or first < 0 or last >= keys:
-        raise ValueError(
-            f"query_index runs from {first} to {last}, wanted strictly ascending places below {keys}"
-        )
+        raise ValueError(f"query_index runs from {first} to {last}, wanted strictly ascending places below {keys}")

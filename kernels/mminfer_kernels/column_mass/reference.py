@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from mminfer_kernels.blocks import MAX_BLOCK_ROWS, SCRATCH_BYTES, block_rows
+from mminfer_kernels.blocks import FEW_BLOCK_ROWS, SCRATCH_BYTES, block_rows
 
 
 class ProbabilityBlock(NamedTuple):
@@ -106,7 +106,7 @@ def probability_blocks(
     q = q.reshape(batch * groups, repeat, queries, size)
     k = k.reshape(batch * groups, keys, size)
     row_bytes = repeat * keys * dtype.itemsize
-    chunk = max(1, min(batch * groups, 2 * SCRATCH_BYTES // (row_bytes * MAX_BLOCK_ROWS)))
+    chunk = max(1, min(batch * groups, SCRATCH_BYTES // (row_bytes * FEW_BLOCK_ROWS)))
     step = block_rows(chunk * row_bytes, queries)
     scratch = torch.empty(chunk * repeat * step * keys, dtype=dtype, device=q.device)
     places = torch.arange(keys, device=q.device)

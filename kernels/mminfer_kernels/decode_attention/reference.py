@@ -22,9 +22,7 @@ def decode_attention(
     return scaled_dot_product_attention(folded, k, v, attn_mask=mask, scale=scale).reshape(q.shape)
 
 
-def _visible(
-    queries: int, entries: int, starts: torch.Tensor | None, device: torch.device
-) -> torch.Tensor | None:
+def _visible(queries: int, entries: int, starts: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
     """[B or 1, 1, S, T] bool, or None where every query sees every entry."""
     place = torch.arange(entries, device=device)
     mask = None

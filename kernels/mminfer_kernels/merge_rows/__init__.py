@@ -42,14 +42,8 @@ def merge_rows(
     Reference:
         AIM (arXiv 2412.03248), token merging; LOOK-M (arXiv 2406.18139), key and value merging.
     """
-    if (
-        dst.dim() < 2
-        or src.dim() != dst.dim()
-        or (*dst.shape[:-2], dst.shape[-1]) != (*src.shape[:-2], src.shape[-1])
-    ):
-        raise ValueError(
-            f"dst is {list(dst.shape)} and src {list(src.shape)}, wanted [..., T, C] and [..., S, C]"
-        )
+    if dst.dim() < 2 or src.dim() != dst.dim() or (*dst.shape[:-2], dst.shape[-1]) != (*src.shape[:-2], src.shape[-1]):
+        raise ValueError(f"dst is {list(dst.shape)} and src {list(src.shape)}, wanted [..., T, C] and [..., S, C]")
     if index.shape != src.shape[:-1] or index.dtype != torch.int64:
         raise ValueError(f"index is {index.dtype} {list(index.shape)}, wanted int64 {list(src.shape[:-1])}")
     for name, weight, rows in (("dst_weight", dst_weight, dst), ("src_weight", src_weight, src)):

@@ -78,14 +78,10 @@ def apply_rotary(
         BackendError: an explicit backend that is not there.
     """
     if cos.shape != sin.shape or cos.dim() < 2 or cos.shape[-1] % 2:
-        raise ValueError(
-            f"cos is {list(cos.shape)} and sin {list(sin.shape)}, wanted [..., N, D] with an even D"
-        )
+        raise ValueError(f"cos is {list(cos.shape)} and sin {list(sin.shape)}, wanted [..., N, D] with an even D")
     for name, x in (("q", q), ("k", k)):
         if x.dim() < 3 or x.shape[-2:] != cos.shape[-2:]:
-            raise ValueError(
-                f"{name} is {list(x.shape)}, wanted [..., heads, N, D] for cos {list(cos.shape)}"
-            )
+            raise ValueError(f"{name} is {list(x.shape)}, wanted [..., heads, N, D] for cos {list(cos.shape)}")
     _, run = resolve("apply_rotary", backend, q, k, cos, sin)
     return run(q, k, cos, sin)
 
@@ -99,9 +95,7 @@ def _axis_of_frequency(
             f"position has shape {list(position.shape)}, wanted [A, ..., N] with sections {list(sections)}"
         )
     if sum(sections) != inv_freq.shape[0]:
-        raise ValueError(
-            f"sections {list(sections)} add up to {sum(sections)}, wanted {inv_freq.shape[0]} frequencies"
-        )
+        raise ValueError(f"sections {list(sections)} add up to {sum(sections)}, wanted {inv_freq.shape[0]} frequencies")
     axes = position.shape[0]
     if not interleaved:
         return [i % axes for i, section in enumerate(sections) for _ in range(section)]

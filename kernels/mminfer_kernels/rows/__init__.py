@@ -31,9 +31,7 @@ def gather_rows(x: torch.Tensor, index: torch.Tensor, dim: int = -2, backend: st
     if not -x.dim() <= dim < x.dim():
         raise ValueError(f"dim is {dim}, wanted a dimension of x {list(x.shape)}")
     if index.dim() != 1 and dim % x.dim() != x.dim() - 2:
-        raise ValueError(
-            f"dim is {dim}, wanted -2 of x {list(x.shape)} for a batched index {list(index.shape)}"
-        )
+        raise ValueError(f"dim is {dim}, wanted -2 of x {list(x.shape)} for a batched index {list(index.shape)}")
     _check_index(x, index)
     _, run = resolve("gather_rows", backend, x)
     return run(x, index, dim)
@@ -70,6 +68,4 @@ def _check_index(x: torch.Tensor, index: torch.Tensor) -> None:
     if index.dtype != torch.int64 or index.dim() == 0:
         raise ValueError(f"index is {index.dtype} {list(index.shape)}, wanted int64 [K] or [..., K]")
     if index.dim() != 1 and index.shape[:-1] != x.shape[:-2]:
-        raise ValueError(
-            f"index is {list(index.shape)}, wanted [K] or {[*x.shape[:-2], 'K']} for x {list(x.shape)}"
-        )
+        raise ValueError(f"index is {list(index.shape)}, wanted [K] or {[*x.shape[:-2], 'K']} for x {list(x.shape)}")
