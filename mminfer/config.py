@@ -153,9 +153,13 @@ PRESETS: dict[str, InferenceConfig] = {
     "aim-prune": InferenceConfig(prune=_AIM_PRUNE),
     "lookm-20": InferenceConfig(cache=LookM(important_ratio=0.1, recent_ratio=0.1)),
     "lookm-5": InferenceConfig(cache=LookM(important_ratio=0.025, recent_ratio=0.025)),
-    "balanced": InferenceConfig(merge=AIMMerge(ratio=0.25), skip=OperatorSkip(ffn=LayerRange(start=0.5))),
-    "fast": InferenceConfig(
-        merge=AIMMerge(ratio=0.25), prune=_AIM_PRUNE, skip=OperatorSkip(ffn=LayerRange(start=0.25))
-    ),
+    # Every other layer from an eighth of the depth on, the form that arXiv 2410.09454 tries.
     "skip-ffn": InferenceConfig(skip=OperatorSkip(ffn=LayerRange(start=0.125, interval=2))),
+    # Our own, chosen by needle accuracy on the bundled model: the best that a third and a sixth of the FLOPs gave.
+    "balanced": InferenceConfig(
+        merge=AIMMerge(ratio=1 / 3), prune=_AIM_PRUNE, skip=OperatorSkip(ffn=LayerRange(start=0.5))
+    ),
+    "fast": InferenceConfig(
+        merge=AIMMerge(ratio=0.25), prune=AIMPrune(start=1 / 3, end=2 / 3), skip=OperatorSkip(ffn=LayerRange(start=0.25))
+    ),
 }
