@@ -7,12 +7,14 @@ each layer as a keyword argument. Nothing stays registered after the pass.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import Lock
 from typing import Any, Protocol
 
 import torch
+from mminfer_kernels import note_backend
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -64,40 +66,63 @@ def routed_attention(config: Any) -> Iterator[None]:
 
 
 def causal_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    query_index: Tensor | None = None,
-    window: int | None = None,
+    q: Tensor, k: Tensor, v: Tensor, scale: float, query_index: Tensor | None = None, window: int | None = None
 ) -> Tensor:
     """softmax(q k^T * scale + causal) v of one sequence, never the whole score matrix.
+
+    By flash-attn where it is installed and can take the tensors, else by PyTorch's fused attention.
 
     Args:
         q: [1, H, S, D].
         k: [1, G, N, D].
         v: [1, G, N, D].
         scale: factor of the scores.
-        query_index: [S] int64 ascending: the place of each query among the keys; None: query j is key j (S = N).
+        query_index: [S] int64 ascending: the place of each query among the keys; None: the last S places.
         window: a query sees its last `window` keys only.
 
     Returns:
         [1, H, S, D].
     """
-    num_keys = k.shape[2]
-    if query_index is None and (window is None or window >= num_keys):
+    queries, keys = q.shape[2], k.shape[2]
+    flash = _flash_attention() if query_index is None and q.is_cuda and q.dtype != torch.float32 else None
+    note_backend("prompt_attention", "sdpa" if flash is None else "flash-attn")
+    if flash is not None:
+        rows_first = (x.transpose(1, 2) for x in (q, k, v))
+        left = -1 if window is None else window - 1
+        out: Tensor = flash(*rows_first, softmax_scale=scale, causal=True, window_size=(left, -1))
+        return out.transpose(1, 2)
+    if query_index is None and queries == keys and (window is None or window >= keys):
         return F.scaled_dot_product_attention(q, k, v, scale=scale, is_causal=True, enable_gqa=True)
     if query_index is None:
-        query_index = torch.arange(num_keys, device=q.device)
-    rows = max(1, min(BLOCK_ROWS, MASK_ELEMENTS // num_keys))
+        query_index = torch.arange(keys - queries, keys, device=q.device)
+    return _blocked_attention(q, k, v, scale, query_index, window)
+
+
+def _blocked_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, query_index: Tensor, window: int | None
+) -> Tensor:
+    """The same by blocks of queries, each under a mask over the keys that its last query sees."""
+    rows = max(1, min(BLOCK_ROWS, MASK_ELEMENTS // k.shape[2]))
     blocks = []
     for q_block, places in zip(q.split(rows, 2), query_index.split(rows), strict=True):
-        last = int(places[-1]) + 1
-        first = 0 if window is None else max(0, int(places[0]) - window + 1)
-        age = places[:, None] - torch.arange(first, last, device=q.device)
+        if len(places) == 0:
+            return torch.empty_like(q)
+        first, last = int(places[0]), int(places[-1])
+        start = 0 if window is None else max(0, first - window + 1)
+        age = places[:, None] - torch.arange(start, last + 1, device=q.device)
         mask = age >= 0 if window is None else (age >= 0) & (age < window)
-        keys, values = k[:, :, first:last], v[:, :, first:last]
+        keys, values = k[:, :, start : last + 1], v[:, :, start : last + 1]
         blocks.append(
             F.scaled_dot_product_attention(q_block, keys, values, attn_mask=mask, scale=scale, enable_gqa=True)
         )
-    return torch.cat(blocks, 2) if blocks else torch.empty_like(q)
+    return torch.cat(blocks, 2)
+
+
+@functools.cache
+def _flash_attention() -> Callable[..., Any] | None:
+    """flash-attn's entry, which aligns causal queries with the last keys; None where it is not installed."""
+    try:
+        from flash_attn import flash_attn_func
+    except ImportError:
+        return None
+    return flash_attn_func

@@ -160,6 +160,8 @@ PRESETS: dict[str, InferenceConfig] = {
         merge=AIMMerge(ratio=1 / 3), prune=_AIM_PRUNE, skip=OperatorSkip(ffn=LayerRange(start=0.5))
     ),
     "fast": InferenceConfig(
-        merge=AIMMerge(ratio=0.25), prune=AIMPrune(start=1 / 3, end=2 / 3), skip=OperatorSkip(ffn=LayerRange(start=0.25))
+        merge=AIMMerge(ratio=0.25),
+        prune=AIMPrune(start=1 / 3, end=2 / 3),
+        skip=OperatorSkip(ffn=LayerRange(start=0.25)),
     ),
 }

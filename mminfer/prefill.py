@@ -87,11 +87,7 @@ class LayerAttention:
         if self.past is not None:
             earlier = self.past.row(sequence)
             num_past, entries = len(earlier), earlier.extend(entries)
-        places = None
-        if rows is not None:
-            places = rows - start + num_past
-        elif num_past:
-            places = torch.arange(num_past, len(entries), device=q.device)
+        places = None if rows is None else rows - start + num_past
         out = causal_attention(q, entries.keys, entries.values, scale, places, window)
         self._count(len(entries), q.shape[2], places, window)
         if self.prune is not None:
@@ -112,9 +108,9 @@ class LayerAttention:
     def _count(self, num_keys: int, num_queries: int, places: Tensor | None, window: int | None) -> None:
         self.num_queries.append(num_queries)
         if places is None and window is None:
-            self.pairs.append(num_keys * (num_keys + 1) // 2)
+            self.pairs.append(num_queries * (num_keys - num_queries) + num_queries * (num_queries + 1) // 2)
             return
-        seen = (torch.arange(num_keys) if places is None else places) + 1
+        seen = (torch.arange(num_keys - num_queries, num_keys) if places is None else places) + 1
         self.pairs.append(int((seen if window is None else seen.clamp_max(window)).sum()))
 
     def _compress(

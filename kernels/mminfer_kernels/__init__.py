@@ -8,6 +8,7 @@ from mminfer_kernels.dispatch import (
     available_backends,
     backend_for,
     backends_used,
+    note_backend,
     record_backends,
     registered_ops,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "decode_attention",
     "gather_rows",
     "merge_rows",
+    "note_backend",
     "power_iterate",
     "record_backends",
     "rotary_table",

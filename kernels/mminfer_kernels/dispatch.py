@@ -83,11 +83,16 @@ def resolve(op: str, backend: str, *tensors: torch.Tensor) -> tuple[str, Callabl
         BackendError: the name is unknown, or that backend is not registered or cannot take these tensors.
     """
     name = _select(op, tensors) if backend == "auto" else _require(op, backend, tensors)
+    note_backend(op, name)
+    return name, _registry[op][name].function
+
+
+def note_backend(op: str, name: str) -> None:
+    """Record that `op` runs with `name`: for what a library outside this package computes."""
     _last_used[op] = name
     recording = _recording.get()
     if recording is not None:
         recording[op] = name
-    return name, _registry[op][name].function
 
 
 def backends_used() -> dict[str, str]:
