@@ -1,0 +1,96 @@
+"""Writes the README's tables from the stored rows, so that no figure in it is typed by hand.
+
+    python -m benchmarks.readme
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.common import read_rows
+from mminfer.config import PRESETS
+from mminfer.models.registry import supported_families
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def _markdown(header: list[str], rows: list[list[str]]) -> str:
+    align = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [header, align, *rows])
+
+
+def needle() -> str:
+    """Accuracy by setting, protocol and length."""
+    rows = read_rows("needle")
+    cells = {(r["setting"], r["protocol"], r["images"]): r for r in rows}
+    lengths = sorted({r["images"] for r in rows}, key=int)
+    header = ["setting", "prompt FLOPs kept", "cache kept"]
+    header += [f"in-prompt, {n}" for n in lengths] + [f"next-turn, {n}" for n in lengths]
+    table = []
+    for setting in dict.fromkeys(r["setting"] for r in rows):
+        first = cells[setting, "in-prompt", lengths[0]]
+        line = [f"`{setting}`", f"{float(first['flops_kept']):.0f} %", f"{float(first['cache_kept']):.0f} %"]
+        for protocol in ("in-prompt", "next-turn"):
+            line += [cells[setting, protocol, n]["accuracy"] for n in lengths]
+        table.append(line)
+    questions = {n: cells["off", "next-turn", n]["questions"] for n in lengths}
+    origin = rows[0]
+    told = ", ".join(f"{questions[n]} questions over {n} pictures" for n in lengths)
+    return (
+        f"{_markdown(header, table)}\n\nPercent of right answers; {told}, the same for every setting, handwriting never "
+        f"seen in training, seed {origin['seed']}. Commit `{origin['commit']}`, torch {origin['torch']}, transformers "
+        f"{origin['transformers']}, float32 on the CPU."
+    )
+
+
+def prompt_pass() -> str:
+    """FLOPs and time of the prompt pass."""
+    rows = read_rows("prompt_pass")
+    header = ["model", "tokens", "setting", "GFLOP", "ms (p20 to p80)", "FLOPs ratio", "speed-up", "speed-up / ratio"]
+    table = []
+    for r in rows:
+        span = f"{float(r['median_ms']):,.0f} ({float(r['p20_ms']):,.0f} to {float(r['p80_ms']):,.0f})"
+        ratios = [f"{float(r[name]):.2f}" for name in ("flops_ratio", "speedup", "share_of_ratio")]
+        tokens = f"{int(r['tokens']):,}"
+        table.append([r["model"], tokens, f"`{r['setting']}`", f"{float(r['gflops']):,.1f}", span, *ratios])
+    origin = rows[0]
+    return (
+        f"{_markdown(header, table)}\n\n{origin['device']}, {origin['threads']} threads, float32, torch {origin['torch']}, "
+        f"transformers {origin['transformers']}, commit `{origin['commit']}`; medians of runs interleaved in one process."
+    )
+
+
+def families() -> str:
+    """The supported host families."""
+    return ", ".join(f"`{name}`" for name in supported_families())
+
+
+def presets() -> str:
+    """The presets and what they set."""
+    rows = []
+    for name, config in PRESETS.items():
+        parts = [repr(technique) for technique in config.techniques]
+        rows.append([f"`{name}`", "<br>".join(f"`{part}`" for part in parts) or "everything off"])
+    return _markdown(["preset", "sets"], rows).replace("---:", "---")
+
+
+SECTIONS: dict[str, Callable[[], str]] = {
+    "needle": needle, "prompt_pass": prompt_pass, "families": families, "presets": presets,
+}  # fmt: skip
+
+
+def render(text: str) -> str:
+    """The README with every marked section written anew."""
+    for name, section in SECTIONS.items():
+        start, end = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
+        head, _, rest = text.partition(start)
+        _, _, tail = rest.partition(end)
+        text = head + start + section() + end + tail
+    return text
+
+
+def main() -> None:
+    README.write_text(render(README.read_text()))
+
+
+if __name__ == "__main__":
+    main()
