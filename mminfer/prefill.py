@@ -201,7 +201,7 @@ def prompt_pass(
             record.layers.append(attend.record(ffn))
             if attend.kept:
                 kept = torch.cat(attend.kept)
-                hidden, cos, sin = (x.index_select(1, kept) for x in (hidden, cos, sin))
+                hidden, cos, sin = (x.index_select(-2, kept) for x in (hidden, cos, sin))
                 layout = layout.select(kept)
     taken_in = [a + b for a, b in zip(earlier, record.prompt, strict=True)]
     cache.commit(layers, columns, taken_in, next_position)

@@ -167,7 +167,7 @@ def test_a_context_beyond_the_models_positions_warns_of_v2pe(engine):
         with pytest.warns(UserWarning, match=r"576.*300.*V2PE"):
             Engine(engine.model, engine.processor).generate(nano.sample_messages(), max_new_tokens=1)
         with warnings.catch_warnings():
-            warnings.simplefilter("error")
+            warnings.simplefilter("error", UserWarning)
             near = Engine(engine.model, engine.processor, InferenceConfig(V2PE(1 / 16)))
             near.generate(nano.sample_messages(), max_new_tokens=1)
     finally:

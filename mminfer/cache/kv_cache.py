@@ -173,6 +173,10 @@ class CompressedLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
+    def get_max_cache_shape(self) -> int:
+        """What host versions before 5.20 or so ask instead."""
+        return -1
+
 
 class CompressedCache(Cache):
     """What a prompt left behind: per layer its entries, and where the sequences go on.

@@ -102,8 +102,10 @@ class ModelAdapter:
             output = encoded.get(name)
             encode = getattr(self.base, f"get_{name}_features", None)
             if output is None and inputs.get(pixels) is not None and encode is not None:
-                names = inspect.signature(encode).parameters
-                output = encode(**{k: v for k, v in inputs.items() if k in names and v is not None}, return_dict=True)
+                # The pixels come first; some host versions call those of a video `pixel_values` too.
+                _, *others = inspect.signature(encode).parameters
+                given = {k: v for k, v in inputs.items() if k in others and v is not None}
+                output = encode(inputs[pixels], **given, return_dict=True)
             if output is not None:
                 units[modality] = self.split_units(modality, output.pooler_output)
         return units
@@ -136,10 +138,10 @@ class ModelAdapter:
             return self.language_model.rotary_emb(hidden_states, self._host_axes(position))
         rotary = self._current_rotary(hidden_states, position)
         return rotary_table(
-            position if self.position_axes > 1 else position[0],
+            self._host_axes(position),
             rotary.inv_freq,
             rotary.attention_scaling,
-            sections=self.rotary_sections(),
+            sections=self.rotary_sections(rotary),
             dtype=hidden_states.dtype,
         )
 
@@ -153,8 +155,12 @@ class ModelAdapter:
             rotary(hidden_states[:1, :1], self._host_axes(position.amax().expand(self.position_axes, 1, 1)))
         return rotary
 
-    def rotary_sections(self) -> list[int] | None:
-        """M-RoPE's split of the frequencies over the axes; None for one axis."""
+    def rotary_sections(self, rotary: Any) -> list[int] | None:
+        """M-RoPE's split of the frequencies over the axes; None for one axis.
+
+        Args:
+            rotary: the host's rotary module.
+        """
         return None
 
     def logits(self, hidden_states: Tensor) -> Tensor:

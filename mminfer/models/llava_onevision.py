@@ -21,9 +21,11 @@ class LlavaOnevisionAdapter(ModelAdapter):
         vision = self.model.config.vision_config
         per_frame = math.ceil(vision.image_size // vision.patch_size / 2) ** 2
         units = []
-        for video in features:  # [frames * per_frame + 1 newline, C]
-            frames = list(video[:-1].split(per_frame))
-            frames[-1] = torch.cat([frames[-1], video[-1:]])
+        for video in features:  # [frames * per_frame, C], and a newline that older hosts add later
+            newline = self.base.image_newline.to(video)[None]
+            patches = video[:-1] if torch.equal(video[-1:], newline) else video
+            frames = list(patches.split(per_frame))
+            frames[-1] = torch.cat([frames[-1], newline])
             units += [VisualUnit(x, self._patches(x)) for x in frames]
         return units
 

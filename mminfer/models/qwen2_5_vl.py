@@ -41,7 +41,9 @@ class Qwen25VLAdapter(ModelAdapter):
         config: Any = self.model.config
         return (input_ids == config.image_token_id).int() + 2 * (input_ids == config.video_token_id).int()
 
-    def rotary_sections(self) -> list[int]:
+    def rotary_sections(self, rotary: Any) -> list[int] | None:
+        if not hasattr(rotary, "recomposition_frequencies"):
+            return None  # older hosts give every axis its own table and put them together in the attention
         return list(self.text_config.rope_parameters["mrope_section"])
 
 
