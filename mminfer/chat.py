@@ -11,7 +11,6 @@ from torch import Tensor
 
 from mminfer.cache.kv_cache import CompressedCache
 from mminfer.errors import InputError
-from mminfer.patching import patched
 from mminfer.request import GenerationOutput, build_piece, normalise_messages
 
 if TYPE_CHECKING:
@@ -55,10 +54,7 @@ class Chat:
         messages, parts = self._with(content)
         rendered = self._render(messages, open_turn=True)
         piece, new = self._piece(rendered, parts)
-        with self._engine._lock, patched(self._engine.model, self._engine.config):
-            ids = piece.pop("input_ids")
-            piece.pop("attention_mask", None)
-            self._engine.model(input_ids=ids, past_key_values=self.cache, logits_to_keep=1, use_cache=True, **piece)
+        self._engine.read(piece, self.cache)
         self._commit(messages, rendered, new, [])
 
     def send(self, content: Any, max_new_tokens: int = 64, **generation_kwargs: Any) -> GenerationOutput:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from mminfer import nano
+from mminfer.cache.kv_cache import CompressedCache
 from mminfer.chat import Chat
 from mminfer.config import InferenceConfig
 from mminfer.errors import InputError, UnsupportedModelError
@@ -150,6 +151,12 @@ class Engine:
             normalise_messages(c, allow_remote=allow_remote, num_frames=num_frames, supports_video=video) for c in chats
         ]
         return dict(build_inputs(self.processor, checked, device=self.device, dtype=self.model.dtype))
+
+    def read(self, inputs: dict[str, Any], cache: CompressedCache) -> None:
+        """Takes prepared inputs into a cache, without generating; if anything raises, the cache is as it was."""
+        inputs = {**inputs, "attention_mask": None}  # of one chat, which is not padded
+        with self._lock, patched(self.model, self.config):
+            self.model(**inputs, past_key_values=cache, logits_to_keep=1, use_cache=True)
 
     def run(self, inputs: dict[str, Any], start: float, **generation_kwargs: Any) -> list[GenerationOutput]:
         """Generates from prepared inputs.
