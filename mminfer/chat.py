@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import copy
+import json
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from mminfer.cache.kv_cache import CompressedCache
+from mminfer.cache.storage import cache_facts, cache_tensors, restore_cache
 from mminfer.errors import InputError
 from mminfer.request import GenerationOutput, build_piece, normalise_messages
 
 if TYPE_CHECKING:
     from mminfer.engine import Engine
 
+FILE_FORMAT = 1
 _OPEN = "\u27e6mminfer:open\u27e7"
 _ANSWER = "\u27e6mminfer:answer:{}\u27e7"
 
@@ -101,6 +107,44 @@ class Chat:
         other.cache = self.cache.clone()
         other._messages, other._ids, other._unread = list(self._messages), list(self._ids), list(self._unread)
         return other
+
+    def save(self, path: str | Path) -> None:
+        """Writes the chat to a safetensors file: cache, turns so far, and what made them. Pixels are not kept."""
+        facts = {
+            "format": FILE_FORMAT,
+            "model": self._engine.fingerprint,
+            "config": self._engine.config.to_dict(),
+            "cache": cache_facts(self.cache),
+            "messages": self._messages,
+            "rendered": self._rendered,
+            "ids": self._ids,
+            "unread": self._unread,
+        }
+        save_file(cache_tensors(self.cache), path, {"mminfer_chat": json.dumps(facts)})
+
+    def restore(self, path: str | Path) -> Chat:
+        """Takes up a saved chat in place of this one's turns; `engine.load_chat(path)` is the usual way in.
+
+        Raises:
+            InputError: there is no such file, it holds no chat, or another model or config made it.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                facts = json.loads((file.metadata() or {})["mminfer_chat"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            cache = restore_cache(tensors, facts["cache"], self._engine.device)
+            state = [facts[name] for name in ("messages", "rendered", "ids", "unread")]
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{path}: no saved chat ({error!r}): pass a file that chat.save() wrote") from error
+        ours = {"format": FILE_FORMAT, "model": self._engine.fingerprint, "config": self._engine.config.to_dict()}
+        for name, value in json.loads(json.dumps(ours)).items():
+            if facts.get(name) != value:
+                raise InputError(
+                    f"{path}: its {name} is {facts.get(name)}, this engine's {value}: load it where it fits"
+                )
+        self.cache = cache
+        self._messages, self._rendered, self._ids, self._unread = state
+        return self
 
     def _with(self, content: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """The messages with this content in the user's open turn, and its parts, media loaded."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from threading import Lock
 from typing import Any
 
@@ -143,6 +144,19 @@ class Engine:
     def chat(self, *, allow_remote: bool = False, num_frames: int = 8, **generation_kwargs: Any) -> Chat:
         """A conversation whose turns share the compressed cache; arguments as for `generate`."""
         return Chat(self, allow_remote=allow_remote, num_frames=num_frames, **generation_kwargs)
+
+    def load_chat(self, path: str | Path, **kwargs: Any) -> Chat:
+        """A chat that `chat.save(path)` wrote, ready for its next turn; arguments as for `chat`.
+
+        Raises:
+            InputError: there is no such file, it holds no chat, or another model or config made it.
+        """
+        return self.chat(**kwargs).restore(path)
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells models apart whose caches do not fit each other: geometry and dtype, not weights."""
+        return f"{self.adapter.spec} {self.model.dtype}"
 
     def prepare(self, chats: Sequence[Any], *, allow_remote: bool = False, num_frames: int = 8) -> dict[str, Any]:
         """Checks chats and turns them into the model's inputs, left-padded to one batch."""

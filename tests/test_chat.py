@@ -113,3 +113,51 @@ def test_a_refused_turn_leaves_the_chat_as_it_was(engine, content):
     with pytest.raises(ValueError):
         chat.send(QUESTION, temperature=-1.0, do_sample=True)
     assert chat.send(QUESTION).text == "WB"
+
+
+@pytest.mark.parametrize(
+    "config", [InferenceConfig(), InferenceConfig(V2PE(1 / 16), AIMMerge(0.5), cache=LookM(budget=150))]
+)
+def test_a_chat_goes_on_from_its_file(engine, content, config, tmp_path):
+    engine = with_config(engine, config)
+    chat = engine.chat()
+    chat.read(content)
+    chat.send(QUESTION)
+    chat.save(tmp_path / "chat.safetensors")
+    resumed = engine.load_chat(tmp_path / "chat.safetensors")
+    assert resumed.cache.nbytes == chat.cache.nbytes
+    for question in ("What is the code of nest?", "What digit is in image MK?"):
+        ours, theirs = (c.send(question, output_logits=True) for c in (resumed, chat))
+        assert ours.token_ids == theirs.token_ids
+        assert torch.equal(ours.logits, theirs.logits)
+
+
+def test_files_that_do_not_fit_are_refused(engine, content, tmp_path):
+    chat = engine.chat()
+    chat.read(content[:4])
+    chat.save(tmp_path / "chat.safetensors")
+    with pytest.raises(InputError, match="config"):
+        with_config(engine, InferenceConfig(V2PE(1 / 4))).load_chat(tmp_path / "chat.safetensors")
+    (tmp_path / "text").write_text("hello")
+    for name in ("text", "missing"):
+        with pytest.raises(InputError, match="no saved chat"):
+            engine.load_chat(tmp_path / name)
+    with pytest.raises(InputError, match="no saved chat"):
+        engine.load_chat(nano.checkpoint_path() / "model.safetensors")
+
+
+@pytest.mark.parametrize("text_prior", [True, False])
+def test_fifty_turns_stay_within_the_budget(engine, content, text_prior):
+    """Every turn brings a picture. With the text prior only text can pass the budget; without it nothing can."""
+    policy = LookM(budget=600, merge="average", text_prior=text_prior)  # half of it important, half recent
+    chat = with_config(engine, InferenceConfig(V2PE(1 / 16), cache=policy)).chat()
+    picture = [{"type": "text", "text": "Image BD:"}, content[2], {"type": "text", "text": "What?"}]
+    for turn in range(50):
+        chat.send(picture, max_new_tokens=1)
+        tokens = chat.cache.tokens[0]
+        assert tokens >= 74 * (turn + 1)
+        text = tokens - 64 * (turn + 1) if text_prior else 0
+        bound = min(tokens, 300 + max(300, text))
+        assert max(max(n) for n in chat.cache.lengths) <= bound
+        assert chat.cache.nbytes <= 6 * bound * 2 * 2 * 32 * 4
+    assert tokens > 3600
