@@ -1,6 +1,6 @@
 """Writes the README's tables from the stored rows, so that no figure in it is typed by hand.
 
-    python -m benchmarks.readme
+python -m benchmarks.readme
 """
 
 from collections.abc import Callable
@@ -36,8 +36,8 @@ def needle() -> str:
     origin = rows[0]
     told = ", ".join(f"{questions[n]} questions over {n} pictures" for n in lengths)
     return (
-        f"{_markdown(header, table)}\n\nPercent of right answers; {told}, the same for every setting, handwriting never "
-        f"seen in training, seed {origin['seed']}. Commit `{origin['commit']}`, torch {origin['torch']}, transformers "
+        f"{_markdown(header, table)}\n\nPercent of right answers; {told}, the same for every setting, handwriting "
+        f"never seen in training, seed {origin['seed']}. Commit `{origin['commit']}`, torch {origin['torch']}, transformers "
         f"{origin['transformers']}, float32 on the CPU."
     )
 
@@ -54,8 +54,9 @@ def prompt_pass() -> str:
         table.append([r["model"], tokens, f"`{r['setting']}`", f"{float(r['gflops']):,.1f}", span, *ratios])
     origin = rows[0]
     return (
-        f"{_markdown(header, table)}\n\n{origin['device']}, {origin['threads']} threads, float32, torch {origin['torch']}, "
-        f"transformers {origin['transformers']}, commit `{origin['commit']}`; medians of runs interleaved in one process."
+        f"{_markdown(header, table)}\n\n{origin['device']}, {origin['threads']} threads, float32, torch "
+        f"{origin['torch']}, transformers {origin['transformers']}, commit `{origin['commit']}`; medians of runs "
+        "interleaved in one process."
     )
 
 
