@@ -61,7 +61,7 @@ configs = st.builds(
 )
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=80)
 @given(config=configs)
 def test_any_config_goes_through_json(config):
     again = InferenceConfig.from_json(config.to_json())
@@ -245,7 +245,7 @@ def test_a_float_is_a_fraction_and_an_int_an_index(layer, num_layers, wanted):
     assert layer_index(layer, num_layers) == wanted
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=60)
 @given(start=layers, end=layers, interval=st.integers(1, 9), num_layers=st.integers(1, 100))
 def test_ranges_stay_within_the_model(start, end, interval, num_layers):
     skip = OperatorSkip(ffn=LayerRange(start, end, interval))

@@ -40,9 +40,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument(
-        "--out", default="batch_decode", help="name of the CSV in benchmarks/results; '-' for none"
-    )
+    parser.add_argument("--out", default="batch_decode", help="name of the CSV in benchmarks/results; '-' for none")
     args = parser.parse_args()
     model, config = llava_onevision_05b(), InferenceConfig()
     rows = prompts(model, args.batch)
