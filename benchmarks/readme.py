@@ -36,9 +36,9 @@ def needle() -> str:
     origin = rows[0]
     told = ", ".join(f"{questions[n]} questions over {n} pictures" for n in lengths)
     return (
-        f"{_markdown(header, table)}\n\nPercent of right answers; {told}, the same for every setting, "
-        f"handwriting never seen in training, seed {origin['seed']}. Commit `{origin['commit']}`, torch {origin['torch']}, transformers "
-        f"{origin['transformers']}, float32 on the CPU."
+        f"{_markdown(header, table)}\n\nPercent of right answers; {told}, the same for every setting, handwriting "
+        f"never seen in training, seed {origin['seed']}. Commit `{origin['commit']}`, torch {origin['torch']}, "
+        f"transformers {origin['transformers']}, float32 on the CPU."
     )
 
 
