@@ -5,7 +5,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,23 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def write_rows(name: str, rows: Iterable[Mapping[str, Any]]) -> Path:
-    """Puts rows into results/<name>.csv in place of an earlier run's, provenance added."""
-    origin = provenance()
-    complete = [{**row, **origin} for row in rows]
+ORIGIN = provenance()  # of the code as it was loaded, whatever is committed during a long run
+
+
+def write_rows(name: str, rows: Iterable[Mapping[str, Any]], key: Sequence[str] = ()) -> Path:
+    """Puts rows into results/<name>.csv, provenance added.
+
+    Args:
+        name: of the file.
+        rows: one mapping a row, all with the same columns.
+        key: columns that tell rows apart: rows of an earlier run that are not replaced stay. Without it none stays.
+    """
+    complete = [{k: str(v) for k, v in {**row, **ORIGIN}.items()} for row in rows]
     path = RESULTS / f"{name}.csv"
+    if key and path.exists():
+        new = {tuple(row[k] for k in key): row for row in complete}
+        kept = [new.pop(tuple(row[k] for k in key), row) for row in read_rows(name)]
+        complete = [*kept, *new.values()]
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, complete[0], lineterminator="\n")
         writer.writeheader()

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from mminfer.cache.lookm import LookM
 from mminfer.tokens.prune import AIMPrune
+
+if TYPE_CHECKING:
+    from mminfer.models.base import ModelSpec
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,9 @@ class RandomPrune(AIMPrune):
     def importance(self, q: Tensor, k: Tensor, layer_idx: int, query_index: Tensor | None, scale: float) -> Tensor:
         return _lot((k.shape[2],), self.seed, layer_idx, k)
 
+    def cost(self, spec: ModelSpec, lengths: Sequence[int]) -> int:
+        return 0
+
 
 @dataclass(frozen=True)
 class RandomEvict(LookM):
@@ -38,6 +46,9 @@ class RandomEvict(LookM):
 
     def score(self, q: Tensor, k: Tensor, layer_idx: int, query_index: Tensor | None, scale: float) -> Tensor:
         return _lot(k.shape[:3], self.seed, layer_idx, k)
+
+    def cost(self, spec: ModelSpec, lengths: Sequence[int]) -> int:
+        return 0
 
 
 def _lot(shape: tuple[int, ...], seed: int, layer_idx: int, like: Tensor) -> Tensor:

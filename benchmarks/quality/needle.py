@@ -110,7 +110,7 @@ def main() -> None:
     for row in rows:
         print(row)
     if args.out != "-":
-        print(write_rows(args.out, rows))
+        print(write_rows(args.out, rows, key=("setting", "protocol", "images")))
 
 
 if __name__ == "__main__":
