@@ -65,21 +65,22 @@ def measure(name: str, model: Any, inputs: dict[str, Any], repeats: int) -> list
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--frames", type=int, default=16, help="frames of 196 tokens for LLaVA-OneVision-0.5B's geometry"
+        "--frames", type=int, default=8, help="frames of 196 tokens for LLaVA-OneVision-0.5B's geometry"
     )
-    parser.add_argument("--images", type=int, default=32, help="pictures of 64 tokens for nano")
+    parser.add_argument("--images", type=int, nargs="+", default=[32, 128], help="pictures of 64 tokens for nano")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--models", nargs="+", default=["nano", "llava-onevision-0.5b"])
     parser.add_argument("--out", default="prompt_pass", help="name of the CSV file in benchmarks/results; '-' for none")
     args = parser.parse_args()
     rows = []
     if "nano" in args.models:
-        rows += measure("nano", *nano_prompt(args.images), args.repeats * 4)
+        for images in args.images:
+            rows += measure("nano", *nano_prompt(images), args.repeats * 2)
     if "llava-onevision-0.5b" in args.models:
         model = llava_onevision_05b()
         rows += measure("llava-onevision-0.5b", model, video_prompt(model, args.frames), args.repeats)
     if args.out != "-":
-        print(write_rows(args.out, rows))
+        print(write_rows(args.out, rows, key=("model", "tokens", "setting")))
 
 
 if __name__ == "__main__":
