@@ -3,6 +3,7 @@
 python -m benchmarks.readme
 """
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -80,12 +81,16 @@ SECTIONS: dict[str, Callable[[], str]] = {
 
 
 def render(text: str) -> str:
-    """The README with every marked section written anew."""
+    """The README with every marked section written anew.
+
+    Raises:
+        ValueError: a section's marks are not there, once each.
+    """
     for name, section in SECTIONS.items():
-        start, end = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
-        head, _, rest = text.partition(start)
-        _, _, tail = rest.partition(end)
-        text = head + start + section() + end + tail
+        marked = re.compile(f"(?<=<!-- {name} -->\n).*?(?=<!-- /{name} -->)", re.DOTALL)
+        if len(marked.findall(text)) != 1:
+            raise ValueError(f"the README has no section between <!-- {name} --> and <!-- /{name} -->")
+        text = marked.sub(lambda _, content=section(): content + "\n", text)
     return text
 
 

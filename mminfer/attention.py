@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from threading import Lock
 from typing import Any, Protocol
 
@@ -22,7 +23,16 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 NAME = "mminfer"
 BLOCK_ROWS = 512
 MASK_ELEMENTS = 1 << 24
-_lock, _users = Lock(), 0
+
+
+@dataclass
+class _Route:
+    host_implementation: str | None
+    users: int = 0
+
+
+_lock = Lock()
+_routes: dict[int, _Route] = {}  # by the id of the text config
 
 
 class Attend(Protocol):
@@ -49,19 +59,24 @@ def _attention_forward(
 
 @contextmanager
 def routed_attention(config: Any) -> Iterator[None]:
-    """Routes the attention of the language model with this text config to the `attend=` its layers are given."""
-    global _users
+    """Routes the attention of the language model with this text config to the `attend=` its layers are given.
+
+    Passes on one model may overlap: the first puts the route up, the last takes it down.
+    """
     with _lock:
-        _users += 1
+        route = _routes.setdefault(id(config), _Route(config._attn_implementation_internal))
+        route.users += 1
         ALL_ATTENTION_FUNCTIONS[NAME] = _attention_forward
-    previous, config._attn_implementation_internal = config._attn_implementation_internal, NAME
+        config._attn_implementation_internal = NAME
     try:
         yield
     finally:
-        config._attn_implementation_internal = previous
         with _lock:
-            _users -= 1
-            if _users == 0:
+            route.users -= 1
+            if route.users == 0:
+                config._attn_implementation_internal = route.host_implementation
+                del _routes[id(config)]
+            if not _routes:
                 del ALL_ATTENTION_FUNCTIONS[NAME]
 
 
@@ -102,7 +117,7 @@ def _blocked_attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float, query_index: Tensor, window: int | None
 ) -> Tensor:
     """The same by blocks of queries, each under a mask over the keys that its last query sees."""
-    rows = max(1, min(BLOCK_ROWS, MASK_ELEMENTS // k.shape[2]))
+    rows = max(1, min(BLOCK_ROWS, MASK_ELEMENTS // max(1, k.shape[2])))
     blocks = []
     for q_block, places in zip(q.split(rows, 2), query_index.split(rows), strict=True):
         if len(places) == 0:

@@ -67,7 +67,7 @@ class Chat:
         """Ends the user's turn with this content and answers.
 
         Args:
-            content: a string or a list of text, image and video parts.
+            content: a string or a list of text, image and video parts; "" to answer what was read.
             max_new_tokens: tokens to generate at most.
             generation_kwargs: the host's, on top of those the chat was made with.
 
@@ -84,6 +84,9 @@ class Chat:
         positions = piece["position_ids"]
         piece["position_ids"] = torch.cat([positions.new_zeros(*positions.shape[:-1], past), positions], -1)
         kwargs = {**self._generation_kwargs, "max_new_tokens": max_new_tokens, **generation_kwargs}
+        for name in ("num_beams", "num_return_sequences"):
+            if kwargs.get(name, 1) != 1:
+                raise InputError(f"{name}={kwargs[name]}: a chat goes on from one answer; use generate() for several")
         restore = self.cache.snapshot()
         try:
             output = self._engine.run(piece, start, **kwargs)[0]
@@ -149,13 +152,16 @@ class Chat:
     def _with(self, content: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """The messages with this content in the user's open turn, and its parts, media loaded."""
         supports_video = self._engine.supports_video
+        open_turn = bool(self._messages) and self._messages[-1]["role"] == "user"
+        if open_turn and isinstance(content, str) and not content.strip():
+            return list(self._messages), []  # the turn ends as it stands
         checked = normalise_messages(
             [{"role": "user", "content": content}], supports_video=supports_video, **self._media
         )
         parts = checked[0]["content"]
         bare = [p if p["type"] == "text" else {"type": p["type"]} for p in parts]
         messages = list(self._messages)
-        if messages and messages[-1]["role"] == "user":
+        if open_turn:
             messages[-1] = {"role": "user", "content": messages[-1]["content"] + bare}
         else:
             messages.append({"role": "user", "content": bare})

@@ -56,7 +56,9 @@ def generate(
         typer.Option(help="An image file; repeat for more. Default with nano: the bundled ones."),
     ] = None,
     video: Annotated[list[str] | None, typer.Option(help="A video file; repeat for more.")] = None,
-    preset: Annotated[str, typer.Option(help="What to do to the request; 'mminfer doctor' lists all.")] = "balanced",
+    preset: Annotated[
+        str | None, typer.Option(help="What to do to the request (default: balanced); 'mminfer doctor' lists all.")
+    ] = None,
     config: Annotated[
         Path | None,
         typer.Option(help="A JSON file written by InferenceConfig.to_json(), instead of a preset."),
@@ -73,7 +75,9 @@ def generate(
     settings = _settings(preset, config)
     messages = _messages(model, prompt, image or [], video or [])
     from mminfer.engine import Engine  # the heavy imports come after the cheap checks
+    from mminfer.request import normalise_messages
 
+    normalise_messages(messages, allow_remote=allow_remote, num_frames=num_frames)  # before weights are loaded
     engine = Engine.from_pretrained(model, settings, device, dtype)
     kwargs: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
@@ -102,7 +106,7 @@ def generate(
         return
     from mminfer.report import comparison_table, stats_table
 
-    _out.print(f"[bold]{messages[-1]['content'][-1]['text']}[/]")
+    _out.print(messages[-1]["content"][-1]["text"], style="bold", markup=False, highlight=False)
     _out.print(output.text, markup=False)
     if compare:
         _out.print("[dim]uncompressed:[/]", end=" ")
@@ -144,11 +148,13 @@ def _answer(engine: Engine, messages: list[dict[str, Any]], kwargs: dict[str, An
     return output
 
 
-def _settings(preset: str, config: Path | None) -> Any:
+def _settings(preset: str | None, config: Path | None) -> Any:
     from mminfer.config import InferenceConfig
 
     if config is None:
-        return InferenceConfig.from_preset(preset)
+        return InferenceConfig.from_preset(preset or "balanced")
+    if preset is not None:
+        raise InputError(f"--preset {preset} and --config {config}: pass one of them")
     try:
         return InferenceConfig.from_json(config.read_text())
     except (OSError, UnicodeDecodeError) as error:
@@ -158,10 +164,13 @@ def _settings(preset: str, config: Path | None) -> Any:
 def _messages(model: str, prompt: str | None, images: list[str], videos: list[str]) -> list[dict[str, Any]]:
     from mminfer import nano
 
-    if model == nano.NANO and not images and not videos:
-        return nano.sample_messages(prompt)
+    bundled = model == nano.NANO and not images and not videos
+    if bundled and prompt is None:
+        return nano.sample_messages()
     if prompt is None or not prompt.strip():
         raise InputError("no question: pass --prompt TEXT")
+    if bundled:
+        return nano.sample_messages(prompt)
     media = [{"type": "image", "image": path} for path in images] + [
         {"type": "video", "video": path} for path in videos
     ]
@@ -170,5 +179,7 @@ def _messages(model: str, prompt: str | None, images: list[str], videos: list[st
 
 def main() -> None:
     """Entry point: library warnings as single lines."""
-    warnings.showwarning = lambda message, *_, **__: _err.print(f"warning: {message}", style="yellow", highlight=False)
+    warnings.showwarning = lambda message, *_, **__: _err.print(
+        f"warning: {message}", style="yellow", markup=False, highlight=False
+    )
     app()

@@ -57,7 +57,7 @@ class InferenceConfig:
     def __post_init__(self) -> None:
         for stage in Stage:
             technique = getattr(self, stage.value)
-            if technique is not None and getattr(technique, "stage", None) is not stage:
+            if technique is not None and (not isinstance(technique, Technique) or technique.stage is not stage):
                 raise ConfigError(
                     f"{stage.value}={technique!r} is no {stage.value} technique: "
                     f"use {', '.join(n for n, c in TECHNIQUES.items() if c.stage is stage)} or None"
@@ -85,7 +85,7 @@ class InferenceConfig:
         Raises:
             ConfigError: there is no preset of this name.
         """
-        if name not in PRESETS:
+        if not isinstance(name, str) or name not in PRESETS:
             raise ConfigError(f"unknown preset {name!r}; presets: {', '.join(PRESETS)}")
         return PRESETS[name]
 
@@ -127,19 +127,22 @@ def _to_data(technique: Technique | None) -> dict[str, Any] | None:
 def _from_data(stage: str, data: Any) -> Technique | None:
     if data is None:
         return None
-    fields = dict(data)
-    name = fields.pop("technique", None)
-    if name not in TECHNIQUES:
-        raise ConfigError(f"{stage}: unknown technique {name!r}; techniques: {', '.join(TECHNIQUES)}")
-    for key, value in fields.items():
-        if isinstance(value, dict):
-            fields[key] = LayerRange(**value)
-        elif isinstance(value, list):
-            fields[key] = tuple(value)
+    name = data.get("technique") if isinstance(data, dict) else None
+    if not isinstance(name, str) or name not in TECHNIQUES:
+        raise ConfigError(
+            f'{stage}={data!r}: wanted null, or an object whose "technique" is one of {", ".join(TECHNIQUES)}'
+        )
     try:
+        fields = {key: _field_from_data(value) for key, value in data.items() if key != "technique"}
         return TECHNIQUES[name](**fields)
     except TypeError as error:
         raise ConfigError(f"{stage}: {error}") from error
+
+
+def _field_from_data(value: Any) -> Any:
+    if isinstance(value, dict):
+        return LayerRange(**value)
+    return tuple(value) if isinstance(value, list) else value
 
 
 # The paper's 28 layers: pruning from layer 14 to 22 (AIM, section 4.1).

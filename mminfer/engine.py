@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from threading import Lock
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from mminfer_kernels import record_backends
@@ -24,6 +25,8 @@ from mminfer.models.registry import adapter_for, check_family
 from mminfer.patching import PatchHandle, patched
 from mminfer.request import GenerationOutput, build_inputs, is_batch, normalise_messages
 from mminfer.streaming import TextStream
+
+_locks: WeakKeyDictionary[nn.Module, Lock] = WeakKeyDictionary()  # engines may share a model
 
 
 class Engine:
@@ -45,7 +48,7 @@ class Engine:
         self.adapter = adapter_for(model)
         self.config = config if config is not None else InferenceConfig()
         self.config.check(self.adapter.spec)
-        self._lock = Lock()
+        self._lock = _locks.setdefault(self.model, Lock())
 
     @classmethod
     def from_pretrained(
@@ -72,20 +75,21 @@ class Engine:
         """
         path = str(nano.checkpoint_path()) if name_or_path == nano.NANO else name_or_path
         shared = {k: hf_kwargs[k] for k in ("revision", "token", "cache_dir", "trust_remote_code") if k in hf_kwargs}
+        device = _device(device)
+        dtype = _dtype(dtype, device)
         try:
             model_config = AutoConfig.from_pretrained(path, **shared)
-        except ValueError as error:
-            raise UnsupportedModelError(f"{name_or_path}: {error}") from error
+            check_family(model_config.model_type)
+            _check_before_loading(model_config, config)
+            model: Any = AutoModelForImageTextToText.from_pretrained(
+                path, dtype=dtype, use_safetensors=True, **hf_kwargs
+            )
+            processor = AutoProcessor.from_pretrained(path, **shared)
         except OSError as error:
-            raise InputError(f"no model at {name_or_path!r}: {error}") from error
-        check_family(model_config.model_type)
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if dtype is None:
-            dtype = torch.float32 if device.type == "cpu" else "auto"
-        placed = "device_map" in hf_kwargs
-        model: Any = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, use_safetensors=True, **hf_kwargs)
-        processor = AutoProcessor.from_pretrained(path, **shared)
-        return cls(model if placed else model.to(device=device), processor, config)
+            raise InputError(f"no model, or no whole one, at {name_or_path!r}: {error}") from error
+        except KeyError as error:
+            raise UnsupportedModelError(f"{name_or_path}: {error}") from error
+        return cls(model if "device_map" in hf_kwargs else model.to(device=device), processor, config)
 
     @property
     def device(self) -> torch.device:
@@ -224,6 +228,32 @@ class Engine:
         given = generation_kwargs.get("generation_config") or self.model.generation_config
         end = generation_kwargs.get("eos_token_id", given.eos_token_id)
         return set() if end is None else set(end) if isinstance(end, (list, tuple)) else {end}
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    try:
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        found = str(error).partition("\n")[0]
+        raise InputError(f"device {device!r}: {found}; pass one that this machine has, such as 'cpu'") from error
+    return device
+
+
+def _dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype | str:
+    if dtype is None:
+        return torch.float32 if device.type == "cpu" else "auto"
+    named = getattr(torch, dtype, None) if isinstance(dtype, str) and dtype != "auto" else dtype
+    if named != "auto" and not (isinstance(named, torch.dtype) and named.is_floating_point):
+        raise InputError(f"dtype {dtype!r}: wanted float32, bfloat16, float16 or auto")
+    return named
+
+
+def _check_before_loading(model_config: Any, config: InferenceConfig | None) -> None:
+    """The settings against a model without weights: real ones may take minutes to load."""
+    with torch.device("meta"):
+        skeleton = AutoModelForImageTextToText.from_config(model_config)
+    (config or InferenceConfig()).check(adapter_for(skeleton).spec)
 
 
 def _until_end(ids: list[int], end_ids: set[int]) -> list[int]:

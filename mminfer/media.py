@@ -75,7 +75,7 @@ def read_video(
 
     Args:
         source: a path or http(s) URL of a video file, its frames uint8 [F, H, W, 3], or a list of images.
-        num_frames: how many frames to take; all, if the video has fewer.
+        num_frames: how many frames to take of a file; all, if it has fewer. Given frames are all taken.
         fps: take so many frames a second of a video file instead.
         allow_remote: fetch http(s) URLs.
 
@@ -94,10 +94,8 @@ def read_video(
             return _sample_file(file, name, num_frames, fps)
     frames = _given_frames(source, allow_remote)
     if fps is not None:
-        raise InputError("fps needs a video file; frames given as they are have no rate: use num_frames")
-    total = len(frames)
-    indices = _spread(min(num_frames, total), total)
-    return frames[indices], _metadata(frames, indices, total, None)
+        raise InputError("fps needs a video file; frames given as they are have no rate")
+    return frames, _metadata(frames, list(range(len(frames))), len(frames), None)
 
 
 def _spread(count: int, total: int) -> list[int]:

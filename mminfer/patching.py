@@ -107,7 +107,8 @@ class PatchHandle:
         like = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
         hidden, left, record = prompt_pass(self.adapter, self.config, embeds, layout, cache, like.shape[1])
         self.records.append(record)
-        if inputs.get("logits_to_keep", 0) == 1 or self.config.removes_rows:
+        keep = inputs.get("logits_to_keep", 0)
+        if self.config.removes_rows or (isinstance(keep, int) and keep == 1):
             return self.adapter.logits(hidden[[stop - 1 for _, stop in left.spans]][:, None])
         return self._all_logits(inputs, hidden, like.shape[:2])
 
@@ -118,16 +119,9 @@ class PatchHandle:
         padded = hidden.new_zeros(*shape, hidden.shape[-1])
         padded[mask.to(hidden.device)] = hidden
         keep = inputs.get("logits_to_keep", 0)
-        return self.adapter.logits(
-            padded[
-                :,
-                slice(-keep, None)
-                if isinstance(keep, int) and keep
-                else slice(None)
-                if isinstance(keep, int)
-                else keep,
-            ]
-        )
+        if isinstance(keep, int):
+            keep = slice(-keep, None) if keep else slice(None)
+        return self.adapter.logits(padded[:, keep])
 
 
 def _cache_of(inputs: dict[str, Any]) -> CompressedCache:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -98,7 +99,7 @@ class PruneTechnique(Technique):
             origin: tokens and visual tokens with which the sequence entered the language model.
             layer_idx: the layer just computed.
             num_layers: depth of the model.
-            query_index: [S] int64, place of each query among the keys; None: query j is key j.
+            query_index: [S] int64, place of each query among the keys; None: the last S places.
             scale: factor of the logits.
 
         Returns:
@@ -144,7 +145,7 @@ class CacheTechnique(Technique):
             entries: all entries, those of this pass last.
             seen: tokens the layer has taken in over all passes.
             layer_idx: which layer.
-            query_index: [S] int64, place of each query among the entries; None: query j is entry j.
+            query_index: [S] int64, place of each query among the entries; None: the last S places.
             scale: factor of the logits.
         """
 
@@ -157,10 +158,24 @@ class LayerRange:
     end: int | float = 1.0
     interval: int = 1
 
+    def __post_init__(self) -> None:
+        if not is_number(self.start) or not is_number(self.end) or not is_whole(self.interval, least=1):
+            raise ConfigError(f"{self}: wanted layers as numbers and a whole interval of 1 or more")
+
     def layers(self, num_layers: int) -> tuple[int, ...]:
         """The layers' indices."""
         start, end = (layer_index(x, num_layers) for x in (self.start, self.end))
         return tuple(i for i in range(start, end) if i % self.interval == 0)
+
+
+def is_number(value: Any, *, above: float = -math.inf) -> bool:
+    """Whether this is a finite number, no bool, above a bound."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > above
+
+
+def is_whole(value: Any, *, least: int) -> bool:
+    """Whether this is an int, no bool, of at least so much."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def layer_index(layer: int | float, num_layers: int) -> int:
@@ -171,8 +186,7 @@ def layer_index(layer: int | float, num_layers: int) -> int:
 def check_layer(name: str, layer: Any, num_layers: int, *, last: int | None = None) -> None:
     """Raises `ConfigError` unless the layer lies in 0..last (default: the last layer of the model)."""
     last = num_layers - 1 if last is None else last
-    number = isinstance(layer, (int, float)) and not isinstance(layer, bool)
-    if not number or not 0 <= layer_index(layer, num_layers) <= last:
+    if not is_number(layer) or not 0 <= layer_index(layer, num_layers) <= last:
         raise ConfigError(
             f"{name}={layer!r} does not fit a model of {num_layers} layers: give an index from 0 to {last}, "
             f"or a float from 0.0 to 1.0 as a fraction of the depth"
@@ -181,7 +195,6 @@ def check_layer(name: str, layer: Any, num_layers: int, *, last: int | None = No
 
 def check_fraction(name: str, value: Any, *, zero: bool = False) -> None:
     """Raises `ConfigError` unless value is a number in (0, 1], or in [0, 1] with `zero`."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not 0 <= value <= 1 or (value == 0 and not zero):
+    if not is_number(value) or not 0 <= value <= 1 or (value == 0 and not zero):
         interval = "[0, 1]" if zero else "(0, 1]"
         raise ConfigError(f"{name}={value!r}: a kept fraction must be a number in {interval}; 1 keeps all")

@@ -97,7 +97,6 @@ def test_nobody_asks(keys, window):
     assert out.shape == (1, 4, 0, 8)
 
 
-@pytest.mark.xfail(strict=True, reason="the block size is divided by the number of keys")
 @pytest.mark.parametrize("window", [None, 4])
 def test_a_sequence_without_a_row(window):
     """Pruning may leave a sequence of a batch without a row."""
@@ -203,7 +202,6 @@ def test_routing_of_two_models_in_two_threads():
     assert untouched(one, other)
 
 
-@pytest.mark.xfail(strict=True, reason="the second pass takes our name for the host's and puts it back")
 def test_routing_of_one_model_in_two_threads():
     config = fake_config()
     assert in_two_threads(config, config)

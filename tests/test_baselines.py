@@ -95,7 +95,6 @@ def test_a_lot_costs_nothing(technique):
     assert technique.cost(adapter_for(tiny_model("llava")).spec, [1000]) == 0
 
 
-@pytest.mark.xfail(strict=True, reason="every visual row leaves, and a prompt without text has no row left")
 @pytest.mark.parametrize("prompts", [[[IMAGE]], [[5], [IMAGE]], [[IMAGE], [5]]])
 @pytest.mark.parametrize("prune", [AIMPrune, RandomPrune])
 def test_pruning_leaves_every_prompt_its_last_row(prune, prompts):
@@ -105,7 +104,6 @@ def test_pruning_leaves_every_prompt_its_last_row(prune, prompts):
     assert all(count >= 1 for layer in rows for count in layer)
 
 
-@pytest.mark.xfail(strict=True, reason="the last row leaves and an earlier text row answers")
 def test_pruning_answers_from_the_prompts_last_row():
     """Text in front of an image has not seen it: its row would answer as if there were no image."""
     answer, _, _ = run("llava", tiny_inputs("llava", [[3, IMAGE]]), prune=AIMPrune(1, 3))
@@ -261,7 +259,6 @@ def test_nothing_dropped_yet_means_the_scores_of_one_prompt(passes):
         torch.testing.assert_close(second.out.score[0].double(), votes, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.xfail(strict=True, reason="no scores are taken while all fits into the budget, so votes are lost")
 def test_turns_within_the_budget_vote_too(passes):
     """The second turn overflows the budget; the first turn's queries have looked at the first image too."""
     feed("llava", InferenceConfig(cache=LookM(budget=30, merge="none")), [[[3, IMAGE, 5]], [[4, IMAGE, 3]]])

@@ -132,6 +132,14 @@ def test_a_chat_goes_on_from_its_file(engine, content, config, tmp_path):
         assert torch.equal(ours.logits, theirs.logits)
 
 
+def test_several_answers_are_refused_and_a_read_turn_can_be_answered(engine, content):
+    chat = engine.chat()
+    with pytest.raises(InputError, match="num_beams"):
+        chat.send(QUESTION, num_beams=2)
+    chat.read([*content, {"type": "text", "text": QUESTION}])
+    assert chat.send("").text == "WB"
+
+
 def test_files_that_do_not_fit_are_refused(engine, content, tmp_path):
     chat = engine.chat()
     chat.read(content[:4])

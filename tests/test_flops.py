@@ -31,7 +31,7 @@ def test_both_counts_agree(family, name):
         model(**encoded, logits_to_keep=1)
     record, spec = handle.records[-1], handle.adapter.spec
     # Block edges of the scores and masked pairs of skipped attention are computed, though nobody needs them.
-    tolerance = {"off": 0.001, "merge": 0.001, "prune": 0.03, "skip": 0.1, "cache": 0.05}[name]
+    tolerance = {"off": 0.001, "merge": 0.001, "prune": 0.03, "skip": 0.1, "cache": 0.1}[name]
     assert prompt_flops(spec, record) == pytest.approx(counter.get_total_flops(), rel=tolerance)
     if name == "off":
         assert prompt_flops(spec, record) == full_prompt_flops(spec, record.prompt, record.past)

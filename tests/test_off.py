@@ -85,9 +85,11 @@ def test_forward_gives_the_hosts_logits_at_every_token(family):
     with patched(model, InferenceConfig()):
         ours = model(**inputs).logits
         last_two = model(**inputs, logits_to_keep=2).logits
+        chosen = model(**inputs, logits_to_keep=torch.tensor([3, 1])).logits
     real = inputs["attention_mask"].bool()
     torch.testing.assert_close(ours[real], host[real], rtol=0, atol=1e-4)
     torch.testing.assert_close(last_two, host[:, -2:], rtol=0, atol=1e-4)
+    torch.testing.assert_close(chosen[0], host[0, [3, 1]], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("kwargs", [{"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True}])

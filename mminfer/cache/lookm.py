@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mminfer.cache.kv_cache import CacheEntries
 from mminfer.errors import ConfigError
-from mminfer.technique import CacheTechnique, check_fraction
+from mminfer.technique import CacheTechnique, check_fraction, is_whole
 
 if TYPE_CHECKING:
     from mminfer.models.base import ModelSpec
@@ -58,7 +58,9 @@ class LookM(CacheTechnique):
                 check_fraction(f"LookM.{name}", ratio, zero=zero)
         if self.merge not in MERGES:
             raise ConfigError(f"LookM.merge={self.merge!r}, wanted one of {', '.join(MERGES)}")
-        if self.budget is not None and (not isinstance(self.budget, int) or self.budget < 1):
+        if not isinstance(self.text_prior, bool):
+            raise ConfigError(f"LookM.text_prior={self.text_prior!r}, wanted True or False")
+        if self.budget is not None and not is_whole(self.budget, least=1):
             raise ConfigError(f"LookM.budget={self.budget!r}, wanted 1 or more entries, or None for the ratios")
 
     def check(self, spec: ModelSpec) -> None:
@@ -84,7 +86,7 @@ class LookM(CacheTechnique):
         scale: float,
     ) -> CacheEntries:
         important, recent = self.quota(seen, layer_idx)
-        if important >= seen:
+        if self.budget is None and important >= seen:  # and so it will stay; a budget may yet be passed
             return entries
         score = self.score(q, entries.keys, layer_idx, query_index, scale)
         entries = replace(entries, score=score if entries.score is None else entries.score + score)

@@ -231,6 +231,10 @@ def _attention_mask(inputs: Mapping[str, Any]) -> Tensor:
         shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise InputError(f"attention_mask of shape {shape}: only a 2D padding mask [batch, tokens] is supported")
     mask = mask[:, -like.shape[1] :].bool()
+    if mask.shape != like.shape[:2]:
+        raise InputError(
+            f"attention_mask {list(mask.shape)} does not fit the tokens {list(like.shape[:2])}: one value each"
+        )
     if not bool(mask.any(-1).all()):
         raise InputError("a row of the batch has no token at all (its attention_mask is all zero): drop that row")
     return mask

@@ -57,8 +57,6 @@ class OperatorSkip(SkipTechnique):
             if isinstance(layers, LayerRange):
                 check_layer(f"OperatorSkip.{name}.start", layers.start, spec.num_layers)
                 check_layer(f"OperatorSkip.{name}.end", layers.end, spec.num_layers, last=spec.num_layers)
-                if layers.interval < 1:
-                    raise ConfigError(f"OperatorSkip.{name}.interval={layers.interval!r}: wanted 1 or more")
             else:
                 for layer in layers:
                     if not isinstance(layer, int):

@@ -9,7 +9,7 @@ import torch
 
 from mminfer.errors import ConfigError
 from mminfer.layout import TokenLayout
-from mminfer.technique import PositionTechnique
+from mminfer.technique import PositionTechnique, is_number
 
 if TYPE_CHECKING:
     from mminfer.models.base import ModelSpec
@@ -52,7 +52,12 @@ class V2PE(PositionTechnique):
         return layout.at(torch.cat(parts, 1), _ceil(last) + 1)
 
     def _line(self, layout: TokenLayout, start: int, stop: int) -> torch.Tensor:
-        return layout.position[:, start] + v2pe_positions(layout.is_visual[None, start:stop], self.delta)
+        first, visual = layout.position[:, start], layout.is_visual[None, start:stop]
+        if not bool(first > 0):
+            return first + v2pe_positions(visual, self.delta)
+        # A later turn: text (or a whole number in place of it) stands before whatever comes first.
+        before = torch.cat([visual.new_zeros(1, 1), visual], 1)
+        return first - 1 + v2pe_positions(before, self.delta)[:, 1:]
 
     def _grid(self, layout: TokenLayout, start: int, stop: int) -> torch.Tensor:
         rows = slice(start, stop)
@@ -164,5 +169,5 @@ def _ceil(x: torch.Tensor) -> torch.Tensor:
 
 
 def _check_delta(delta: float) -> None:
-    if not 0 < delta <= 1:
-        raise ConfigError(f"delta is {delta}, wanted a step in (0, 1], such as 1/16; 1 leaves positions as they are")
+    if not is_number(delta, above=0) or delta > 1:
+        raise ConfigError(f"delta is {delta!r}, wanted a step in (0, 1], such as 1/16; 1 leaves positions as they are")

@@ -11,7 +11,7 @@ from mminfer_kernels import power_iterate
 from torch import Tensor
 
 from mminfer.errors import ConfigError
-from mminfer.technique import PruneTechnique, check_layer, layer_index
+from mminfer.technique import PruneTechnique, check_layer, is_number, is_whole, layer_index
 
 if TYPE_CHECKING:
     from mminfer.models.base import ModelSpec
@@ -43,10 +43,10 @@ class AIMPrune(PruneTechnique):
     iterations: int = 5
 
     def __post_init__(self) -> None:
-        if self.temperature <= 0 or self.iterations < 1:
+        if not is_number(self.temperature, above=0) or not is_whole(self.iterations, least=1):
             raise ConfigError(
-                f"AIMPrune(temperature={self.temperature}, iterations={self.iterations}): wanted a temperature above 0 "
-                "and at least one iteration"
+                f"AIMPrune(temperature={self.temperature!r}, iterations={self.iterations!r}): wanted a temperature "
+                "above 0 and at least one iteration"
             )
 
     def check(self, spec: ModelSpec) -> None:
@@ -74,6 +74,8 @@ class AIMPrune(PruneTechnique):
         scale: float,
     ) -> Tensor:
         rows = is_visual.shape[0]
+        if rows and bool(is_visual[-1]):  # a prompt that ends with an image: its last token asks for the next one
+            is_visual = torch.cat([is_visual[:-1], is_visual.new_zeros(1)])
         rate = self.schedule(num_layers)[layer_idx]
         if not bool(is_visual.any()):
             return torch.arange(rows, device=k.device)
