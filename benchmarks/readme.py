@@ -90,7 +90,8 @@ def render(text: str) -> str:
         marked = re.compile(f"(?<=<!-- {name} -->\n).*?(?=<!-- /{name} -->)", re.DOTALL)
         if len(marked.findall(text)) != 1:
             raise ValueError(f"the README has no section between <!-- {name} --> and <!-- /{name} -->")
-        text = marked.sub(lambda _, content=section(): content + "\n", text)
+        (start, end), content = marked.search(text).span(), section()
+        text = f"{text[:start]}{content}\n{text[end:]}"
     return text
 
 

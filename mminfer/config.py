@@ -127,11 +127,11 @@ def _to_data(technique: Technique | None) -> dict[str, Any] | None:
 def _from_data(stage: str, data: Any) -> Technique | None:
     if data is None:
         return None
-    name = data.get("technique") if isinstance(data, dict) else None
+    if not isinstance(data, dict):
+        raise ConfigError(f'{stage}={data!r}: wanted null, or an object with "technique" and its settings')
+    name = data.get("technique")
     if not isinstance(name, str) or name not in TECHNIQUES:
-        raise ConfigError(
-            f'{stage}={data!r}: wanted null, or an object whose "technique" is one of {", ".join(TECHNIQUES)}'
-        )
+        raise ConfigError(f"{stage}: unknown technique {name!r}; techniques: {', '.join(TECHNIQUES)}")
     try:
         fields = {key: _field_from_data(value) for key, value in data.items() if key != "technique"}
         return TECHNIQUES[name](**fields)
