@@ -85,9 +85,10 @@ def generate(
         "allow_remote": allow_remote,
     }
     kwargs["output_logits"] = compare
-    if compare:  # the first call of a process pays for what both runs share
+    if compare:
         full_engine = Engine(engine.model, engine.processor)
-        full_engine.generate(messages, **{**kwargs, "max_new_tokens": 1})
+        for either in (full_engine, engine):  # the first calls of a process pay for what later ones share
+            either.generate(messages, **{**kwargs, "max_new_tokens": 1})
         full = _answer(full_engine, messages, kwargs)
     output = _answer(engine, messages, kwargs)
     report: dict[str, Any] = {
