@@ -16,7 +16,7 @@ from torch import Tensor
 from mminfer.cache.kv_cache import CompressedCache
 from mminfer.cache.storage import cache_facts, cache_tensors, restore_cache
 from mminfer.errors import InputError
-from mminfer.request import GenerationOutput, build_piece, normalise_messages
+from mminfer.request import GenerationOutput, build_piece
 
 if TYPE_CHECKING:
     from mminfer.engine import Engine
@@ -36,11 +36,9 @@ class Chat:
         cache: the compressed cache of all turns so far.
     """
 
-    def __init__(
-        self, engine: Engine, *, allow_remote: bool = False, num_frames: int = 8, **generation_kwargs: Any
-    ) -> None:
+    def __init__(self, engine: Engine, media: dict[str, Any], **generation_kwargs: Any) -> None:
         self._engine = engine
-        self._media: dict[str, Any] = {"allow_remote": allow_remote, "num_frames": num_frames}
+        self._media = media
         self._generation_kwargs = generation_kwargs
         self.cache = CompressedCache()
         self._messages: list[dict[str, Any]] = []
@@ -151,13 +149,10 @@ class Chat:
 
     def _with(self, content: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """The messages with this content in the user's open turn, and its parts, media loaded."""
-        supports_video = self._engine.supports_video
         open_turn = bool(self._messages) and self._messages[-1]["role"] == "user"
         if open_turn and isinstance(content, str) and not content.strip():
             return list(self._messages), []  # the turn ends as it stands
-        checked = normalise_messages(
-            [{"role": "user", "content": content}], supports_video=supports_video, **self._media
-        )
+        checked = self._engine.check([{"role": "user", "content": content}], **self._media)
         parts = checked[0]["content"]
         bare = [p if p["type"] == "text" else {"type": p["type"]} for p in parts]
         messages = list(self._messages)

@@ -67,6 +67,8 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 64,
     num_frames: Annotated[int, typer.Option(min=1, help="Frames taken of each video.")] = 8,
+    fps: Annotated[float | None, typer.Option(help="Take so many frames a second instead.")] = None,
+    max_video_tokens: Annotated[int | None, typer.Option(min=1, help="Visual tokens of one video at most.")] = None,
     allow_remote: Annotated[bool, typer.Option("--allow-remote", help="Let image URLs be fetched.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ... Default: float32 on the CPU.")] = None,
@@ -77,7 +79,8 @@ def generate(
     from mminfer.engine import Engine  # the heavy imports come after the cheap checks
     from mminfer.request import normalise_messages
 
-    normalise_messages(messages, allow_remote=allow_remote, num_frames=num_frames)  # before weights are loaded
+    media: dict[str, Any] = {"num_frames": num_frames, "fps": fps, "allow_remote": allow_remote}
+    normalise_messages(messages, **media)  # before weights are loaded
     engine = Engine.from_pretrained(model, settings, device, dtype)
     kwargs: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,

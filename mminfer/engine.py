@@ -23,9 +23,10 @@ from mminfer.metrics.memory import peak_memory
 from mminfer.metrics.stats import CallTimes, stats_of
 from mminfer.models.registry import adapter_for, check_family
 from mminfer.patching import PatchHandle, patched
-from mminfer.request import GenerationOutput, build_inputs, is_batch, normalise_messages
+from mminfer.request import GenerationOutput, build_inputs, cap_video, is_batch, normalise_messages
 from mminfer.streaming import TextStream
 
+MEDIA_OPTIONS = ("allow_remote", "num_frames", "fps", "max_video_tokens")
 _locks: WeakKeyDictionary[nn.Module, Lock] = WeakKeyDictionary()  # engines may share a model
 
 
@@ -107,6 +108,8 @@ class Engine:
         *,
         allow_remote: bool = False,
         num_frames: int = 8,
+        fps: float | None = None,
+        max_video_tokens: int | None = None,
         **generation_kwargs: Any,
     ) -> GenerationOutput | list[GenerationOutput]:
         """Answers one chat, or a list of chats in one batch.
@@ -115,7 +118,9 @@ class Engine:
             messages: a chat (a list of messages with text, image and video parts, or just a string) or a list of chats.
             max_new_tokens: tokens to generate at most.
             allow_remote: whether image URLs may be fetched.
-            num_frames: frames taken of each video, evenly spread.
+            num_frames: frames taken of each video file, evenly spread.
+            fps: take so many frames a second instead.
+            max_video_tokens: visual tokens of one video at most; frames are left out, evenly, until they fit.
             generation_kwargs: the host's: `do_sample`, `temperature`, `stop_strings`, `num_beams`, `streamer`, ...
 
         Returns:
@@ -126,7 +131,8 @@ class Engine:
         """
         start = time.perf_counter()
         chats = messages if is_batch(messages) else [messages]
-        inputs = self.prepare(chats, allow_remote=allow_remote, num_frames=num_frames)
+        media: dict[str, Any] = {"allow_remote": allow_remote, "num_frames": num_frames, "fps": fps}
+        inputs = self.prepare(chats, max_video_tokens=max_video_tokens, **media)
         outputs = self.run(inputs, start, max_new_tokens=max_new_tokens, **generation_kwargs)
         return outputs if is_batch(messages) or len(outputs) > 1 else outputs[0]
 
@@ -138,16 +144,17 @@ class Engine:
         start = time.perf_counter()
         if is_batch(messages):
             raise InputError(f"stream() takes one chat, found a list of {len(messages)}: use generate() for a batch")
-        media = {k: kwargs.pop(k) for k in ("allow_remote", "num_frames") if k in kwargs}
+        media = {k: kwargs.pop(k) for k in MEDIA_OPTIONS if k in kwargs}
         inputs = self.prepare([messages], **media)
         return TextStream(
             self.processor.tokenizer,
             lambda **control: self.run(inputs, start, max_new_tokens=max_new_tokens, **control, **kwargs)[0],
         )
 
-    def chat(self, *, allow_remote: bool = False, num_frames: int = 8, **generation_kwargs: Any) -> Chat:
+    def chat(self, **kwargs: Any) -> Chat:
         """A conversation whose turns share the compressed cache; arguments as for `generate`."""
-        return Chat(self, allow_remote=allow_remote, num_frames=num_frames, **generation_kwargs)
+        media = {k: kwargs.pop(k) for k in MEDIA_OPTIONS if k in kwargs}
+        return Chat(self, media, **kwargs)
 
     def load_chat(self, path: str | Path, **kwargs: Any) -> Chat:
         """A chat that `chat.save(path)` wrote, ready for its next turn; arguments as for `chat`.
@@ -162,12 +169,23 @@ class Engine:
         """Tells models apart whose caches do not fit each other: geometry and dtype, not weights."""
         return f"{self.adapter.spec} {self.model.dtype}"
 
-    def prepare(self, chats: Sequence[Any], *, allow_remote: bool = False, num_frames: int = 8) -> dict[str, Any]:
+    def check(self, messages: Any, *, max_video_tokens: int | None = None, **media: Any) -> list[dict[str, Any]]:
+        """One chat, checked, its media loaded; arguments as for `generate`."""
+        checked = normalise_messages(messages, supports_video=self.supports_video, **media)
+        if max_video_tokens is None:
+            return checked
+        if not self.supports_video:
+            raise InputError("max_video_tokens: this model takes a video as single images; use num_frames")
+        for message in checked:
+            message["content"] = [
+                cap_video(self.processor, part, max_video_tokens) if part["type"] == "video" else part
+                for part in message["content"]
+            ]
+        return checked
+
+    def prepare(self, chats: Sequence[Any], **media: Any) -> dict[str, Any]:
         """Checks chats and turns them into the model's inputs, left-padded to one batch."""
-        video = self.supports_video
-        checked = [
-            normalise_messages(c, allow_remote=allow_remote, num_frames=num_frames, supports_video=video) for c in chats
-        ]
+        checked = [self.check(chat, **media) for chat in chats]
         return dict(build_inputs(self.processor, checked, device=self.device, dtype=self.model.dtype))
 
     def read(self, inputs: dict[str, Any], cache: CompressedCache) -> None:

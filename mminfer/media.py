@@ -13,6 +13,7 @@ from typing import IO, Any
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+from tqdm import tqdm
 
 from mminfer.errors import InputError
 from mminfer.sources import open_source
@@ -23,6 +24,7 @@ MAX_PIXELS = 178_956_970  # where Pillow speaks of a decompression bomb
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 # Containers that hold their own frames: a playlist (hls, concat, dash) would make ffmpeg open other files.
 VIDEO_FORMATS = "mov,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,flv,asf,ogg,gif"
+PROGRESS: dict[str, Any] = {"delay": 2.0, "leave": False, "disable": None}  # on terminals, for what takes its time
 DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 
 
@@ -98,7 +100,7 @@ def read_video(
     return frames, _metadata(frames, list(range(len(frames))), len(frames), None)
 
 
-def _spread(count: int, total: int) -> list[int]:
+def spread(count: int, total: int) -> list[int]:
     """`count` of `total` frames, by the host's rule."""
     return [k * total // count for k in range(count)]
 
@@ -167,15 +169,17 @@ def _sample_file(file: IO[bytes], name: str, num_frames: int, fps: float | None)
             raise InputError(f"{name}: the file does not tell its frame rate: use num_frames instead of fps")
         for total in (claimed, 0):  # a header may be silent or wrong about the length: then count
             if not total:
-                total = sum(1 for _ in _decoded(av, file, name))
+                counted = tqdm(_decoded(av, file, name), f"{name}: counting frames", unit="frame", **PROGRESS)
+                total = sum(1 for _ in counted)
             count = num_frames if fps is None else max(1, int(total / rate * Fraction(fps)))
             count = min(count, total)
-            frames = _pick(_decoded(av, file, name), count, total)
+            decoded = tqdm(_decoded(av, file, name), f"{name}: decoding", total, unit="frame", **PROGRESS)
+            frames = _pick(decoded, count, total)
             if count and len(frames) == count:
                 if total < claimed:
                     logger.warning("%s: only %d of %d frames are there", name, total, claimed)
                 pixels = np.stack(frames)
-                return pixels, _metadata(pixels, _spread(count, total), total, rate)
+                return pixels, _metadata(pixels, spread(count, total), total, rate)
     except InputError:
         raise
     except Exception as error:  # FFmpeg's errors, and whatever else a hostile container sets off
@@ -186,7 +190,7 @@ def _sample_file(file: IO[bytes], name: str, num_frames: int, fps: float | None)
 
 
 def _pick(frames: Iterator[Any], count: int, total: int) -> list[np.ndarray]:
-    """The frames that `_spread` names, as far as there are any; the rest is let go at once."""
+    """The frames that `spread` names, as far as there are any; the rest is let go at once."""
     wanted = (k * total // count for k in range(count))
     target = next(wanted, None)
     picked: list[np.ndarray] = []

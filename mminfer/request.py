@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import BatchFeature
 
 from mminfer.errors import InputError
-from mminfer.media import load_image, read_video
+from mminfer.media import load_image, read_video, spread
 
 if TYPE_CHECKING:
     from mminfer.metrics.stats import GenerationStats
@@ -47,7 +47,12 @@ def is_batch(messages: Any) -> bool:
 
 
 def normalise_messages(
-    messages: Any, *, allow_remote: bool = False, num_frames: int = 8, supports_video: bool = True
+    messages: Any,
+    *,
+    allow_remote: bool = False,
+    num_frames: int = 8,
+    fps: float | None = None,
+    supports_video: bool = True,
 ) -> list[Message]:
     """Check one chat and load its media; what was given is left as it is.
 
@@ -57,7 +62,8 @@ def normalise_messages(
             {"type": "image", "image" | "path" | "url": ...} or
             {"type": "video", "video" | "path" | "url": ...}.
         allow_remote: fetch http(s) URLs.
-        num_frames: frames to take of each video.
+        num_frames: frames to take of each video file, evenly spread.
+        fps: take so many frames a second of it instead.
         supports_video: whether the model takes videos; if not, their frames go in as images.
 
     Returns:
@@ -79,7 +85,7 @@ def normalise_messages(
         new: list[Part] = []
         for k, part in enumerate(parts):
             where = f"message {n}, part {k}"
-            new += _load_part(part, where, allow_remote, num_frames, supports_video)
+            new += _load_part(part, where, {"num_frames": num_frames, "fps": fps}, allow_remote, supports_video)
         checked.append({"role": message["role"], "content": new})
     if not any(p["type"] != "text" or p["text"].strip() for m in checked for p in m["content"]):
         raise InputError("the prompt is empty: wanted text, an image or a video")
@@ -160,6 +166,28 @@ def build_piece(
     return dict(_to(inputs, device, dtype))
 
 
+def cap_video(processor: Any, part: Part, max_tokens: int) -> Part:
+    """A video part of no more frames than so many tokens hold, evenly spread over those it has.
+
+    Raises:
+        InputError: not even one frame fits.
+    """
+    frames = part["video"]
+    probe = {"type": "video", "video": frames[[0, 0]], "metadata": {**part["metadata"], "frames_indices": [0, 1]}}
+    chat = [{"role": "user", "content": [probe, {"type": "text", "text": "?"}]}]
+    ids = build_inputs(processor, [chat], device="cpu", dtype=None)["input_ids"]
+    visual = {getattr(processor, f"{kind}_token_id", None) for kind in ("image", "video")}
+    per_frame = sum(int((ids == token).sum()) for token in visual if token is not None) / 2
+    count = int(max_tokens / max(per_frame, 1))
+    if count < 1:
+        raise InputError(
+            f"max_video_tokens={max_tokens}: one frame takes {per_frame:.0f} tokens: allow at least so many"
+        )
+    chosen = spread(min(count, len(frames)), len(frames))
+    places = [part["metadata"]["frames_indices"][i] for i in chosen]
+    return {**part, "video": frames[chosen], "metadata": {**part["metadata"], "frames_indices": places}}
+
+
 def check_placeholders(processor: Any, parts: Iterable[Part]) -> None:
     """Refuse texts that hold the processor's marks for media: they would move images to other places.
 
@@ -204,7 +232,7 @@ def _check_order(messages: Sequence[Message]) -> None:
         raise InputError(f"the last message is the {roles[-1]}'s: wanted the user's, to be answered")
 
 
-def _load_part(part: Any, where: str, allow_remote: bool, num_frames: int, supports_video: bool) -> list[Part]:
+def _load_part(part: Any, where: str, sampling: dict[str, Any], allow_remote: bool, supports_video: bool) -> list[Part]:
     if isinstance(part, str):
         return [{"type": "text", "text": part}]
     kind = part.get("type") if isinstance(part, dict) else None
@@ -219,7 +247,7 @@ def _load_part(part: Any, where: str, allow_remote: bool, num_frames: int, suppo
     try:
         if kind == "image":
             return [{"type": "image", "image": load_image(source, allow_remote=allow_remote)}]
-        frames, metadata = read_video(source, num_frames=num_frames, allow_remote=allow_remote)
+        frames, metadata = read_video(source, allow_remote=allow_remote, **sampling)
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
     if supports_video:
