@@ -10,6 +10,7 @@ from pathlib import Path
 from benchmarks.common import read_rows
 from mminfer.config import PRESETS
 from mminfer.models.registry import supported_families
+from mminfer.models.support import YES, support_table
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -66,6 +67,23 @@ def families() -> str:
     return ", ".join(f"`{name}`" for name in supported_families())
 
 
+def support() -> str:
+    """What each family takes, and why not where it does not."""
+    table = support_table()
+    reasons = list(dict.fromkeys(cell for row in table.values() for cell in row.values() if cell != YES))
+    techniques = list(next(iter(table.values())))
+    rows = [
+        [f"`{family}`", *(cell if cell == YES else f"no ({reasons.index(cell) + 1})" for cell in row.values())]
+        for family, row in table.items()
+    ]
+    notes = "\n".join(f"{i}. {reason}" for i, reason in enumerate(reasons, 1))
+    grid = _markdown(["family", *techniques], rows).replace("---:", "---")
+    return (
+        f"{grid}\n\n{notes}\n\nAsked of each family's default configuration; a checkpoint whose language model slides "
+        "refuses LookM whatever its family."
+    )
+
+
 def presets() -> str:
     """The presets and what they set."""
     rows = []
@@ -76,7 +94,7 @@ def presets() -> str:
 
 
 SECTIONS: dict[str, Callable[[], str]] = {
-    "needle": needle, "prompt_pass": prompt_pass, "families": families, "presets": presets,
+    "needle": needle, "prompt_pass": prompt_pass, "families": families, "support": support, "presets": presets,
 }  # fmt: skip
 
 

@@ -81,7 +81,13 @@ def routed_attention(config: Any) -> Iterator[None]:
 
 
 def causal_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, query_index: Tensor | None = None, window: int | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    query_index: Tensor | None = None,
+    window: int | None = None,
+    reach: Tensor | None = None,
 ) -> Tensor:
     """softmax(q k^T * scale + causal) v of one sequence, never the whole score matrix.
 
@@ -94,38 +100,43 @@ def causal_attention(
         scale: factor of the scores.
         query_index: [S] int64 ascending: the place of each query among the keys; None: the last S places.
         window: a query sees its last `window` keys only.
+        reach: [S] int64: the last key each query sees, at or behind its own place (tokens of one image see each other
+            in both directions); None: its own.
 
     Returns:
         [1, H, S, D].
     """
     queries, keys = q.shape[2], k.shape[2]
-    flash = _flash_attention() if query_index is None and q.is_cuda and q.dtype != torch.float32 else None
+    plain = query_index is None and reach is None
+    flash = _flash_attention() if plain and q.is_cuda and q.dtype != torch.float32 else None
     note_backend("prompt_attention", "sdpa" if flash is None else "flash-attn")
     if flash is not None:
         rows_first = (x.transpose(1, 2) for x in (q, k, v))
         left = -1 if window is None else window - 1
         out: Tensor = flash(*rows_first, softmax_scale=scale, causal=True, window_size=(left, -1))
         return out.transpose(1, 2)
-    if query_index is None and queries == keys and (window is None or window >= keys):
+    if plain and queries == keys and (window is None or window >= keys):
         return F.scaled_dot_product_attention(q, k, v, scale=scale, is_causal=True, enable_gqa=True)
     if query_index is None:
         query_index = torch.arange(keys - queries, keys, device=q.device)
-    return _blocked_attention(q, k, v, scale, query_index, window)
+    return _blocked_attention(q, k, v, scale, query_index, window, query_index if reach is None else reach)
 
 
 def _blocked_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, query_index: Tensor, window: int | None
+    q: Tensor, k: Tensor, v: Tensor, scale: float, query_index: Tensor, window: int | None, reach: Tensor
 ) -> Tensor:
-    """The same by blocks of queries, each under a mask over the keys that its last query sees."""
+    """The same by blocks of queries, each under a mask over the keys that one of them sees."""
     rows = max(1, min(BLOCK_ROWS, MASK_ELEMENTS // max(1, k.shape[2])))
     blocks = []
-    for q_block, places in zip(q.split(rows, 2), query_index.split(rows), strict=True):
+    for q_block, places, ends in zip(q.split(rows, 2), query_index.split(rows), reach.split(rows), strict=True):
         if len(places) == 0:
             return torch.empty_like(q)
-        first, last = int(places[0]), int(places[-1])
+        first, last = int(places[0]), int(ends.max())
         start = 0 if window is None else max(0, first - window + 1)
-        age = places[:, None] - torch.arange(start, last + 1, device=q.device)
-        mask = age >= 0 if window is None else (age >= 0) & (age < window)
+        columns = torch.arange(start, last + 1, device=q.device)
+        mask = columns <= ends[:, None]
+        if window is not None:
+            mask &= columns > places[:, None] - window
         keys, values = k[:, :, start : last + 1], v[:, :, start : last + 1]
         blocks.append(
             F.scaled_dot_product_attention(q_block, keys, values, attn_mask=mask, scale=scale, enable_gqa=True)

@@ -200,9 +200,9 @@ class Chat:
         if unread:
             prefix = ids.new_tensor([unread])
             piece["input_ids"] = ids = torch.cat([prefix, ids], 1)
-            if "mm_token_type_ids" in piece:
-                types = piece["mm_token_type_ids"]
-                piece["mm_token_type_ids"] = torch.cat([types.new_zeros(1, len(unread)), types], 1)
+            for name in ("mm_token_type_ids", "token_type_ids"):
+                if name in piece:
+                    piece[name] = torch.cat([piece[name].new_zeros(1, len(unread)), piece[name]], 1)
         mask = torch.ones_like(ids, dtype=torch.bool)
         piece["position_ids"] = engine.adapter.host_positions(piece, mask)[:, None]
         if engine.adapter.position_axes == 1:

@@ -31,12 +31,12 @@ def decode_step(
         [B, 1, C], before the final norm.
     """
     position = cache.next_position.to(hidden_states.device)[:, None].expand(adapter.position_axes, -1, 1)
-    cos_sin = adapter.rotary(hidden_states, position, fractional(config))
+    tables = adapter.rotary(hidden_states, position, fractional(config))
     with routed_attention(adapter.text_config):
-        for layer, held in zip(adapter.layers, cache.layers, strict=True):
+        for layer, kind, held in zip(adapter.layers, adapter.layer_kinds, cache.layers, strict=True):
             hidden_states = layer(
                 hidden_states,
-                position_embeddings=cos_sin,
+                position_embeddings=tables[kind],
                 attention_mask=None,
                 use_cache=False,
                 attend=partial(_attend, held),

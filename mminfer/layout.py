@@ -7,6 +7,7 @@ from enum import IntEnum
 from functools import cached_property
 
 import torch
+from mminfer_kernels import merge_rows
 from torch import Tensor
 
 
@@ -31,6 +32,10 @@ class TokenLayout:
         source: [T] int64: the token's row in the packed prompt as it came in.
         position: [A, T] float64: rotary positions on A axes (1, or 3 for M-RoPE).
         next_position: [B] float64: where the next text token of each sequence goes.
+        companions: [V, K, C]: what joins the hidden states of the V visual rows behind each of the first K layers
+            (DeepStack), in the rows' order; None where the model has no such features.
+        block: [T] int64: tokens in a row with one number see each other in both directions, -1 looks back only; None
+            where all do.
     """
 
     sequence: Tensor
@@ -40,6 +45,8 @@ class TokenLayout:
     source: Tensor
     position: Tensor
     next_position: Tensor
+    companions: Tensor | None = None
+    block: Tensor | None = None
 
     def __len__(self) -> int:
         return self.sequence.shape[0]
@@ -57,6 +64,20 @@ class TokenLayout:
     def text_rows(self) -> Tensor:
         """[number of text tokens] int64: the rows that are text."""
         return (~self.is_visual).nonzero()[:, 0]
+
+    @cached_property
+    def visual_rows(self) -> Tensor:
+        """[V] int64: the rows that are visual."""
+        return self.is_visual.nonzero()[:, 0]
+
+    @cached_property
+    def reach(self) -> Tensor | None:
+        """[T] int64: the last row that each row sees, itself or the end of its block; None where all look back only."""
+        if self.block is None:
+            return None
+        rows = torch.arange(len(self), device=self.block.device)
+        group = self.block + 1  # text in group 0
+        return torch.zeros_like(rows).scatter_reduce(0, group, rows, "amax")[group].where(group > 0, rows)
 
     @cached_property
     def lengths(self) -> tuple[int, ...]:
@@ -89,11 +110,35 @@ class TokenLayout:
             size=self.size[index],
             source=self.source[index],
             position=self.position[:, index],
+            block=None if self.block is None else self.block[index],
+            companions=None if self.companions is None else self.companions[self._visual_places(index)],
         )
 
-    def merge(self, index: Tensor, size: Tensor) -> TokenLayout:
-        """The layout after merging: rows `index` stay and now stand for `size` ([K] float32) patches each."""
-        return replace(self.select(index), size=size)
+    def merge(self, index: Tensor, size: Tensor, owner: Tensor) -> TokenLayout:
+        """The layout after merging; companions are averaged as their tokens were, by size.
+
+        Args:
+            index: [K] int64, ascending: the rows that stay.
+            size: [K] float32: patches that each now stands for.
+            owner: [T] int64: the row of `index` that each row became part of; its own where it stays.
+        """
+        merged = replace(self.select(index), size=size)
+        if self.companions is None or merged.companions is None:
+            return merged
+        stays = self.size[index[merged.visual_rows]]
+        gone = self.visual_rows[owner[self.visual_rows] != self.visual_rows]
+        companions, _ = merge_rows(
+            merged.companions.flatten(1),
+            self.companions[self._visual_places(gone)].flatten(1),
+            merged._visual_places(torch.searchsorted(index, owner[gone])),
+            stays.where(stays > 0, 1),
+            self.size[gone],
+        )
+        return replace(merged, companions=companions.view_as(merged.companions))
+
+    def _visual_places(self, rows: Tensor) -> Tensor:
+        """Places of the visual ones among these rows in the order of all visual rows."""
+        return (self.is_visual.cumsum(0) - 1)[rows[self.is_visual[rows]]]
 
     def at(self, position: Tensor, next_position: Tensor) -> TokenLayout:
         """The same tokens at other rotary positions: [A, T] and [B] float64."""

@@ -57,11 +57,12 @@ class PatchHandle:
         self._instance_forward = model.__dict__.get("forward")
         original = model.forward
         signature = inspect.signature(original)
+        others = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), "")
 
         @functools.wraps(original)
         def forward(*args: Any, **kwargs: Any) -> Any:
             bound = signature.bind(*args, **kwargs).arguments
-            return self._forward({**bound.pop("kwargs", {}), **bound})
+            return self._forward({**bound.pop(others, {}), **bound})
 
         vars(forward)["mminfer_handle"] = self
         model.forward = forward

@@ -13,6 +13,7 @@ from mminfer.attention import causal_attention, routed_attention
 from mminfer.cache.kv_cache import CacheEntries, CompressedCache, CompressedLayer
 from mminfer.config import InferenceConfig
 from mminfer.layout import TokenLayout
+from mminfer.metrics.flops import causal_pairs
 from mminfer.metrics.records import LayerRecord, PromptRecord
 from mminfer.models.base import ModelAdapter, ModelSpec
 
@@ -88,14 +89,17 @@ class LayerAttention:
             earlier = self.past.row(sequence)
             num_past, entries = len(earlier), earlier.extend(entries)
         places = None if rows is None else rows - start + num_past
-        out = causal_attention(q, entries.keys, entries.values, scale, places, window)
-        self._count(len(entries), q.shape[2], places, window)
+        reach = self._reach(start, stop, num_past, rows)
+        out = causal_attention(q, entries.keys, entries.values, scale, places, window, reach)
+        self._count(len(entries), q.shape[2], places, window, reach)
         if self.prune is not None:
             depth = self.adapter.spec.num_layers
             kept = self.prune.apply(
                 q, entries.keys, is_visual, self.origin[sequence], self.layer_idx, depth, places, scale
             )
             self.kept.append(kept + start)
+        if window is not None:
+            entries = entries.last(window - 1)  # a later query sees no more, itself included
         self.entries.append(self._compress(sequence, q, entries, places, scale))
         return out
 
@@ -105,13 +109,24 @@ class LayerAttention:
         heads = k.shape[:3]
         return CacheEntries(k, v, is_visual.expand(heads), k.new_zeros(heads, dtype=torch.float32))
 
-    def _count(self, num_keys: int, num_queries: int, places: Tensor | None, window: int | None) -> None:
+    def _reach(self, start: int, stop: int, num_past: int, rows: Tensor | None) -> Tensor | None:
+        """[S] int64: the last key that each query of the sequence sees; None: its own."""
+        if self.layout.reach is None:
+            return None
+        return self.layout.reach[slice(start, stop) if rows is None else rows] - start + num_past
+
+    def _count(
+        self, num_keys: int, num_queries: int, places: Tensor | None, window: int | None, reach: Tensor | None
+    ) -> None:
         self.num_queries.append(num_queries)
-        if places is None and window is None:
-            self.pairs.append(num_queries * (num_keys - num_queries) + num_queries * (num_queries + 1) // 2)
-            return
-        seen = (torch.arange(num_keys - num_queries, num_keys) if places is None else places) + 1
-        self.pairs.append(int((seen if window is None else seen.clamp_max(window)).sum()))
+        if places is None:
+            pairs = causal_pairs(num_queries, num_keys - num_queries, window)
+        else:
+            pairs = int((places + 1 if window is None else (places + 1).clamp_max(window)).sum())
+        if reach is not None:
+            own = torch.arange(num_keys - num_queries, num_keys, device=reach.device) if places is None else places
+            pairs += int((reach - own).sum())
+        self.pairs.append(pairs)
 
     def _compress(
         self, sequence: int, q: Tensor, entries: CacheEntries, places: Tensor | None, scale: float
@@ -170,7 +185,7 @@ def prompt_pass(
         layout = config.positions.apply(layout)
     next_position = layout.next_position
     earlier = cache.tokens or (0,) * layout.num_sequences
-    record = PromptRecord(earlier, layout.lengths, layout.visual_lengths)
+    record = PromptRecord(earlier, layout.lengths, layout.visual_lengths, ahead=_ahead(layout))
     _warn_beyond(adapter.spec, config, next_position)
     if config.merge is not None:
         record.merge_flops = config.merge.cost(adapter.spec, layout.image_lengths)
@@ -178,34 +193,50 @@ def prompt_pass(
     record.merged = layout.lengths
     origin = tuple(zip(layout.lengths, layout.visual_lengths, strict=True))
     hidden = inputs_embeds[None]
-    cos, sin = adapter.rotary(hidden, layout.position[:, None], fractional(config))
+    tables = adapter.rotary(hidden, layout.position[:, None], fractional(config))
     layers = []
     with routed_attention(adapter.text_config):
-        for i, layer in enumerate(adapter.layers):
+        for i in range(adapter.spec.num_layers):
             queries, ffn = (
                 (None, None) if config.skip is None else config.skip.apply(layout, i, adapter.spec.num_layers)
             )
             attend = LayerAttention(adapter, config, layout, i, origin, queries, past[i] if past else None)
-            narrow = (
-                nullcontext() if config.skip is None else config.skip.narrow(layer, adapter.ffn_modules, queries, ffn)
-            )
-            with narrow:
-                hidden = layer(
-                    hidden,
-                    position_embeddings=(cos, sin),
-                    attention_mask=None,
-                    use_cache=False,
-                    attend=attend,
-                )
+            hidden = _through_layer(attend, hidden, tables[adapter.layer_kinds[i]], ffn)
             layers.append(CompressedLayer(attend.entries, attend.seen, cache))
             record.layers.append(attend.record(ffn))
             if attend.kept:
                 kept = torch.cat(attend.kept)
-                hidden, cos, sin = (x.index_select(-2, kept) for x in (hidden, cos, sin))
-                layout = layout.select(kept)
+                hidden, layout = hidden.index_select(1, kept), layout.select(kept)
+                tables = {
+                    kind: (cos.index_select(-2, kept), sin.index_select(-2, kept))
+                    for kind, (cos, sin) in tables.items()
+                }
     taken_in = [a + b for a, b in zip(earlier, record.prompt, strict=True)]
     cache.commit(layers, columns, taken_in, next_position)
     return hidden[0], layout, record
+
+
+def _through_layer(
+    attend: LayerAttention, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor], ffn: Tensor | None
+) -> Tensor:
+    """[1, T, C] behind the host's layer; ffn: [K] packed rows that go through its FFN, None: all."""
+    adapter, skip, companions = attend.adapter, attend.config.skip, attend.layout.companions
+    layer = adapter.layers[attend.layer_idx]
+    narrow = nullcontext() if skip is None else skip.narrow(layer, adapter.ffn_modules, attend.queries, ffn)
+    with narrow:
+        hidden = layer(
+            hidden, position_embeddings=position_embeddings, attention_mask=None, use_cache=False, attend=attend
+        )
+    if companions is None or attend.layer_idx >= companions.shape[1]:
+        return hidden
+    return hidden.index_add(1, attend.layout.visual_rows, companions[None, :, attend.layer_idx])
+
+
+def _ahead(layout: TokenLayout) -> tuple[int, ...]:
+    if layout.reach is None:
+        return ()
+    ahead = layout.reach - torch.arange(len(layout), device=layout.reach.device)
+    return tuple(ahead.new_zeros(layout.num_sequences).index_add(0, layout.sequence, ahead).tolist())
 
 
 def fractional(config: InferenceConfig) -> bool:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mminfer import V2PE, AIMMerge, Engine, InferenceConfig, InputError, LookM, nano
+from mminfer.request import build_piece
 
 QUESTION = "Which image shows a blue 1?"
 
@@ -169,3 +170,20 @@ def test_fifty_turns_stay_within_the_budget(engine, content, text_prior):
         assert max(max(n) for n in chat.cache.lengths) <= bound
         assert chat.cache.nbytes <= 6 * bound * 2 * 2 * 32 * 4
     assert tokens > 3600
+
+
+@pytest.mark.parametrize("name", ["mm_token_type_ids", "token_type_ids"])
+def test_token_types_cover_what_is_read_of_the_answer(engine, monkeypatch, name):
+    """Answers cut short leave a token unread; it goes in with the next turn, and is text."""
+    chat, seen = engine.chat(), {}
+    chat.send(QUESTION, max_new_tokens=1)
+
+    def with_types(*args, **kwargs):
+        piece = build_piece(*args, **kwargs)
+        return piece | {name: torch.ones_like(piece["input_ids"])}
+
+    monkeypatch.setattr("mminfer.chat.build_piece", with_types)
+    monkeypatch.setattr(engine, "read", lambda piece, cache: seen.update(piece))
+    chat.read(QUESTION)
+    assert seen[name].shape == seen["input_ids"].shape
+    assert seen[name][0].tolist() == [0] + [1] * (seen["input_ids"].shape[1] - 1)

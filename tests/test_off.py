@@ -19,7 +19,8 @@ from mminfer import (
     patch,
     patched,
 )
-from tests.tiny import FAMILIES, IMAGE, VIDEO, tiny_inputs, tiny_model
+from mminfer.models.registry import adapter_for
+from tests.tiny import FAMILIES, IMAGE, VIDEO, fitting, skip_if_refused, tiny_inputs, tiny_model
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
 BATCH = [[3, IMAGE, 5, IMAGE, 4], [2, IMAGE, 9], [6]]
@@ -54,8 +55,9 @@ def assert_same(ours, host) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_identity_equals_host(family, name):
     model, inputs = tiny_model(family), tiny_inputs(family, batch(family))
+    config = fitting(family, IDENTITIES[name])
     host = model.generate(**inputs, **GREEDY)
-    with patched(model, IDENTITIES[name]):
+    with patched(model, config):
         ours = model.generate(**inputs, **GREEDY)
     assert_same(ours, host)
 
@@ -73,8 +75,10 @@ def test_pruning_nothing_is_the_host(family):
             return True
 
     model, inputs = tiny_model(family), tiny_inputs(family, batch(family))
+    config = InferenceConfig(prune=KeepAll())
+    skip_if_refused(family, config)
     host = model.generate(**inputs, **GREEDY)
-    with patched(model, InferenceConfig(prune=KeepAll())):
+    with patched(model, config):
         assert_same(model.generate(**inputs, **GREEDY), host)
 
 
@@ -120,10 +124,8 @@ def test_undo_leaves_no_trace(family):
     implementations = set(ALL_ATTENTION_FUNCTIONS)
     host = model.generate(**inputs, **GREEDY)
     deltas = getattr(base, "rope_deltas", None)
-    handle = patch(
-        model,
-        InferenceConfig(V2PE(0.25), AIMMerge(), AIMPrune(), OperatorSkip(ffn=[1], attention=[2]), LookM()),
-    )
+    everything = InferenceConfig(V2PE(0.25), AIMMerge(), AIMPrune(), OperatorSkip(ffn=[1], attention=[2]), LookM())
+    handle = patch(model, fitting(family, everything))
     model.generate(**inputs, **GREEDY)
     handle.undo()
     handle.undo()
@@ -171,7 +173,7 @@ def test_placeholders_without_pixels_are_refused(family):
     model, inputs = tiny_model(family), tiny_inputs(family, [[3, IMAGE, 4]])
     del inputs["pixel_values"]
     calls = []
-    hook = model.base_model.language_model.layers[0].register_forward_pre_hook(lambda *a: calls.append(1))
+    hook = adapter_for(model).layers[0].register_forward_pre_hook(lambda *a: calls.append(1))
     with patched(model, InferenceConfig()), pytest.raises(InputError, match="placeholder"):
         model.generate(**inputs, max_new_tokens=2)
     hook.remove()

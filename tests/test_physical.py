@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from mminfer import V2PE, AIMMerge, AIMPrune, InferenceConfig, LookM, OperatorSkip, patched
+from mminfer.models.registry import adapter_for
 from mminfer.technique import LayerRange
 from mminfer.tokens import aim_schedule
-from tests.tiny import FAMILIES, IMAGE, LAYERS, VIDEO, tiny_inputs, tiny_model
+from tests.tiny import FAMILIES, IMAGE, LAYERS, VIDEO, fitting, skip_if_refused, tiny_inputs, tiny_model, tiny_rows
 
 PROMPTS = [[3, IMAGE, 5, IMAGE, 4], [2, IMAGE, 9]]
 EVERYTHING = InferenceConfig(
@@ -25,7 +26,7 @@ EVERYTHING = InferenceConfig(
 def rows_seen(model):
     """Rows (and queries of a prompt pass) that enter each module, by its name in the language model."""
     seen, handles = defaultdict(list), []
-    for name, module in model.base_model.language_model.named_modules():
+    for name, module in adapter_for(model).language_model.named_modules():
         if name.startswith("layers."):
 
             def look(_, args, kwargs, name=name):
@@ -49,7 +50,9 @@ def test_pruned_rows_enter_no_later_layer(family):
     tokens = mask.sum(1).tolist()
     visual = [2 * per_image, per_image]
     rates = [1.0, *aim_schedule(LAYERS, 1, 3)]
-    with rows_seen(model) as seen, patched(model, InferenceConfig(prune=AIMPrune(start=1, end=3))) as handle:
+    config = InferenceConfig(prune=AIMPrune(start=1, end=3))
+    skip_if_refused(family, config)
+    with rows_seen(model) as seen, patched(model, config) as handle:
         out = model(**inputs, use_cache=True)
     for layer in range(LAYERS):
         want = [n - v + int(v * rates[layer]) for n, v in zip(tokens, visual, strict=True)]
@@ -64,8 +67,9 @@ def test_skipped_operators_see_only_text(family):
     model, inputs = tiny_model(family), tiny_inputs(family, PROMPTS)
     total = int(inputs["attention_mask"].sum())
     text = total - 3 * FAMILIES[family].image_tokens
-    skip = OperatorSkip(ffn=[0], attention=[1], block=LayerRange(0.5, 0.75))
-    with rows_seen(model) as seen, patched(model, InferenceConfig(skip=skip)):
+    config = InferenceConfig(skip=OperatorSkip(ffn=[0], attention=[1], block=LayerRange(0.5, 0.75)))
+    skip_if_refused(family, config)
+    with rows_seen(model) as seen, patched(model, config):
         model(**inputs)
     for layer, (attention, ffn) in enumerate([(total, text), (text, total), (text, text), (total, total)]):
         assert seen[f"layers.{layer}.self_attn.q_proj"] == seen[f"layers.{layer}.self_attn.o_proj"] == [attention]
@@ -106,11 +110,10 @@ def test_skipping_equals_discarding():
 def test_merged_rows_never_enter(family):
     model, inputs = tiny_model(family), tiny_inputs(family, PROMPTS)
     text = int(inputs["attention_mask"].sum()) - 3 * FAMILIES[family].image_tokens
-    patches = {"llava_onevision": 48, "qwen2_5_vl": 24}.get(family, 16)  # newlines are no patches
-    newlines = FAMILIES[family].image_tokens - patches
+    kept = FAMILIES[family].patches // 4 + FAMILIES[family].newlines
     with rows_seen(model) as seen, patched(model, InferenceConfig(merge=AIMMerge(ratio=0.25))):
         model(**inputs)
-    assert [seen[f"layers.{i}"] for i in range(LAYERS)] == [[text + 3 * (patches // 4 + newlines)]] * LAYERS
+    assert [seen[f"layers.{i}"] for i in range(LAYERS)] == [[text + 3 * kept]] * LAYERS
 
 
 @pytest.mark.parametrize(("important", "recent"), [(0.5, 0.1), (0.3, 0.3), (0.1, 0.1), (0.025, 0.025)])
@@ -121,13 +124,14 @@ def test_cache_bytes_are_the_budget_and_the_text(family, important, recent):
     is_visual = inputs["input_ids"][0] == model.config.image_token_id
     window = int(tokens * recent)
     text = int((~is_visual[: tokens - window]).sum())
-    with patched(model, InferenceConfig(cache=LookM(important, recent))):
+    config = InferenceConfig(cache=LookM(important, recent))
+    skip_if_refused(family, config)
+    with patched(model, config):
         cache = model(**inputs, use_cache=True).past_key_values
     entries = window + max(int(tokens * important), text)
-    config = model.config.get_text_config()
-    size = config.hidden_size // config.num_attention_heads
+    spec = adapter_for(model).spec
     assert cache.lengths == [[entries]] * LAYERS
-    assert cache.nbytes == 2 * LAYERS * entries * config.num_key_value_heads * size * 4
+    assert cache.nbytes == 2 * LAYERS * entries * spec.num_key_value_heads * spec.head_dim * 4
     assert cache.nbytes == sum(
         x.numel() * x.element_size() for layer in cache.layers for x in (layer.keys, layer.values)
     )
@@ -142,7 +146,7 @@ def test_cache_bytes_are_the_budget_and_the_text(family, important, recent):
 )
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_batch_gives_what_each_chat_gives_alone(family, config):
-    model = tiny_model(family)
+    model, config = tiny_model(family), fitting(family, config)
     prompts = [[3, IMAGE, 5, IMAGE, 4], [8], [2, IMAGE, 9]]
     if FAMILIES[family].video_tokens:
         prompts[2].insert(1, VIDEO)
@@ -151,34 +155,8 @@ def test_a_batch_gives_what_each_chat_gives_alone(family, config):
     mask = together["attention_mask"].bool()
     with patched(model, config):
         out = model.generate(**together, **kwargs)
-        for row, alone in enumerate(split(family, together, prompts)):
+        for row, alone in enumerate(tiny_rows(family, prompts)):
             one = model.generate(**alone, **kwargs)
             assert torch.equal(alone["input_ids"][0], together["input_ids"][row][mask[row]])
             for step, logits in enumerate(one.logits):
                 torch.testing.assert_close(out.logits[step][row], logits[0], rtol=0, atol=1e-4)
-
-
-def split(family, inputs, prompts):
-    """Each prompt of a batch as a batch of its own."""
-    images = videos = 0
-    for row, prompt in enumerate(prompts):
-        mask = inputs["attention_mask"][row].bool()
-        one = {
-            name: inputs[name][row : row + 1, mask]
-            for name in ("input_ids", "attention_mask", "mm_token_type_ids")
-            if name in inputs
-        }
-        n, v = prompt.count(IMAGE), prompt.count(VIDEO)
-        per_image = 96 if family == "qwen2_5_vl" else 1
-        per_video = 64 if family == "qwen2_5_vl" else 1
-        if n:
-            one["pixel_values"] = inputs["pixel_values"][images * per_image : (images + n) * per_image]
-            for name in ("image_sizes", "image_grid_thw"):
-                if name in inputs:
-                    one[name] = inputs[name][images : images + n]
-        if v:
-            one["pixel_values_videos"] = inputs["pixel_values_videos"][videos * per_video : (videos + v) * per_video]
-            if "video_grid_thw" in inputs:
-                one["video_grid_thw"] = inputs["video_grid_thw"][videos : videos + v]
-        images, videos = images + n, videos + v
-        yield one

@@ -46,6 +46,11 @@ class CacheEntries:
         """Keys, values, is_visual and score."""
         return [self.keys, self.values, self.is_visual, self.score]
 
+    def last(self, count: int) -> CacheEntries:
+        """The last `count` of these entries, or all there are."""
+        start = max(0, len(self) - count)
+        return CacheEntries.of([None if x is None else x[:, :, start:] for x in self.columns])
+
     def extend(self, new: CacheEntries) -> CacheEntries:
         """These entries, then the new ones."""
         pairs = zip(self.columns, new.columns, strict=True)

@@ -72,8 +72,8 @@ class LookM(CacheTechnique):
                 )
         if spec.sliding_layers:
             raise ConfigError(
-                f"LookM: layers {list(spec.sliding_layers)} attend within a sliding window, which eviction would "
-                "stretch; leave cache=None for this model"
+                f"LookM: {len(spec.sliding_layers)} of {spec.num_layers} layers attend within a sliding window, which "
+                "eviction would stretch; leave cache=None for this model"
             )
 
     def apply(

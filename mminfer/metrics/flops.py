@@ -44,16 +44,39 @@ def prompt_flops(spec: ModelSpec, record: PromptRecord) -> int:
     return layers + record.merge_flops + head_flops(spec, len(record.prompt))
 
 
-def full_prompt_flops(spec: ModelSpec, prompt: Sequence[int], past: Sequence[int]) -> int:
-    """The same prompt through the uncompressed model, with all earlier tokens in its cache."""
-    pairs = sum(n * p + n * (n + 1) // 2 for n, p in zip(prompt, past, strict=True))
-    rows = sum(prompt)
-    return spec.num_layers * layer_flops(spec, rows, rows, rows, pairs) + head_flops(spec, len(prompt))
+def causal_pairs(new: int, past: int, window: int | None = None) -> int:
+    """Query-key pairs of `new` tokens behind `past` ones; a query sees its last `window` keys, itself included."""
+    pairs = new * past + new * (new + 1) // 2
+    if window is None:
+        return pairs
+    beyond = [max(0, tokens - window) for tokens in (past, past + new)]
+    return pairs - (beyond[1] * (beyond[1] + 1) - beyond[0] * (beyond[0] + 1)) // 2
+
+
+def full_prompt_flops(spec: ModelSpec, prompt: Sequence[int], past: Sequence[int], ahead: Sequence[int] = ()) -> int:
+    """The same prompt through the uncompressed model, with all earlier tokens in its cache.
+
+    Args:
+        spec: the model's geometry.
+        prompt: tokens of each sequence.
+        past: tokens before them.
+        ahead: pairs of a token and a later one, of each sequence, where images attend in both directions.
+    """
+    rows, total = sum(prompt), head_flops(spec, len(prompt))
+    for layer in range(spec.num_layers):
+        window = spec.sliding_window if layer in spec.sliding_layers else None
+        pairs = sum(causal_pairs(n, p, window) for n, p in zip(prompt, past, strict=True)) + sum(ahead)
+        total += layer_flops(spec, rows, rows, rows, pairs)
+    return total
 
 
 def decode_flops(spec: ModelSpec, entries: Sequence[int]) -> int:
     """One token of one sequence over a cache with so many entries a head in each layer."""
-    return sum(layer_flops(spec, 1, 1, 1, n + 1) for n in entries) + head_flops(spec, 1)
+    total = head_flops(spec, 1)
+    for layer, n in enumerate(entries):
+        window = spec.sliding_window if layer in spec.sliding_layers else None
+        total += layer_flops(spec, 1, 1, 1, causal_pairs(1, n, window))
+    return total
 
 
 @contextmanager

@@ -46,5 +46,9 @@ def _resident_peak() -> int:
 
 
 def full_cache_bytes(spec: ModelSpec, tokens: Sequence[int], element_size: int) -> int:
-    """Keys and values of all tokens in all layers."""
-    return 2 * sum(tokens) * spec.num_layers * spec.num_key_value_heads * spec.head_dim * element_size
+    """Keys and values of all tokens in all layers; of a window, what a next token sees."""
+    full = spec.num_layers - len(spec.sliding_layers)
+    entries = full * sum(tokens)
+    if spec.sliding_window is not None:
+        entries += len(spec.sliding_layers) * sum(min(n, spec.sliding_window - 1) for n in tokens)
+    return 2 * entries * spec.num_key_value_heads * spec.head_dim * element_size

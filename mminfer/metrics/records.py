@@ -37,6 +37,7 @@ class PromptRecord:
         merged: tokens left of each sequence after merging.
         layers: one record a layer.
         merge_flops: what merging spent, over the whole batch.
+        ahead: pairs of each sequence's prompt in which a token sees a later one of its image; empty where none does.
     """
 
     past: tuple[int, ...]
@@ -45,3 +46,4 @@ class PromptRecord:
     merged: tuple[int, ...] = ()
     layers: list[LayerRecord] = field(default_factory=list)
     merge_flops: int = 0
+    ahead: tuple[int, ...] = ()

@@ -32,14 +32,28 @@ class ModelSpec:
     max_position_embeddings: int
     position_axes: int = 1
     sliding_layers: tuple[int, ...] = ()
+    sliding_window: int | None = None
+    bidirectional_images: bool = False
 
 
 @dataclass(frozen=True)
 class VisualUnit:
-    """One image, tile or frame as the language model will see it: [n, C] features, [n] patches each stands for."""
+    """One image, tile or frame as the language model will see it.
+
+    Args:
+        features: [n, C].
+        size: [n] float32, patches that each stands for.
+        companions: [n, K, C], what joins the hidden states behind the first K layers, if anything does.
+    """
 
     features: Tensor
     size: Tensor
+    companions: Tensor | None = None
+
+    @classmethod
+    def of_patches(cls, features: Tensor) -> VisualUnit:
+        """A unit of which every token stands for one patch."""
+        return cls(features, features.new_ones(features.shape[0], dtype=torch.float32))
 
 
 class ModelAdapter:
@@ -52,6 +66,10 @@ class ModelAdapter:
 
     language_model_name: ClassVar[str] = "language_model"
     position_axes: ClassVar[int] = 1
+    # Whether frequencies are dealt to the axes in turn rather than in sections.
+    interleaved_axes: ClassVar[bool] = False
+    # Whether the tokens of an image see each other in both directions.
+    bidirectional_images: ClassVar[bool] = False
     # First and last module of a layer's FFN branch: rows are gathered before the one, scattered after the other.
     ffn_modules: ClassVar[tuple[str, str]] = ("post_attention_layernorm", "mlp")
     # What the host keeps on the model between calls; an undone patch puts it back.
@@ -63,18 +81,25 @@ class ModelAdapter:
         self.language_model: Any = getattr(self.base, self.language_model_name)
         self.layers: Sequence[Any] = self.language_model.layers
         self.text_config: Any = self.layers[0].self_attn.config
-        self.spec = self._spec()
+        self.layer_kinds = _layer_kinds(self.text_config)
+        self.spec = self.spec_of(model.config.model_type, self.text_config)
 
-    def _spec(self) -> ModelSpec:
-        config = self.text_config
+    @classmethod
+    def spec_of(cls, family: str, config: Any) -> ModelSpec:
+        """The geometry of a language model, from its text config alone.
+
+        Raises:
+            UnsupportedModelError: layers that are neither of full nor of sliding attention.
+        """
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        kinds = getattr(config, "layer_types", None) or ["full_attention"] * len(self.layers)
+        kinds = _layer_kinds(config)
         other = sorted(set(kinds) - {"full_attention", "sliding_attention"})
         if other:
             raise UnsupportedModelError(f"layers of type {', '.join(other)} are not supported, only full attention")
+        sliding = tuple(i for i, kind in enumerate(kinds) if kind == "sliding_attention")
         return ModelSpec(
-            family=self.model.config.model_type,
-            num_layers=len(self.layers),
+            family=family,
+            num_layers=config.num_hidden_layers,
             hidden_size=config.hidden_size,
             num_attention_heads=config.num_attention_heads,
             num_key_value_heads=config.num_key_value_heads,
@@ -82,8 +107,10 @@ class ModelAdapter:
             intermediate_size=config.intermediate_size,
             vocab_size=config.vocab_size,
             max_position_embeddings=config.max_position_embeddings,
-            position_axes=self.position_axes,
-            sliding_layers=tuple(i for i, kind in enumerate(kinds) if kind == "sliding_attention"),
+            position_axes=cls.position_axes,
+            sliding_layers=sliding,
+            sliding_window=config.sliding_window if sliding else None,
+            bidirectional_images=cls.bidirectional_images,
         )
 
     def placeholder_id(self, modality: Modality) -> int | None:
@@ -107,12 +134,17 @@ class ModelAdapter:
                 given = {k: v for k, v in inputs.items() if k in others and v is not None}
                 output = encode(inputs[pixels], **given, return_dict=True)
             if output is not None:
-                units[modality] = self.split_units(modality, output.pooler_output)
+                units[modality] = self.split_units(modality, output)
         return units
 
-    def split_units(self, modality: Modality, features: Any) -> list[VisualUnit]:
-        """The host's features (a [images, n, C] tensor or a list of [n, C]) as one unit an image."""
-        return [VisualUnit(x, x.new_ones(x.shape[0], dtype=torch.float32)) for x in features]
+    def split_units(self, modality: Modality, output: Any) -> list[VisualUnit]:
+        """The output of the host's encoder as one unit an image.
+
+        Args:
+            modality: of all the units.
+            output: its `pooler_output` is a [images, n, C] tensor or a list of [n, C].
+        """
+        return [VisualUnit.of_patches(x) for x in output.pooler_output]
 
     def host_positions(self, inputs: Mapping[str, Any], mask: Tensor) -> Tensor:
         """Positions of the packed rows as the host counts them, [A, T] float64.
@@ -126,8 +158,8 @@ class ModelAdapter:
             position_ids = (mask.long().cumsum(-1) - 1).clamp_min(0)
         return position_ids.expand(mask.shape)[mask].double()[None]
 
-    def rotary(self, hidden_states: Tensor, position: Tensor, precise: bool) -> tuple[Tensor, Tensor]:
-        """cos and sin, [..., D] each, for positions [A, ...] float64.
+    def rotary(self, hidden_states: Tensor, position: Tensor, precise: bool) -> dict[str, tuple[Tensor, Tensor]]:
+        """For each kind of layer cos and sin, [..., D] each, for positions [A, ...] float64.
 
         Args:
             hidden_states: gives dtype and device.
@@ -135,15 +167,18 @@ class ModelAdapter:
                 that nothing differs from the host by a bit.
         """
         if not precise:
-            return self.language_model.rotary_emb(hidden_states, self._host_axes(position))
+            table = self.language_model.rotary_emb(hidden_states, self._host_axes(position))
+            return dict.fromkeys(self.layer_kinds, table)
         rotary = self._current_rotary(hidden_states, position)
-        return rotary_table(
+        table = rotary_table(
             self._host_axes(position),
             rotary.inv_freq,
             rotary.attention_scaling,
             sections=self.rotary_sections(rotary),
             dtype=hidden_states.dtype,
+            interleaved=self.interleaved_axes,
         )
+        return dict.fromkeys(self.layer_kinds, table)
 
     def _host_axes(self, position: Tensor) -> Tensor:
         return position if self.position_axes > 1 else position[0]
@@ -173,7 +208,7 @@ class ModelAdapter:
         Raises:
             InputError: placeholders and features do not match, or the batch is not in the host's format.
         """
-        mask = _attention_mask(inputs)
+        mask = attention_mask(inputs)
         sequence = torch.arange(mask.shape[0], device=mask.device)[:, None].expand_as(mask)[mask]
         if inputs.get("inputs_embeds") is not None:
             embeds, ids = inputs["inputs_embeds"][mask], None
@@ -182,7 +217,7 @@ class ModelAdapter:
             embeds = self.model.get_input_embeddings()(ids)
         modality = torch.zeros_like(sequence, dtype=torch.int8)
         image_id, size = torch.full_like(sequence, -1), torch.ones_like(sequence, dtype=torch.float32)
-        num_units = 0
+        num_units, places = 0, []
         units = self.visual_units(inputs)
         for kind in PIXEL_INPUTS:
             rows = self._placeholder_rows(kind, ids, units.get(kind, []))
@@ -195,11 +230,16 @@ class ModelAdapter:
             image_id[rows] = num_units + torch.repeat_interleave(lengths)
             size[rows] = torch.cat([u.size for u in units[kind]]).to(size)
             num_units += len(lengths)
+            places.append(rows)
+        companions = [
+            u.companions.to(embeds) for of_kind in units.values() for u in of_kind if u.companions is not None
+        ]
+        in_order = torch.cat(companions)[torch.cat(places).argsort()] if companions else None
         position = self.host_positions(inputs, mask)
         source = torch.arange(len(sequence), device=sequence.device)
         last = position.new_full((mask.shape[0],), -1.0)
         last = last.scatter_reduce(0, sequence, position.amax(0), "amax", include_self=True)
-        return embeds, TokenLayout(sequence, modality, image_id, size, source, position, last + 1)
+        return embeds, TokenLayout(sequence, modality, image_id, size, source, position, last + 1, in_order)
 
     def _placeholder_rows(self, kind: Modality, ids: Tensor | None, units: list[VisualUnit]) -> Tensor:
         token = self.placeholder_id(kind)
@@ -218,7 +258,14 @@ class ModelAdapter:
         return rows
 
 
-def _attention_mask(inputs: Mapping[str, Any]) -> Tensor:
+def _layer_kinds(config: Any) -> list[str]:
+    """The attention of each layer; where the host names no kinds, a window is that of every layer."""
+    kinds = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None)
+    return list(kinds or ["full_attention" if window is None else "sliding_attention"] * config.num_hidden_layers)
+
+
+def attention_mask(inputs: Mapping[str, Any]) -> Tensor:
     """[B, N] bool."""
     ids = inputs.get("input_ids")
     like = ids if ids is not None else inputs.get("inputs_embeds")

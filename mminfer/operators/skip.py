@@ -52,6 +52,12 @@ class OperatorSkip(SkipTechnique):
                 raise ConfigError(f"OperatorSkip.{name}={layers!r}: wanted a list of layer indices or a LayerRange")
 
     def check(self, spec: ModelSpec) -> None:
+        for name in ("attention", "block"):
+            if spec.bidirectional_images and _indices(getattr(self, name), spec.num_layers):
+                raise ConfigError(
+                    f"OperatorSkip.{name}: images of this model attend in both directions, and a visual token that "
+                    "issues no query never learns of the later ones of its image; skip only the FFN"
+                )
         for name in ("ffn", "attention", "block"):
             layers = getattr(self, name)
             if isinstance(layers, LayerRange):

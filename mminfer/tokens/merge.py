@@ -47,14 +47,17 @@ class AIMMerge(MergeTechnique):
         mergeable = (layout.image_id >= 0) & (layout.size > 0)
         if self.ratio == 1 or not bool(mergeable.any()):
             return inputs_embeds, layout
-        stays, size = ~mergeable, layout.size.clone()
+        stays, size, owner = ~mergeable, layout.size.clone(), torch.arange(len(layout), device=mergeable.device)
         merged = []  # rows and tokens of the images of one length
         for rows in _images_by_length(mergeable, layout.image_id):  # [images, T]
             target = max(1, round(rows.shape[1] * self.ratio))
             tokens, sizes = inputs_embeds[rows], layout.size[rows]
             while tokens.shape[1] > target:
                 r = min(tokens.shape[1] // 2, tokens.shape[1] - target)
-                place, tokens, sizes = merge_round(tokens, sizes, r)
+                place, tokens, sizes, joined = _merge_round(tokens, sizes, r, False)
+                step = torch.arange(len(layout), device=rows.device)
+                step[rows] = rows.gather(1, joined)
+                owner = step[owner]
                 rows = rows.gather(1, place)
             size[rows], stays[rows] = sizes, True
             merged.append((rows, tokens))
@@ -62,7 +65,7 @@ class AIMMerge(MergeTechnique):
         out, new_row = inputs_embeds[index], stays.cumsum(0) - 1
         for rows, tokens in merged:
             out[new_row[rows]] = tokens
-        return out, layout.merge(index, size[index])
+        return out, layout.merge(index, size[index], owner)
 
     def cost(self, spec: ModelSpec, lengths: Sequence[int]) -> int:
         """Cosine similarities, round by round."""
@@ -144,6 +147,13 @@ def merge_round(
         AIM (arXiv 2412.03248), token merging, after ToMe (arXiv 2210.09461). The authors' mean forgets sizes
         between rounds and their order is not spatial.
     """
+    return _merge_round(x, sizes, r, reference_order)[:3]
+
+
+def _merge_round(
+    x: torch.Tensor, sizes: torch.Tensor, r: int, reference_order: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`merge_round`, and [B, T] int64: the place in `x` of the token that each token became part of."""
     if x.dim() != 3 or sizes.shape != x.shape[:2]:
         raise ValueError(f"x is {list(x.shape)} and sizes {list(sizes.shape)}, wanted [B, T, C] and [B, T]")
     tokens = x.shape[1]
@@ -151,7 +161,7 @@ def merge_round(
         raise ConfigError(f"r is {r}, wanted 0 to {tokens // 2}: at most half of {tokens} tokens merge in a round")
     place = torch.arange(tokens, device=x.device).expand(x.shape[0], tokens)
     if r == 0:
-        return place.clone(), x.clone(), sizes.clone()
+        return place.clone(), x.clone(), sizes.clone(), place
     source, destination = x[:, ::2], x[:, 1::2]
     similarity, match = best_match(source, destination)
     order = similarity.argsort(dim=-1, descending=True, stable=True)
@@ -161,10 +171,11 @@ def merge_round(
     weights = (None, None) if reference_order else (sizes[:, 1::2], size)
     destination, _ = merge_rows(destination, rows, target, *weights)
     grown = sizes[:, 1::2].scatter_add(1, target, size)
+    owner = place.scatter(1, 2 * merged, 2 * target + 1)
     place = torch.cat((2 * unmerged, place[:, 1::2]), 1)
     result = torch.cat((gather_rows(source, unmerged), destination), 1)
     sizes = torch.cat((sizes[:, ::2].gather(1, unmerged), grown), 1)
     if reference_order:
-        return place, result, sizes
+        return place, result, sizes, owner
     place, spatial = place.sort(1)
-    return place, gather_rows(result, spatial), sizes.gather(1, spatial)
+    return place, gather_rows(result, spatial), sizes.gather(1, spatial), owner

@@ -50,6 +50,11 @@ class AIMPrune(PruneTechnique):
             )
 
     def check(self, spec: ModelSpec) -> None:
+        if spec.bidirectional_images:
+            raise ConfigError(
+                f"{type(self).__name__}: importance is passed on over a causal attention matrix, but images of this "
+                "model attend in both directions; leave prune=None for it"
+            )
         check_layer("AIMPrune.start", self.start, spec.num_layers)
         check_layer("AIMPrune.end", self.end, spec.num_layers, last=spec.num_layers)
         self.schedule(spec.num_layers)

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL: three rotary axes (M-RoPE), and a position offset that the host keeps on the model."""
+"""Qwen2-VL and Qwen2.5-VL: three rotary axes (M-RoPE), and a position offset that the host keeps on the model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mminfer.layout import TokenLayout
 from mminfer.models.base import ModelAdapter
 
 
-class Qwen25VLAdapter(ModelAdapter):
+class Qwen2VLAdapter(ModelAdapter):
     """M-RoPE positions: temporal, height, width."""
 
     position_axes = 3
@@ -20,7 +20,24 @@ class Qwen25VLAdapter(ModelAdapter):
 
     def embed(self, inputs: Mapping[str, Any]) -> tuple[Tensor, TokenLayout]:
         embeds, layout = super().embed(inputs)
-        return embeds, replace(layout, image_id=_frame_ids(layout))
+        return embeds, replace(layout, image_id=self.frame_ids(layout))
+
+    def frame_ids(self, layout: TokenLayout) -> Tensor:
+        """[T] int64: a video comes as one unit, but no merge may cross its frames.
+
+        A frame starts where height and width are back at the unit's first token's.
+        """
+        if len(layout.visual_rows) == 0:
+            return layout.image_id
+        rows = layout.visual_rows
+        unit, grid = layout.image_id[rows], layout.position[1:, rows]
+        first = (unit != unit.roll(1)).long()
+        first[0] = 1
+        origin = grid[:, first.nonzero()[:, 0]][:, first.cumsum(0) - 1]
+        starts = (grid == origin).all(0).long()
+        image_id = layout.image_id.clone()
+        image_id[rows] = starts.cumsum(0) - 1
+        return image_id
 
     def host_positions(self, inputs: Mapping[str, Any], mask: Tensor) -> Tensor:
         position_ids = inputs.get("position_ids")
@@ -28,7 +45,8 @@ class Qwen25VLAdapter(ModelAdapter):
             types = inputs.get("mm_token_type_ids")
             if types is None:
                 types = self._token_types(inputs["input_ids"])
-            grids = {k: inputs.get(k) for k in ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")}
+            names = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
+            grids = {name: inputs[name] for name in names if inputs.get(name) is not None}
             position_ids, _ = self.base.get_rope_index(
                 inputs["input_ids"], mm_token_type_ids=types, attention_mask=mask.long(), **grids
             )
@@ -45,20 +63,3 @@ class Qwen25VLAdapter(ModelAdapter):
         if not hasattr(rotary, "recomposition_frequencies"):
             return None  # older hosts give every axis its own table and put them together in the attention
         return list(self.text_config.rope_parameters["mrope_section"])
-
-
-def _frame_ids(layout: TokenLayout) -> Tensor:
-    """[T] int64: a video comes as one unit, but no merge may cross its frames.
-
-    A frame starts where height and width are back at the unit's first token's.
-    """
-    if not bool(layout.is_visual.any()):
-        return layout.image_id
-    unit, grid = layout.image_id[layout.is_visual], layout.position[1:, layout.is_visual]
-    first = (unit != unit.roll(1)).long()
-    first[0] = 1
-    origin = grid[:, first.nonzero()[:, 0]][:, first.cumsum(0) - 1]
-    starts = (grid == origin).all(0).long()
-    image_id = layout.image_id.clone()
-    image_id[layout.is_visual] = starts.cumsum(0) - 1
-    return image_id

@@ -1,0 +1,37 @@
+"""Qwen3-VL: interleaved M-RoPE, features that join the first layers (DeepStack), time stamps between frames."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mminfer.layout import Modality, TokenLayout
+from mminfer.models.base import VisualUnit
+from mminfer.models.qwen2_vl import Qwen2VLAdapter
+
+
+class Qwen3VLAdapter(Qwen2VLAdapter):
+    """Carries DeepStack's features along with their tokens; frames are the runs between the time stamps."""
+
+    interleaved_axes = True
+
+    def split_units(self, modality: Modality, output: Any) -> list[VisualUnit]:
+        units = super().split_units(modality, output)
+        lengths = [len(unit.features) for unit in units]
+        # K of the tensors of all images, or of their lists
+        levels = [x if isinstance(x, Tensor) else torch.cat(list(x)) for x in output.deepstack_features]
+        companions = torch.stack(levels, 1).split(lengths)
+        return [replace(unit, companions=x) for unit, x in zip(units, companions, strict=True)]
+
+    def frame_ids(self, layout: TokenLayout) -> Tensor:
+        rows = layout.visual_rows
+        unit, image_id = layout.image_id[rows], layout.image_id.clone()
+        starts = (unit != unit.roll(1)) | (rows != rows.roll(1) + 1)
+        image_id[rows] = starts.cumsum(0) - 1
+        return image_id
+
+    def rotary_sections(self, rotary: Any) -> list[int] | None:
+        return list(rotary.mrope_section)
