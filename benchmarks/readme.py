@@ -10,7 +10,7 @@ from pathlib import Path
 from benchmarks.common import read_rows
 from mminfer.config import PRESETS
 from mminfer.models.registry import supported_families
-from mminfer.models.support import YES, support_table
+from mminfer.support import YES, support_table
 
 README = Path(__file__).parents[1] / "README.md"
 

@@ -10,7 +10,7 @@ from mminfer import AIMMerge, AIMPrune, InferenceConfig, LookM, OperatorSkip, pa
 from mminfer.baselines import RandomEvict, RandomPrune
 from mminfer.cache.kv_cache import CacheEntries
 from mminfer.models.registry import adapter_for
-from tests.tiny import FAMILIES, IMAGE, LAYERS, VIDEO, tiny_inputs, tiny_model
+from tests.tiny import FAMILIES, IMAGE, LAYERS, VIDEO, skip_if_refused, tiny_inputs, tiny_model
 
 PROMPTS = [[3, IMAGE, 5, IMAGE, 4], [8], [2, IMAGE, 9]]
 
@@ -33,6 +33,7 @@ def run(family, inputs=None, **config):
 @pytest.mark.parametrize("merge", [None, AIMMerge(0.5)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_random_pruning_keeps_as_many_rows(family, merge):
+    skip_if_refused(family, InferenceConfig(prune=AIMPrune(1, 3)))
     logits, rows, cache = run(family, prune=AIMPrune(1, 3), merge=merge)
     lots = [run(family, prune=RandomPrune(1, 3, seed=seed), merge=merge) for seed in (0, 0, 1)]
     for _, lot_rows, lot_cache in lots:
@@ -55,6 +56,7 @@ BUDGETS = [
     ("family", "budget"), [*((f, BUDGETS[0]) for f in FAMILIES), *(("llava", b) for b in BUDGETS[1:])]
 )
 def test_random_eviction_keeps_as_many_entries(family, budget):
+    skip_if_refused(family, InferenceConfig(cache=LookM(**budget)))
     _, _, cache = run(family, cache=LookM(**budget))
     _, _, full = run(family)
     same, again, other = (run(family, cache=RandomEvict(**budget, seed=seed))[2] for seed in (0, 0, 1))

@@ -173,7 +173,7 @@ def test_ratios_a_layer_must_be_as_many_as_layers(field, values):
 
 
 def test_eviction_and_sliding_windows_do_not_go_together():
-    with pytest.raises(ConfigError, match=r"\[1, 3\].*sliding window"):
+    with pytest.raises(ConfigError, match=r"2 of 6 layers.*sliding window"):
         InferenceConfig(cache=LookM()).check(spec(6, sliding_layers=(1, 3)))
     InferenceConfig(merge=AIMMerge()).check(spec(6, sliding_layers=(1, 3)))
 

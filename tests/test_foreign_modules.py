@@ -8,7 +8,8 @@ from accelerate import cpu_offload, dispatch_model
 from torch import nn
 
 from mminfer import V2PE, AIMMerge, AIMPrune, InferenceConfig, LookM, OperatorSkip, patched
-from tests.tiny import FAMILIES, IMAGE, tiny_inputs, tiny_model
+from mminfer.models.registry import adapter_for
+from tests.tiny import FAMILIES, IMAGE, fitting, tiny_inputs, tiny_model
 
 PROMPTS = [[3, IMAGE, 5, IMAGE, 4], [2, IMAGE, 9]]
 GREEDY = {"max_new_tokens": 5, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
@@ -31,7 +32,7 @@ class Int8Linear(nn.Module):
 
 def quantised(model):
     model = copy.deepcopy(model)
-    for module in model.base_model.language_model.modules():
+    for module in adapter_for(model).language_model.modules():
         for name, child in module.named_children():
             if isinstance(child, nn.Linear):
                 setattr(module, name, Int8Linear(child))
@@ -51,7 +52,7 @@ def same(model, inputs, config, atol):
 def test_quantised_linear_modules(family):
     model, inputs = quantised(tiny_model(family)), tiny_inputs(family, PROMPTS)
     same(model, inputs, InferenceConfig(), 1e-4)
-    with patched(model, ALL):
+    with patched(model, fitting(family, ALL)):
         assert model.generate(**inputs, **GREEDY).logits[0].isfinite().all()
 
 
@@ -79,7 +80,7 @@ def test_bfloat16(family):
         ours = model(**inputs).logits[:, -1]
     assert ours.dtype == torch.bfloat16
     torch.testing.assert_close(ours, host, rtol=0, atol=0.1)
-    with patched(model, ALL):
+    with patched(model, fitting(family, ALL)):
         out = model(**inputs, use_cache=True)
     assert out.logits.isfinite().all()
     assert out.past_key_values.layers[0].keys.dtype == torch.bfloat16

@@ -9,7 +9,7 @@ import torch
 from mminfer import V2PE, InputError
 from mminfer.layout import Modality
 from mminfer.models.registry import adapter_for
-from tests.tiny import FAMILIES, IMAGE, IMAGE_ID, VIDEO, VIDEO_ID, tiny_inputs, tiny_model
+from tests.tiny import FAMILIES, IMAGE, IMAGE_ID, VIDEO, VIDEO_ID, tiny_inputs, tiny_model, tiny_rows
 
 WITH_VIDEO = [family for family in FAMILIES if FAMILIES[family].video_tokens]
 # Images in front, at the end, alone, behind each other; text alone; one token; videos before, behind, alone.
@@ -36,7 +36,7 @@ def host_calls(model, inputs, steps):
     def look(module, args, kwargs):
         calls.append(kwargs)
 
-    hook = model.base_model.language_model.register_forward_pre_hook(look, with_kwargs=True)
+    hook = adapter_for(model).language_model.register_forward_pre_hook(look, with_kwargs=True)
     try:
         model.generate(**inputs, max_new_tokens=steps, min_new_tokens=steps, do_sample=False)
     finally:
@@ -85,20 +85,11 @@ def test_a_layout_tells_the_prompt(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_batch_is_its_prompts_one_after_another(family):
-    _, _, embeds, layout = embed(family, [[3, IMAGE, 5], [6], [IMAGE, 2]])
-    alone, start = tiny_inputs(family, [[3, IMAGE, 5], [6], [IMAGE, 2]]), 0
+    prompts = [[3, IMAGE, 5], [6], [IMAGE, 2]]
+    _, _, embeds, layout = embed(family, prompts)
     adapter = adapter_for(tiny_model(family))
-    for row, (first, stop) in enumerate(layout.spans):
-        mask = alone["attention_mask"][row].bool()
-        images = int((alone["input_ids"][row] == IMAGE_ID).sum()) // FAMILIES[family].image_tokens
-        one = {name: alone[name][row : row + 1, mask] for name in ("input_ids", "attention_mask")}
-        if images:
-            per_image = 96 if family == "qwen2_5_vl" else 1
-            one["pixel_values"] = alone["pixel_values"][start * per_image : (start + images) * per_image]
-            for name in ("image_sizes", "image_grid_thw"):
-                if name in alone:
-                    one[name] = alone[name][start : start + images]
-            start += images
+    for row, one in enumerate(tiny_rows(family, prompts)):
+        first, stop = layout.spans[row]
         with torch.no_grad():
             single, single_layout = adapter.embed(one)
         torch.testing.assert_close(embeds[first:stop], single, rtol=0, atol=1e-5)
@@ -127,7 +118,7 @@ def test_the_spec_is_the_text_models_geometry(family):
     assert (spec.family, spec.num_layers, spec.hidden_size) == (family, 4, 64)
     assert (spec.num_attention_heads, spec.num_key_value_heads, spec.head_dim) == (4, 2, 16)
     assert (spec.intermediate_size, spec.vocab_size) == (128, 500)
-    assert spec.position_axes == (3 if family == "qwen2_5_vl" else 1)
+    assert spec.position_axes == (3 if family.startswith("qwen") else 1)
 
 
 def test_qwens_positions_are_its_rope_index():
@@ -260,16 +251,15 @@ def test_embeddings_given_are_taken_as_text(family):
 def test_the_precise_rotary_table_is_the_hosts_at_integers(family):
     model, _, embeds, layout = embed_batch(family)
     adapter = adapter_for(model)
-    hidden, position = embeds[None], layout.position[:, None]
-    host_position = position.long() if adapter.position_axes > 1 else position[0].long()
-    host = model.base_model.language_model.rotary_emb(hidden, host_position)
-    for precise in (True, False):
-        for table, wanted in zip(adapter.rotary(hidden, position, precise), host, strict=True):
-            assert table.dtype == wanted.dtype
-            torch.testing.assert_close(table, wanted, rtol=0, atol=1e-5)
+    hidden = embeds[None]
     steps = layout.next_position[:, None].expand(adapter.position_axes, -1, 1)  # as decoding asks, [A, B, 1]
-    ours, wanted = (adapter.rotary(hidden, steps, precise) for precise in (True, False))
-    torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-5)
+    for position in (layout.position[:, None], steps):
+        precise, host = (adapter.rotary(hidden, position, flag) for flag in (True, False))
+        assert precise.keys() == host.keys()
+        for kind in host:
+            for table, wanted in zip(precise[kind], host[kind], strict=True):
+                assert table.dtype == wanted.dtype
+                torch.testing.assert_close(table, wanted, rtol=0, atol=1e-5)
 
 
 def walk(ids, delta, grids, interval):

@@ -3,7 +3,7 @@
 import pytest
 
 from mminfer import InferenceConfig
-from mminfer.models.support import TECHNIQUES, YES, support_table
+from mminfer.support import TECHNIQUES, YES, support_table
 from tests.tiny import FAMILIES, refusal
 
 TABLE = support_table()
