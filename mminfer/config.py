@@ -151,6 +151,7 @@ _AIM_PRUNE = AIMPrune(start=14 / 28, end=22 / 28)
 PRESETS: dict[str, InferenceConfig] = {
     "off": InferenceConfig(),
     **{f"v2pe-{n}": InferenceConfig(positions=V2PE(delta=1 / n)) for n in (4, 16, 64, 256)},
+    "v2pe-auto": InferenceConfig(positions=V2PE(delta="auto")),
     "aim": InferenceConfig(merge=AIMMerge(ratio=0.25), prune=_AIM_PRUNE),
     "aim-merge": InferenceConfig(merge=AIMMerge(ratio=0.25)),
     "aim-prune": InferenceConfig(prune=_AIM_PRUNE),

@@ -206,6 +206,7 @@ class Engine:
             generation_kwargs.setdefault("tokenizer", self.processor.tokenizer)
         generation_kwargs["return_dict_in_generate"] = True
         with self._lock, patched(self.model, self.config) as handle:
+            handle.end_ids = set() if generation_kwargs.get("num_beams", 1) > 1 else self._end_ids(generation_kwargs)
             with record_backends() as backends, peak_memory(self.device) as peak:
                 result = self.model.generate(**inputs, **generation_kwargs)
             end = time.perf_counter()

@@ -39,6 +39,8 @@ class PatchHandle:
         config: the techniques in force.
         records: one `PromptRecord` a prompt pass, since the patch was set.
         prompt_ms: duration of each of those passes.
+        end_ids: tokens that end a turn; rows of a batch that got one are computed no further. Empty by default, since
+            only the caller knows that generation stops there; not for beams.
         first_token_at: `time.perf_counter()` at the end of the last prompt pass.
         step_ms: duration of each decoding step since then.
     """
@@ -52,6 +54,8 @@ class PatchHandle:
         self.records: list[PromptRecord] = []
         self.prompt_ms: list[float] = []
         self.first_token_at = 0.0
+        self.end_ids: set[int] = set()
+        self._rows: Tensor | None = None
         self.step_ms: list[float] = []
         self._state = {name: getattr(self.adapter.base, name) for name in self.adapter.host_state}
         self._instance_forward = model.__dict__.get("forward")
@@ -86,6 +90,7 @@ class PatchHandle:
             logits = self._step(inputs, cache)
             self.step_ms.append(1e3 * (time.perf_counter() - start))
         else:
+            self._rows = None
             logits = self._prompt(inputs, cache)
             self.first_token_at = time.perf_counter()
             self.prompt_ms.append(1e3 * (self.first_token_at - start))
@@ -98,7 +103,24 @@ class PatchHandle:
         embeds = inputs.get("inputs_embeds")
         if embeds is None:
             embeds = self.model.get_input_embeddings()(inputs["input_ids"])
-        return self.adapter.logits(decode_step(self.adapter, self.config, embeds, cache))
+        rows = self._unfinished(inputs, cache)
+        if rows is None:
+            return self.adapter.logits(decode_step(self.adapter, self.config, embeds, cache))
+        logits = self.adapter.logits(decode_step(self.adapter, self.config, embeds[rows], cache))
+        return logits.new_zeros(len(embeds), *logits.shape[1:]).index_copy_(0, rows, logits)
+
+    def _unfinished(self, inputs: dict[str, Any], cache: CompressedCache) -> Tensor | None:
+        """Rows of the batch that still generate; None: all. Those whose turn has ended leave the cache for good."""
+        if not self.end_ids or inputs.get("input_ids") is None:
+            return None
+        ids = inputs["input_ids"][:, 0]
+        rows = torch.arange(len(ids), device=ids.device) if self._rows is None else self._rows
+        going = ~torch.isin(ids[rows], torch.tensor(sorted(self.end_ids), device=ids.device))
+        if bool(going.all()) or not bool(going.any()):
+            return self._rows
+        cache.reorder_cache(going.nonzero()[:, 0])
+        self._rows = rows[going]
+        return self._rows
 
     def _prompt(self, inputs: dict[str, Any], cache: CompressedCache) -> Tensor:
         for name, what in _REFUSED.items():

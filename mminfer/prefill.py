@@ -182,7 +182,7 @@ def prompt_pass(
     if past is not None:
         layout = _after(layout, cache.next_position)
     if config.positions is not None:
-        layout = config.positions.apply(layout)
+        layout = config.positions.apply(layout, adapter.spec.max_position_embeddings)
     next_position = layout.next_position
     earlier = cache.tokens or (0,) * layout.num_sequences
     record = PromptRecord(earlier, layout.lengths, layout.visual_lengths, ahead=_ahead(layout))

@@ -55,8 +55,13 @@ class PositionTechnique(Technique):
         """Whether positions leave the host's integers, so that angles must be formed in float64."""
 
     @abstractmethod
-    def apply(self, layout: TokenLayout) -> TokenLayout:
-        """The layout, which stands at the host's positions, at this technique's."""
+    def apply(self, layout: TokenLayout, max_positions: int) -> TokenLayout:
+        """The layout, which stands at the host's positions, at this technique's.
+
+        Args:
+            layout: of the tokens that come in.
+            max_positions: how many positions the model was made for.
+        """
 
 
 class MergeTechnique(Technique):

@@ -160,3 +160,32 @@ def test_a_batch_gives_what_each_chat_gives_alone(family, config):
             assert torch.equal(alone["input_ids"][0], together["input_ids"][row][mask[row]])
             for step, logits in enumerate(one.logits):
                 torch.testing.assert_close(out.logits[step][row], logits[0], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_that_have_ended_are_computed_no_further(family):
+    model, inputs = tiny_model(family), tiny_inputs(family, [[3, IMAGE, 4], [7], [2, IMAGE, 9]])
+    steps = {"max_new_tokens": 6, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    seen = []
+    with patched(model, fitting(family, EVERYTHING)) as handle:
+        whole = model.generate(**inputs, **steps, min_new_tokens=6, eos_token_id=None)
+        new = whole.sequences[:, inputs["input_ids"].shape[1] :]
+        ends = int(new[1, 2])
+        stops = [row.index(ends) if ends in row else 5 for row in new.tolist()]
+        handle.end_ids = {ends}
+        look = (
+            adapter_for(model)
+            .layers[0]
+            .register_forward_pre_hook(
+                lambda _, args, kwargs: seen.append(tuple((args[0] if args else kwargs["hidden_states"]).shape[:2])),
+                with_kwargs=True,
+            )
+        )
+        ours = model.generate(**inputs, **steps, eos_token_id=ends)
+        look.remove()
+    count = len(ours.logits)
+    going = [sum(stop >= step for stop in stops) for step in range(1, count)]
+    assert [batch for batch, _ in seen[1:]] == going and min(going) < 3
+    for row, stop in enumerate(stops):
+        for step in range(min(stop + 1, count)):
+            torch.testing.assert_close(ours.logits[step][row], whole.logits[step][row], rtol=0, atol=1e-4)

@@ -9,11 +9,12 @@ import torch
 
 from mminfer.errors import ConfigError
 from mminfer.layout import TokenLayout
-from mminfer.technique import PositionTechnique, is_number
+from mminfer.technique import PositionTechnique, is_number, is_whole
 
 if TYPE_CHECKING:
     from mminfer.models.base import ModelSpec
 
+DELTAS = tuple(2.0**-k for k in range(9))  # 1, 1/2, ..., 1/256: what training drew from
 ROUNDING = 1e-9  # 70 * 0.1 is 7.000000000000001: a step that is no power of two must not cost text a position
 
 
@@ -22,19 +23,25 @@ class V2PE(PositionTechnique):
     """Variable visual position encoding: the rotary step of a visual token.
 
     Args:
-        delta: in (0, 1]; training drew it from {1, 1/2, ..., 1/256}. 1 is the model's own positions.
+        delta: in (0, 1]; training drew it from {1, 1/2, ..., 1/256}. 1 is the model's own positions. "auto" takes for
+            each sequence the largest of these that keeps it inside the window, or the smallest if none does.
+        window: positions that "auto" may use; None: as many as the model was made for.
 
     Raises:
-        ConfigError: `delta` is out of range.
+        ConfigError: `delta` or `window` is out of range.
 
     Reference:
-        V2PE (arXiv 2412.09616) section 3; on M-RoPE models every axis is scaled, which is ours.
+        V2PE (arXiv 2412.09616) section 3; scaling every axis of M-RoPE models is ours, and so is "auto".
     """
 
-    delta: float = 1 / 16
+    delta: float | str = 1 / 16
+    window: int | None = None
 
     def __post_init__(self) -> None:
-        _check_delta(self.delta)
+        if self.delta != "auto":
+            _check_delta(self.delta)
+        if self.window is not None and not is_whole(self.window, least=1):
+            raise ConfigError(f"V2PE.window={self.window!r}, wanted 1 or more positions, or None for the model's own")
 
     def check(self, spec: ModelSpec) -> None:
         """Any rotary model will do."""
@@ -43,25 +50,37 @@ class V2PE(PositionTechnique):
     def fractional(self) -> bool:
         return self.delta != 1
 
-    def apply(self, layout: TokenLayout) -> TokenLayout:
+    def apply(self, layout: TokenLayout, max_positions: int) -> TokenLayout:
         if not self.fractional:
             return layout
-        one_axis = layout.position.shape[0] == 1
-        parts = [(self._line if one_axis else self._grid)(layout, start, stop) for start, stop in layout.spans]
+        parts = [self._sequence(layout, start, stop, self.window or max_positions) for start, stop in layout.spans]
         last = torch.stack([part.amax() for part in parts])
         return layout.at(torch.cat(parts, 1), _ceil(last) + 1)
 
-    def _line(self, layout: TokenLayout, start: int, stop: int) -> torch.Tensor:
-        first, visual = layout.position[:, start], layout.is_visual[None, start:stop]
-        if not bool(first > 0):
-            return first + v2pe_positions(visual, self.delta)
-        # A later turn: text (or a whole number in place of it) stands before whatever comes first.
-        before = torch.cat([visual.new_zeros(1, 1), visual], 1)
-        return first - 1 + v2pe_positions(before, self.delta)[:, 1:]
+    def _sequence(self, layout: TokenLayout, start: int, stop: int, window: int) -> torch.Tensor:
+        """[A, N] positions of one sequence."""
+        place = _line if layout.position.shape[0] == 1 else _grid
+        if isinstance(self.delta, (int, float)):
+            return place(layout, start, stop, self.delta)
+        for delta in DELTAS:
+            position = place(layout, start, stop, delta)
+            if float(position.amax()) < window:
+                break
+        return position
 
-    def _grid(self, layout: TokenLayout, start: int, stop: int) -> torch.Tensor:
-        rows = slice(start, stop)
-        return v2pe_mrope_positions(layout.position[:, rows], layout.is_visual[rows], layout.image_id[rows], self.delta)
+
+def _line(layout: TokenLayout, start: int, stop: int, delta: float) -> torch.Tensor:
+    first, visual = layout.position[:, start], layout.is_visual[None, start:stop]
+    if not bool(first > 0):
+        return first + v2pe_positions(visual, delta)
+    # A later turn: text (or a whole number in place of it) stands before whatever comes first.
+    before = torch.cat([visual.new_zeros(1, 1), visual], 1)
+    return first - 1 + v2pe_positions(before, delta)[:, 1:]
+
+
+def _grid(layout: TokenLayout, start: int, stop: int, delta: float) -> torch.Tensor:
+    rows = slice(start, stop)
+    return v2pe_mrope_positions(layout.position[:, rows], layout.is_visual[rows], layout.image_id[rows], delta)
 
 
 def v2pe_positions(visual_mask: torch.Tensor, delta: float, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -168,6 +187,6 @@ def _ceil(x: torch.Tensor) -> torch.Tensor:
     return torch.ceil(x.double() - ROUNDING)
 
 
-def _check_delta(delta: float) -> None:
-    if not is_number(delta, above=0) or delta > 1:
+def _check_delta(delta: object) -> None:
+    if not is_number(delta, above=0) or delta > 1:  # type: ignore[operator]
         raise ConfigError(f"delta is {delta!r}, wanted a step in (0, 1], such as 1/16; 1 leaves positions as they are")

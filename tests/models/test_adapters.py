@@ -283,7 +283,7 @@ def walk(ids, delta, grids, interval):
 @pytest.mark.parametrize("delta", [1, 1 / 2, 1 / 4, 1 / 16, 1 / 256])
 def test_v2pe_scales_qwens_images_and_text_goes_on_at_the_next_integer(delta):
     model, inputs, _, layout = embed_batch("qwen2_5_vl")
-    moved = V2PE(delta).apply(layout)
+    moved = V2PE(delta).apply(layout, 1 << 20)
     if delta == 1:
         assert moved is layout
     interval = model.config.vision_config.tokens_per_second
@@ -302,7 +302,7 @@ def test_v2pe_scales_qwens_images_and_text_goes_on_at_the_next_integer(delta):
 @pytest.mark.parametrize("delta", [1, 1 / 4, 1 / 256])
 def test_v2pe_moves_every_sequence_by_its_own_images(family, delta):
     _, _, _, layout = embed_batch(family)
-    moved = V2PE(delta).apply(layout)
+    moved = V2PE(delta).apply(layout, 1 << 20)
     for row, (start, stop) in enumerate(layout.spans):
         position, wanted = 0.0, []
         visual = layout.is_visual[start:stop].tolist()

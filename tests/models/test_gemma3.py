@@ -100,7 +100,7 @@ def test_fractional_positions_reach_both_kinds_of_layers():
     """The host with the same fractional positions, which its tables take in float32."""
     model, inputs = tiny_model("gemma3"), tiny_inputs("gemma3", [PROMPTS[0]])
     adapter, positions = adapter_for(model), V2PE(1 / 4)
-    at = positions.apply(adapter.embed(inputs)[1]).position
+    at = positions.apply(adapter.embed(inputs)[1], 1 << 20).position
     host = model(**inputs, position_ids=at.float()).logits
     with patched(model, InferenceConfig(positions=positions)):
         torch.testing.assert_close(model(**inputs).logits, host, rtol=0, atol=1e-4)

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from mminfer.errors import ConfigError
-from mminfer.positions import v2pe_mrope_positions, v2pe_positions
+from mminfer.layout import TokenLayout
+from mminfer.positions import V2PE, v2pe_mrope_positions, v2pe_positions
 
 DELTAS = st.sampled_from([1 / 2**n for n in range(9)])
 masks = st.lists(st.booleans(), min_size=1, max_size=60)
@@ -167,3 +168,28 @@ def test_frames_with_ids_of_their_own_stay_together(host_positions):
 def test_mrope_of_nothing():
     empty = torch.zeros(0)
     assert v2pe_mrope_positions(torch.zeros(3, 0), empty.bool(), empty.long(), 0.5).shape == (3, 0)
+
+
+@pytest.mark.parametrize(
+    ("window", "delta"), [(10_000, 1), (100, 1 / 2), (60, 1 / 4), (20, 1 / 32), (14, 1 / 256), (3, 1 / 256)]
+)
+def test_auto_takes_the_largest_delta_that_fits(window, delta):
+    """Two sequences: the first has 150 visual tokens among 13 of text, the second text alone."""
+    visual = torch.tensor([False] * 6 + [True] * 150 + [False] * 7 + [False] * 9)
+    sequence = torch.tensor([0] * 163 + [1] * 9)
+    position = torch.cat([torch.arange(163), torch.arange(9)]).double()[None]
+    size = torch.ones(172)
+    layout = TokenLayout(
+        sequence,
+        visual.to(torch.int8),
+        visual.long() - 1,
+        size,
+        torch.arange(172),
+        position,
+        torch.tensor([163.0, 9.0]),
+    )
+    auto = V2PE("auto", window=window).apply(layout, 1 << 20)
+    fixed = V2PE(delta).apply(layout, 1 << 20)
+    assert torch.equal(auto.position[:, :163], fixed.position[:, :163])
+    assert torch.equal(auto.position[:, 163:], layout.position[:, 163:])
+    assert V2PE("auto").apply(layout, window).next_position.equal(auto.next_position)
