@@ -62,6 +62,28 @@ def prompt_pass() -> str:
     )
 
 
+def batch_decode() -> str:
+    """Tokens per second of a batch against one by one."""
+    (r,) = read_rows("batch_decode")
+    return (
+        f"On the language model of LLaVA-OneVision-0.5B's geometry (random weights), {r['batch']} chats of different "
+        f"lengths decode {r['batched_tokens_per_s']} tokens per second in one batch and {r['single_tokens_per_s']} "
+        f"one by one: {r['ratio']} times as many ({r['device']}, {r['threads']} threads, float32, medians of "
+        f"{r['repeats']} interleaved runs, commit `{r['commit']}`)."
+    )
+
+
+def turns() -> str:
+    """What the cache of a long chat holds."""
+    rows = read_rows("turns")
+    chosen = ("1", "10", "25", "50")
+    table = []
+    for setting in dict.fromkeys(r["setting"] for r in rows):
+        own = {r["turn"]: r for r in rows if r["setting"] == setting}
+        table.append([f"`{setting}`", *(f"{int(own[t]['cache_bytes']) / 1024:,.0f}" for t in chosen)])
+    return _markdown(["KiB of cache after", *(f"turn {t}" for t in chosen)], table)
+
+
 def families() -> str:
     """The supported host families."""
     return ", ".join(f"`{name}`" for name in supported_families())
@@ -94,8 +116,8 @@ def presets() -> str:
 
 
 SECTIONS: dict[str, Callable[[], str]] = {
-    "needle": needle, "prompt_pass": prompt_pass, "families": families, "support": support, "presets": presets,
-}  # fmt: skip
+    section.__name__: section for section in (needle, prompt_pass, batch_decode, turns, families, support, presets)
+}
 
 
 def render(text: str) -> str:
