@@ -188,7 +188,7 @@ def prompt_pass(
     record = PromptRecord(earlier, layout.lengths, layout.visual_lengths, ahead=_ahead(layout))
     _warn_beyond(adapter.spec, config, next_position)
     if config.merge is not None:
-        record.merge_flops = config.merge.cost(adapter.spec, layout.image_lengths)
+        record.merge_flops = config.merge.cost(adapter.spec, config.merge.unit_lengths(layout))
         inputs_embeds, layout = config.merge.apply(inputs_embeds, layout)
     record.merged = layout.lengths
     origin = tuple(zip(layout.lengths, layout.visual_lengths, strict=True))

@@ -65,9 +65,13 @@ class PositionTechnique(Technique):
 
 
 class MergeTechnique(Technique):
-    """Combines visual tokens before the language model; `cost` takes visual tokens an image."""
+    """Combines visual tokens before the language model; `cost` takes tokens a unit."""
 
     stage = Stage.MERGE
+
+    def unit_lengths(self, layout: TokenLayout) -> tuple[int, ...]:
+        """Tokens of each unit inside which tokens merge: what `cost` takes."""
+        return layout.image_lengths
 
     @abstractmethod
     def apply(self, inputs_embeds: Tensor, layout: TokenLayout) -> tuple[Tensor, TokenLayout]:

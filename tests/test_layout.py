@@ -208,3 +208,52 @@ def test_merging_keeps_the_dtype(dtype):
     out, left = AIMMerge(0.5).apply(x, layout)
     assert out.dtype == dtype and left.size.dtype == torch.float32
     assert torch.equal(out[~left.is_visual], x[layout.text_rows])
+
+
+def video_layout(frames, gap_after, sequence_after=10**9):
+    """Frames of 6 tokens of one video each behind the other, text behind those in `gap_after`, text at both ends."""
+    modality, image_id, sequence = [0, 0], [-1, -1], [0, 0]
+    for frame in range(frames):
+        row = int(frame >= sequence_after)
+        modality += [2] * 6
+        image_id += [frame] * 6
+        sequence += [row] * 6
+        if frame in gap_after:
+            modality, image_id, sequence = [*modality, 0], [*image_id, -1], [*sequence, row]
+    tokens = len(modality)
+    ids, rows = torch.tensor(image_id), torch.tensor(sequence)
+    ones, places = torch.ones(tokens), torch.arange(tokens)
+    where = torch.zeros(int(rows.max()) + 1, dtype=torch.float64)
+    return TokenLayout(rows, torch.tensor(modality).to(torch.int8), ids, ones, places, places.double()[None], where)
+
+
+@pytest.mark.parametrize(
+    ("layout", "lengths"),
+    [
+        (video_layout(4, []), [12, 12]),
+        (video_layout(5, []), [12, 12, 6]),
+        (video_layout(5, [0]), [6, 12, 12]),
+        (video_layout(4, [0, 1, 2]), [6, 6, 6, 6]),
+        (video_layout(4, [], sequence_after=1), [6, 12, 6]),
+    ],
+)
+def test_merging_across_frames_takes_neighbours_in_pairs(layout, lengths):
+    merge = AIMMerge(0.5, across_frames=True)
+    assert [n for n in merge.unit_lengths(layout) if n] == lengths
+    assert set(AIMMerge(0.5).unit_lengths(layout)) == {6}
+    x = torch.randn(len(layout), CHANNELS)
+    tokens, left = merge.apply(x, layout)
+    assert len(left) == int((~layout.is_visual).sum()) + sum(n // 2 for n in lengths)
+    assert left.size.sum() == layout.size.sum() and (left.source.diff() > 0).all()
+    assert torch.equal(tokens[left.text_rows], x[layout.text_rows])
+
+
+def test_equal_frames_merge_into_one():
+    """Every token of the second frame is a token of the first: half of them keeps all there is to see."""
+    layout = video_layout(2, [])
+    frame = torch.eye(6, CHANNELS)
+    x = torch.cat([torch.zeros(2, CHANNELS), frame, frame.roll(1, 0)])
+    tokens, _ = AIMMerge(0.5, across_frames=True).apply(x, layout)
+    assert torch.equal(tokens[2:].unique(dim=0), frame.unique(dim=0))
+    within, _ = AIMMerge(0.5).apply(x, layout)
+    assert not torch.equal(within[2:].unique(dim=0), frame.unique(dim=0))

@@ -189,3 +189,17 @@ def test_rows_that_have_ended_are_computed_no_further(family):
     for row, stop in enumerate(stops):
         for step in range(min(stop + 1, count)):
             torch.testing.assert_close(ours.logits[step][row], whole.logits[step][row], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if FAMILIES[f].video_tokens])
+def test_merging_across_frames_leaves_as_many_rows(family):
+    """Two frames of a video: the same ratio of the pair, by other partners."""
+    model, inputs = tiny_model(family), tiny_inputs(family, [[3, VIDEO, 4]])
+    rows, logits = [], []
+    for across in (False, True):
+        with patched(model, InferenceConfig(merge=AIMMerge(0.5, across_frames=across))) as handle:
+            logits.append(model(**inputs).logits)
+        rows.append(handle.records[-1].merged)
+    assert rows[0] == rows[1]
+    apart = family == "qwen3_vl"  # time stamps stand between its frames
+    assert torch.equal(*logits) == apart

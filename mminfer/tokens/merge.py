@@ -10,7 +10,7 @@ import torch
 from mminfer_kernels import best_match, gather_rows, merge_rows
 
 from mminfer.errors import ConfigError
-from mminfer.layout import TokenLayout
+from mminfer.layout import Modality, TokenLayout
 from mminfer.technique import MergeTechnique, check_fraction
 
 if TYPE_CHECKING:
@@ -26,19 +26,25 @@ class AIMMerge(MergeTechnique):
 
     Args:
         ratio: kept fraction of an image's tokens, in (0, 1]; at least one token stays.
+        across_frames: whether tokens of a video may also merge with those of the neighbouring frame: the first with
+            the second, the third with the fourth, and so on. Only of frames with nothing between them in the prompt;
+            models that put text there merge within frames all the same.
 
     Raises:
-        ConfigError: `ratio` is out of range.
+        ConfigError: a setting is out of range.
 
     Reference:
-        AIM (arXiv 2412.03248) section 3.2; the paper keeps 0.25 in two rounds. The authors' code gives merged tokens
-        an order and positions of their own and forgets sizes between rounds.
+        AIM (arXiv 2412.03248) section 3.2, which keeps 0.25 in two rounds; merging across frames is ours. The authors'
+        code gives merged tokens an order and positions of their own and forgets sizes between rounds.
     """
 
     ratio: float = 0.25
+    across_frames: bool = False
 
     def __post_init__(self) -> None:
         check_fraction("AIMMerge.ratio", self.ratio)
+        if not isinstance(self.across_frames, bool):
+            raise ConfigError(f"AIMMerge.across_frames={self.across_frames!r}, wanted True or False")
 
     def check(self, spec: ModelSpec) -> None:
         """Any model will do."""
@@ -49,7 +55,7 @@ class AIMMerge(MergeTechnique):
             return inputs_embeds, layout
         stays, size, owner = ~mergeable, layout.size.clone(), torch.arange(len(layout), device=mergeable.device)
         merged = []  # rows and tokens of the images of one length
-        for rows in _images_by_length(mergeable, layout.image_id):  # [images, T]
+        for rows in _images_by_length(mergeable, self._units(layout)):  # [images, T]
             target = max(1, round(rows.shape[1] * self.ratio))
             tokens, sizes = inputs_embeds[rows], layout.size[rows]
             while tokens.shape[1] > target:
@@ -67,6 +73,14 @@ class AIMMerge(MergeTechnique):
             out[new_row[rows]] = tokens
         return out, layout.merge(index, size[index], owner)
 
+    def unit_lengths(self, layout: TokenLayout) -> tuple[int, ...]:
+        mergeable = layout.is_visual & (layout.size > 0)
+        return tuple(torch.bincount(self._units(layout)[mergeable]).tolist())
+
+    def _units(self, layout: TokenLayout) -> torch.Tensor:
+        """[T] int64: what may merge with each other; -1 for text."""
+        return _paired_frames(layout) if self.across_frames else layout.image_id
+
     def cost(self, spec: ModelSpec, lengths: Sequence[int]) -> int:
         """Cosine similarities, round by round."""
         total = 0
@@ -76,6 +90,22 @@ class AIMMerge(MergeTechnique):
                 total += 2 * spec.hidden_size * (tokens - tokens // 2) * (tokens // 2)
                 tokens -= min(tokens // 2, tokens - target)
         return total
+
+
+def _paired_frames(layout: TokenLayout) -> torch.Tensor:
+    """Image ids, but every second of the frames that stand next to each other takes the id of the one before."""
+    frames, frame, counts = layout.image_id.unique_consecutive(return_inverse=True, return_counts=True)
+    if len(frames) < 2:
+        return layout.image_id
+    starts = counts.cumsum(0) - counts
+    is_video = layout.modality[starts] == Modality.VIDEO
+    follows = is_video.clone()
+    follows[0] = False
+    follows[1:] &= is_video[:-1] & (layout.sequence[starts][1:] == layout.sequence[starts][:-1])
+    order = torch.arange(len(frames), device=frames.device)
+    place = order - order.masked_fill(follows, 0).cummax(0).values  # among frames without anything between them
+    paired = torch.where(place % 2 == 1, frames.roll(1), frames)
+    return paired[frame]
 
 
 def _images_by_length(mergeable: torch.Tensor, image_id: torch.Tensor) -> list[torch.Tensor]:
