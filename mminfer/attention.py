@@ -108,7 +108,7 @@ def causal_attention(
     """
     queries, keys = q.shape[2], k.shape[2]
     plain = query_index is None and reach is None
-    flash = _flash_attention() if plain and q.is_cuda and q.dtype != torch.float32 else None
+    flash = _flash_for(q) if plain else None
     note_backend("prompt_attention", "sdpa" if flash is None else "flash-attn")
     if flash is not None:
         rows_first = (x.transpose(1, 2) for x in (q, k, v))
@@ -142,6 +142,11 @@ def _blocked_attention(
             F.scaled_dot_product_attention(q_block, keys, values, attn_mask=mask, scale=scale, enable_gqa=True)
         )
     return torch.cat(blocks, 2)
+
+
+def _flash_for(q: Tensor) -> Callable[..., Any] | None:
+    """flash-attn's entry, if it can take tensors like this one."""
+    return _flash_attention() if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) else None
 
 
 @functools.cache

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mminfer_kernels import record_backends
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mminfer import InferenceConfig, attention, patched
@@ -206,3 +207,27 @@ def test_routing_of_one_model_in_two_threads():
     config = fake_config()
     assert in_two_threads(config, config)
     assert untouched(config)
+
+
+def stand_in(q, k, v, *, softmax_scale, causal, window_size):
+    """flash-attn as its documentation has it: [B, S, H, D], queries at the last places, window to the left."""
+    assert causal
+    queries, keys = q.shape[1], k.shape[1]
+    age = torch.arange(keys - queries, keys)[:, None] - torch.arange(keys)
+    seen = (age >= 0) & ((age <= window_size[0]) if window_size[0] >= 0 else True)
+    repeat = q.shape[2] // k.shape[2]
+    k, v = (x.repeat_interleave(repeat, 2) for x in (k, v))
+    scores = torch.einsum("bshd,bthd->bhst", q, k) * softmax_scale
+    return torch.einsum("bhst,bthd->bshd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(7, 7), (3, 9), (1, 5)])
+@pytest.mark.parametrize("window", [None, 1, 4, 100])
+def test_flash_attn_is_called_as_its_documentation_says(monkeypatch, queries, keys, window):
+    q, k, v = torch.randn(1, 4, queries, 8), torch.randn(1, 2, keys, 8), torch.randn(1, 2, keys, 8)
+    wanted = causal_attention(q, k, v, 0.3, None, window)
+    monkeypatch.setattr("mminfer.attention._flash_for", lambda q: stand_in)
+    with record_backends() as backends:
+        got = causal_attention(q, k, v, 0.3, None, window)
+    assert backends["prompt_attention"] == "flash-attn"
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5)
