@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mminfer.cache.kv_cache import CompressedCache
+from mminfer.cache.kv_cache import CACHE_NAME, CompressedCache
 from mminfer.cache.storage import cache_facts, cache_tensors, restore_cache
 from mminfer.errors import InputError
 from mminfer.request import GenerationOutput, build_piece
@@ -78,7 +78,7 @@ class Chat:
         piece, new = self._piece(rendered, parts)
         past = len(self._ids)
         ids = torch.tensor([self._ids + new], device=piece["input_ids"].device)
-        piece |= {"input_ids": ids, "attention_mask": torch.ones_like(ids), "past_key_values": self.cache}
+        piece |= {"input_ids": ids, "attention_mask": torch.ones_like(ids), CACHE_NAME: self.cache}
         positions = piece["position_ids"]
         piece["position_ids"] = torch.cat([positions.new_zeros(*positions.shape[:-1], past), positions], -1)
         kwargs = {**self._generation_kwargs, "max_new_tokens": max_new_tokens, **generation_kwargs}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from mminfer import nano
-from mminfer.cache.kv_cache import CompressedCache
+from mminfer.cache.kv_cache import CACHE_NAME, CompressedCache
 from mminfer.chat import Chat
 from mminfer.config import InferenceConfig
 from mminfer.errors import InputError, UnsupportedModelError
@@ -192,7 +192,7 @@ class Engine:
         """Takes prepared inputs into a cache, without generating; if anything raises, the cache is as it was."""
         inputs = {**inputs, "attention_mask": None}  # of one chat, which is not padded
         with self._lock, patched(self.model, self.config):
-            self.model(**inputs, past_key_values=cache, logits_to_keep=1, use_cache=True)
+            self.model(**inputs, **{CACHE_NAME: cache}, logits_to_keep=1, use_cache=True)
 
     def run(self, inputs: dict[str, Any], start: float, **generation_kwargs: Any) -> list[GenerationOutput]:
         """Generates from prepared inputs.

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from mminfer.cache.kv_cache import CompressedCache
+from mminfer.cache.kv_cache import CACHE_NAME, CompressedCache
 from mminfer.config import InferenceConfig
 from mminfer.decode import decode_step
 from mminfer.errors import ConfigError, InputError
@@ -95,8 +95,8 @@ class PatchHandle:
             self.first_token_at = time.perf_counter()
             self.prompt_ms.append(1e3 * (self.first_token_at - start))
             self.step_ms.clear()
-        past = None if inputs.get("use_cache") is False else cache
-        output = CausalLMOutputWithPast(logits=logits, past_key_values=past)
+        past: dict[str, Any] = {CACHE_NAME: None if inputs.get("use_cache") is False else cache}
+        output = CausalLMOutputWithPast(logits=logits, **past)
         return output.to_tuple() if inputs.get("return_dict") is False else output
 
     def _step(self, inputs: dict[str, Any], cache: CompressedCache) -> Tensor:
@@ -149,7 +149,7 @@ class PatchHandle:
 
 def _cache_of(inputs: dict[str, Any]) -> CompressedCache:
     """The cache to go on from; a new one in place of the empty one that `generate` brings."""
-    cache = inputs.get("past_key_values")
+    cache = inputs.get(CACHE_NAME, inputs.get("past_key_values"))
     if isinstance(cache, CompressedCache):
         return cache
     if isinstance(cache, Cache) and getattr(cache, "is_compileable", False):
@@ -158,7 +158,7 @@ def _cache_of(inputs: dict[str, Any]) -> CompressedCache:
         )
     if cache is not None and cache.get_seq_length() > 0:
         raise InputError(
-            f"past_key_values is a {type(cache).__name__} filled by the unpatched model: start from an empty cache, or "
+            f"{CACHE_NAME} is a {type(cache).__name__} filled by the unpatched model: start from an empty cache, or "
             "go on with the cache that the patched model returned"
         )
     return CompressedCache()

@@ -13,8 +13,9 @@ from mminfer_kernels.dispatch import (
     registered_ops,
 )
 from mminfer_kernels.merge_rows import merge_rows
-from mminfer_kernels.rotary import apply_rotary, rotary_table
-from mminfer_kernels.rows import add_rows, gather_rows
+from mminfer_kernels.prompt_attention import prompt_attention, prompt_attention_mass
+from mminfer_kernels.rotary import apply_rotary, rotary, rotary_, rotary_table
+from mminfer_kernels.rows import add_rows, gather_rms_norm, gather_rows, swiglu
 
 OPS = registered_ops()
 
@@ -29,10 +30,16 @@ __all__ = [
     "best_match",
     "column_mass",
     "decode_attention",
+    "gather_rms_norm",
     "gather_rows",
     "merge_rows",
     "note_backend",
     "power_iterate",
+    "prompt_attention",
+    "prompt_attention_mass",
     "record_backends",
+    "rotary",
+    "rotary_",
     "rotary_table",
+    "swiglu",
 ]

@@ -1,5 +1,7 @@
 """Which implementation of an op runs: a registry by backend name, and a record of what ran."""
 
+import functools
+import importlib
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,13 +22,31 @@ class BackendError(RuntimeError):
 
 @dataclass(frozen=True)
 class Implementation:
-    """One backend's version of an op; `supports` answers whether it can take the call's tensors."""
+    """One backend's version of an op.
 
-    function: Callable[..., Any]
+    Args:
+        source: the function, or "module:name" of it, loaded when it first runs.
+        supports: whether it can take the call's tensors; None: always.
+        preferred: whether "auto" may take it for these tensors, where it can; None: always.
+    """
+
+    source: Callable[..., Any] | str
     supports: Callable[..., bool] | None = None
+    preferred: Callable[..., bool] | None = None
+
+    @functools.cached_property
+    def function(self) -> Callable[..., Any]:
+        if not isinstance(self.source, str):
+            return self.source
+        module, _, name = self.source.partition(":")
+        return getattr(importlib.import_module(module), name)
 
     def takes(self, tensors: tuple[torch.Tensor, ...]) -> bool:
         return self.supports is None or self.supports(*tensors)
+
+    def suits(self, tensors: tuple[torch.Tensor, ...]) -> bool:
+        """Whether "auto" may run it on these tensors."""
+        return (self.preferred is None or self.preferred(*tensors)) and self.takes(tensors)
 
 
 _registry: dict[str, dict[str, Implementation]] = {}
@@ -35,21 +55,29 @@ _passed_over: set[tuple[str, str]] = set()
 _recording: ContextVar[dict[str, str] | None] = ContextVar("mminfer_kernels_recording", default=None)
 
 
-def register(op: str, backend: str, function: Callable[..., Any], supports: Callable[..., bool] | None = None) -> None:
-    """Make `function` the `backend` implementation of `op`.
+def register(
+    op: str,
+    backend: str,
+    source: Callable[..., Any] | str,
+    supports: Callable[..., bool] | None = None,
+    preferred: Callable[..., bool] | None = None,
+) -> None:
+    """Make a function the `backend` implementation of `op`.
 
     Args:
         op: name of the public op.
         backend: one of `BACKENDS`.
-        function: called with exactly the arguments the op's reference takes.
+        source: called with exactly the arguments the op's reference takes; or "module:name", imported when first
+            run, so that nothing is compiled and no optional package loaded before.
         supports: told the op's tensors, says whether this implementation can take them; None means always.
+        preferred: likewise, says whether "auto" may choose it; None means wherever it can.
 
     Raises:
         BackendError: `backend` is not a known name.
     """
     if backend not in BACKENDS:
         raise BackendError(f"unknown backend {backend!r} for {op}; known backends: {', '.join(BACKENDS)}")
-    _registry.setdefault(op, {})[backend] = Implementation(function, supports)
+    _registry.setdefault(op, {})[backend] = Implementation(source, supports, preferred)
 
 
 def registered_ops() -> tuple[str, ...]:
@@ -120,7 +148,7 @@ def _select(op: str, tensors: tuple[torch.Tensor, ...]) -> str:
         implementation = registered.get(name)
         if implementation is None:
             continue
-        if implementation.takes(tensors):
+        if implementation.suits(tensors):
             return name
         if (op, name) not in _passed_over:
             _passed_over.add((op, name))

@@ -26,6 +26,7 @@ from transformers import (
     InternVLProcessor,
 )
 
+from mminfer.cache.kv_cache import CACHE_NAME
 from mminfer.nano import build, checkpoint_path, data
 from mminfer.nano.batches import v2pe_positions
 
@@ -71,7 +72,7 @@ def answer_shared_prefill(
         attention_mask=torch.ones_like(prefix),
         pixel_values=inputs["pixel_values"],
         position_ids=positions,
-        past_key_values=cache,
+        **{CACHE_NAME: cache},
         logits_to_keep=1,
     )
     next_position = positions[0, -1] + (delta if is_visual[0, -1] else 1.0)
@@ -87,7 +88,7 @@ def answer_shared_prefill(
             input_ids=ids,
             attention_mask=torch.ones(len(ids), length, dtype=torch.long),
             position_ids=position,
-            past_key_values=cache,
+            **{CACHE_NAME: cache},
             logits_to_keep=1,
         ).logits
         ids = logits[:, -1:].argmax(-1)

@@ -2,14 +2,28 @@
 
 import torch
 
+from mminfer_kernels.backends import cpu_takes, on_cuda, triton_takes
 from mminfer_kernels.best_match import reference
 from mminfer_kernels.dispatch import register, resolve
+from mminfer_kernels.tracing import traceable
 
 __all__ = ["best_match"]
 
 register("best_match", "reference", reference.best_match)
+register("best_match", "triton", "mminfer_kernels.best_match.triton_kernel:best_match", triton_takes, on_cuda)
+register("best_match", "native", "mminfer_kernels.best_match.native:best_match", cpu_takes)
 
 
+def _fake(src: torch.Tensor, dst: torch.Tensor, backend: str = "auto") -> tuple[torch.Tensor, torch.Tensor]:
+    dtype = torch.promote_types(src.dtype, torch.float32)
+    return src.new_empty(src.shape[:-1], dtype=dtype), src.new_empty(src.shape[:-1], dtype=torch.int64)
+
+
+def _flops(src: torch.Tensor, dst: torch.Tensor, *args: object, **kwargs: object) -> int:
+    return 2 * src.numel() * dst.shape[-2]
+
+
+@traceable(_fake, _flops)
 def best_match(src: torch.Tensor, dst: torch.Tensor, backend: str = "auto") -> tuple[torch.Tensor, torch.Tensor]:
     """Most similar row of `dst` for each row of `src`: `max over t of cos(src[s], dst[t])`.
 

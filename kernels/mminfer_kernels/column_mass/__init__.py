@@ -2,15 +2,58 @@
 
 import torch
 
+from mminfer_kernels.backends import cpu_takes, on_cuda, triton_takes
 from mminfer_kernels.column_mass import reference
 from mminfer_kernels.dispatch import register, resolve
+from mminfer_kernels.tracing import traceable
 
 __all__ = ["column_mass", "power_iterate"]
 
-register("column_mass", "reference", reference.column_mass)
-register("power_iterate", "reference", reference.power_iterate)
+_ROOM = "mminfer_kernels.column_mass"
+for _op in ("column_mass", "power_iterate"):
+    register(_op, "reference", getattr(reference, _op))
+    register(_op, "triton", f"{_ROOM}.triton_kernel:{_op}", triton_takes, on_cuda)
+    register(_op, "native", f"{_ROOM}.native:{_op}", cpu_takes)
 
 
+def _fake(q: torch.Tensor, k: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty(*q.shape[:2], k.shape[2], dtype=dtype)
+
+
+def _mass_flops(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    weights: torch.Tensor | None = None,
+    temperature: float = 1.0,
+    causal: bool = True,
+    query_index: torch.Tensor | None = None,
+    scale: float | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    *args: object,
+    **kwargs: object,
+) -> int:
+    if cu_seqlens is not None:
+        lengths = cu_seqlens.diff()
+        pairs = int((lengths * (lengths + 1) // 2 if causal else lengths.square()).sum())
+    else:
+        pairs = pairs_of(q, k, query_index, None) if causal else q.shape[2] * k.shape[2]
+    return 2 * q.shape[0] * q.shape[1] * (q.shape[3] + 1) * pairs
+
+
+def _power_flops(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    iterations: int = 5,
+    temperature: float = 0.1,
+    query_index: torch.Tensor | None = None,
+    *args: object,
+    **kwargs: object,
+) -> int:
+    return 2 * q.shape[0] * q.shape[1] * (q.shape[3] + iterations) * pairs_of(q, k, query_index, None)
+
+
+@traceable(_fake, _mass_flops)
 def column_mass(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -19,6 +62,7 @@ def column_mass(
     causal: bool = True,
     query_index: torch.Tensor | None = None,
     scale: float | None = None,
+    cu_seqlens: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Column sums of the attention matrix: `weights @ softmax(q k^T * scale / temperature + causal)`.
@@ -34,6 +78,8 @@ def column_mass(
         query_index: [S] int64, strictly ascending: the place of each query row among the N keys. None puts
             the S queries at the last S places.
         scale: factor of the logits, `D ** -0.5` by default.
+        cu_seqlens: [number of sequences + 1] integers from 0 to N, ascending: several sequences packed one behind
+            another, S = N, each seeing only itself. None: one sequence. Not with `query_index`.
         backend: "auto", "native", "triton" or "reference".
 
     Returns:
@@ -47,14 +93,16 @@ def column_mass(
         LOOK-M (arXiv 2406.18139): the score of a cache entry; with a query vector of weights, one
         step of AIM's importance (arXiv 2412.03248). The authors sum over a materialised N x N matrix.
     """
-    _check_attention(q, k, temperature, query_index if causal else None, aligned=causal)
-    if weights is not None and tuple(weights.shape) not in (tuple(q.shape[:3]), (q.shape[0], q.shape[2])):
-        raise ValueError(f"weights has shape {list(weights.shape)}, wanted [B, H, S] or [B, S] of q {list(q.shape)}")
+    check_attention(q, k, temperature, query_index if causal else None, aligned=causal)
+    check_weights(weights, q)
+    if cu_seqlens is not None:
+        _check_packed(q, k, query_index, cu_seqlens)
     _, run = resolve("column_mass", backend, q, k)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return run(q, k, weights, scale / temperature, causal, query_index)
+    return run(q, k, weights, scale / temperature, causal, query_index, cu_seqlens)
 
 
+@traceable(_fake, _power_flops)
 def power_iterate(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -96,7 +144,7 @@ def power_iterate(
     Reference:
         AIM (arXiv 2412.03248), token pruning. The authors multiply by a materialised N x N matrix five times.
     """
-    _check_attention(q, k, temperature, query_index, aligned=True)
+    check_attention(q, k, temperature, query_index, aligned=True)
     if iterations < 0:
         raise ValueError(f"iterations is {iterations}, wanted 0 or more")
     _, run = resolve("power_iterate", backend, q, k)
@@ -104,9 +152,19 @@ def power_iterate(
     return run(q, k, iterations, scale / temperature, query_index)
 
 
-def _check_attention(
+def pairs_of(q: torch.Tensor, k: torch.Tensor, query_index: torch.Tensor | None, window: int | None) -> int:
+    """Query-key pairs of one head that a causal attention looks at."""
+    queries, keys = q.shape[2], k.shape[2]
+    if query_index is None and window is None:
+        return queries * (2 * keys - queries + 1) // 2
+    seen = (torch.arange(keys - queries, keys) if query_index is None else query_index) + 1
+    return int((seen if window is None else seen.clamp_max(window)).sum())
+
+
+def check_attention(
     q: torch.Tensor, k: torch.Tensor, temperature: float, query_index: torch.Tensor | None, aligned: bool
 ) -> None:
+    """Raises `ValueError` unless q, k and the queries' places fit each other."""
     if q.dim() != 4 or k.dim() != 4 or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise ValueError(f"q is {list(q.shape)} and k {list(k.shape)}, wanted [B, H, S, D] and [B, G, N, D]")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
@@ -119,6 +177,22 @@ def _check_attention(
         _check_query_index(query_index, q.shape[2], k.shape[2])
     elif aligned and q.shape[2] > k.shape[2]:
         raise ValueError(f"{q.shape[2]} queries for {k.shape[2]} keys, wanted at most one query a key")
+
+
+def check_weights(weights: torch.Tensor | None, q: torch.Tensor) -> None:
+    """Raises `ValueError` unless there is one vote a query, or one a query and head."""
+    if weights is not None and tuple(weights.shape) not in (tuple(q.shape[:3]), (q.shape[0], q.shape[2])):
+        raise ValueError(f"weights has shape {list(weights.shape)}, wanted [B, H, S] or [B, S] of q {list(q.shape)}")
+
+
+def _check_packed(q: torch.Tensor, k: torch.Tensor, query_index: torch.Tensor | None, cu_seqlens: torch.Tensor) -> None:
+    if query_index is not None or q.shape[2] != k.shape[2]:
+        raise ValueError(
+            f"cu_seqlens goes with one query a key and no query_index; found {q.shape[2]} queries for {k.shape[2]} keys"
+        )
+    ends = cu_seqlens.tolist() if cu_seqlens.dim() == 1 and not cu_seqlens.is_floating_point() else []
+    if not ends or ends[0] != 0 or ends[-1] != k.shape[2] or ends != sorted(ends):
+        raise ValueError(f"cu_seqlens is {ends or cu_seqlens}, wanted ascending integers from 0 to {k.shape[2]}")
 
 
 def _check_query_index(query_index: torch.Tensor, queries: int, keys: int) -> None:

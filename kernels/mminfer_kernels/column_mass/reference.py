@@ -25,8 +25,14 @@ def column_mass(
     scale: float,
     causal: bool,
     query_index: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `mminfer_kernels.column_mass`; `scale` has the temperature in it."""
+    if cu_seqlens is not None:
+        lengths = cu_seqlens.diff().tolist()
+        votes = [None] * len(lengths) if weights is None else weights.split(lengths, -1)
+        parts = zip(q.split(lengths, 2), k.split(lengths, 2), votes, strict=True)
+        return torch.cat([column_mass(a, b, w, scale, causal, None) for a, b, w in parts], -1)
     batch, heads, queries, _ = q.shape
     keys = k.shape[2]
     dtype = torch.promote_types(q.dtype, torch.float32)

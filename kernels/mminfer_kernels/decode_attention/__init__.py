@@ -2,14 +2,28 @@
 
 import torch
 
+from mminfer_kernels.backends import native_takes, on_cuda, triton_takes
 from mminfer_kernels.decode_attention import reference
 from mminfer_kernels.dispatch import register, resolve
+from mminfer_kernels.tracing import traceable
 
 __all__ = ["decode_attention"]
 
+_ROOM = "mminfer_kernels.decode_attention"
 register("decode_attention", "reference", reference.decode_attention)
+register("decode_attention", "triton", f"{_ROOM}.triton_kernel:decode_attention", triton_takes, on_cuda)
+register("decode_attention", "native", f"{_ROOM}.native:decode_attention", native_takes)
 
 
+def _fake(q: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
+def _flops(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: object, **kwargs: object) -> int:
+    return 4 * q.numel() * k.shape[2]
+
+
+@traceable(_fake, _flops)
 def decode_attention(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -2,14 +2,24 @@
 
 import torch
 
+from mminfer_kernels.backends import native_takes, on_cuda, triton_takes
 from mminfer_kernels.dispatch import register, resolve
 from mminfer_kernels.merge_rows import reference
+from mminfer_kernels.tracing import traceable
 
 __all__ = ["merge_rows"]
 
 register("merge_rows", "reference", reference.merge_rows)
+register("merge_rows", "triton", "mminfer_kernels.merge_rows.triton_kernel:merge_rows", triton_takes, on_cuda)
+register("merge_rows", "native", "mminfer_kernels.merge_rows.native:merge_rows", native_takes)
 
 
+def _fake(dst: torch.Tensor, src: torch.Tensor, *args: object, **kwargs: object) -> tuple[torch.Tensor, torch.Tensor]:
+    dtype = torch.promote_types(torch.promote_types(dst.dtype, src.dtype), torch.float32)
+    return torch.empty_like(dst, memory_format=torch.contiguous_format), dst.new_empty(dst.shape[:-1], dtype=dtype)
+
+
+@traceable(_fake)
 def merge_rows(
     dst: torch.Tensor,
     src: torch.Tensor,

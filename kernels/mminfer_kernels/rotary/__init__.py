@@ -4,15 +4,39 @@ from collections.abc import Sequence
 
 import torch
 
+from mminfer_kernels.backends import cpu_takes, on_cuda, triton_takes
 from mminfer_kernels.dispatch import register, resolve
 from mminfer_kernels.rotary import reference
+from mminfer_kernels.tracing import traceable
 
-__all__ = ["apply_rotary", "rotary_table"]
+__all__ = ["apply_rotary", "rotary", "rotary_", "rotary_table"]
 
-register("rotary_table", "reference", reference.rotary_table)
-register("apply_rotary", "reference", reference.apply_rotary)
+_ROOM = "mminfer_kernels.rotary"
+for _op in ("rotary_table", "apply_rotary", "rotary"):
+    register(_op, "reference", getattr(reference, _op))
+    register(_op, "triton", f"{_ROOM}.triton_kernel:{_op}", triton_takes, on_cuda)
+    register(_op, "native", f"{_ROOM}.native:{_op}", cpu_takes)
 
 
+def _fake_table(
+    position: torch.Tensor,
+    inv_freq: torch.Tensor,
+    attention_scaling: float = 1.0,
+    sections: Sequence[int] | None = None,
+    dtype: torch.dtype = torch.float32,
+    interleaved: bool = False,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    leading = position.shape if sections is None else position.shape[1:]
+    cos = position.new_empty(*leading, 2 * inv_freq.shape[0], dtype=dtype)
+    return cos, torch.empty_like(cos)
+
+
+def _fake_pair(q: torch.Tensor, k: torch.Tensor, *args: object, **kwargs: object) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(q), torch.empty_like(k)
+
+
+@traceable(_fake_table)
 def rotary_table(
     position: torch.Tensor,
     inv_freq: torch.Tensor,
@@ -58,6 +82,7 @@ def rotary_table(
     return run(position, inv_freq, attention_scaling, axes, dtype)
 
 
+@traceable(_fake_pair)
 def apply_rotary(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, backend: str = "auto"
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -84,6 +109,81 @@ def apply_rotary(
             raise ValueError(f"{name} is {list(x.shape)}, wanted [..., heads, N, D] for cos {list(cos.shape)}")
     _, run = resolve("apply_rotary", backend, q, k, cos, sin)
     return run(q, k, cos, sin)
+
+
+@traceable(_fake_pair)
+def rotary(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    position: torch.Tensor,
+    inv_freq: torch.Tensor,
+    attention_scaling: float = 1.0,
+    sections: Sequence[int] | None = None,
+    interleaved: bool = False,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotate queries and keys straight from fractional positions: `rotary_table` and `apply_rotary` in one pass.
+
+    Args:
+        q: [B, H, N, D].
+        k: [B, G, N, D].
+        position: [B, N] float64, or [A, B, N] when `sections` is given.
+        inv_freq, attention_scaling, sections, interleaved: as in `rotary_table`.
+        backend: "auto", "native", "triton" or "reference".
+
+    Returns:
+        q and k rotated, in their own shapes and dtypes; the arithmetic is float32 or better.
+
+    Raises:
+        ValueError: shapes, dtypes or sections that do not fit.
+        BackendError: an explicit backend that is not there.
+
+    Reference:
+        V2PE (arXiv 2412.09616).
+    """
+    q, k = q.clone(memory_format=torch.contiguous_format), k.clone(memory_format=torch.contiguous_format)
+    _rotate(q, k, position, inv_freq, attention_scaling, sections, interleaved, backend)
+    return q, k
+
+
+@traceable(lambda *args, **kwargs: None, mutates=("q", "k"))
+def rotary_(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    position: torch.Tensor,
+    inv_freq: torch.Tensor,
+    attention_scaling: float = 1.0,
+    sections: Sequence[int] | None = None,
+    interleaved: bool = False,
+    backend: str = "auto",
+) -> None:
+    """`rotary` in place: q and k are overwritten."""
+    _rotate(q, k, position, inv_freq, attention_scaling, sections, interleaved, backend)
+
+
+def _rotate(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    position: torch.Tensor,
+    inv_freq: torch.Tensor,
+    attention_scaling: float,
+    sections: Sequence[int] | None,
+    interleaved: bool,
+    backend: str,
+) -> None:
+    axes = None if sections is None else _axis_of_frequency(position, inv_freq, sections, interleaved)
+    if position.dtype != torch.float64 or position.dim() != (2 if axes is None else 3):
+        wanted = "[B, N]" if axes is None else "[A, B, N]"
+        raise ValueError(f"position is {position.dtype} {list(position.shape)}, wanted float64 {wanted}")
+    for name, x in (("q", q), ("k", k)):
+        batch, tokens = position.shape[-2:]
+        if x.dim() != 4 or (x.shape[0], x.shape[2], x.shape[3]) != (batch, tokens, 2 * inv_freq.shape[0]):
+            raise ValueError(
+                f"{name} is {list(x.shape)}, wanted [{batch}, heads, {tokens}, {2 * inv_freq.shape[0]}] "
+                "for this position and inv_freq"
+            )
+    _, run = resolve("rotary", backend, q, k)
+    run(q, k, position, inv_freq, attention_scaling, axes)
 
 
 def _axis_of_frequency(

@@ -31,6 +31,22 @@ def apply_rotary(
     return _rotate(q, cos, sin), _rotate(k, cos, sin)
 
 
+@torch.no_grad()
+def rotary(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    position: torch.Tensor,
+    inv_freq: torch.Tensor,
+    attention_scaling: float,
+    axes: list[int] | None,
+) -> None:
+    """Write into `q` and `k`; see `mminfer_kernels.rotary_`."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    cos, sin = rotary_table(position, inv_freq, attention_scaling, axes, dtype)
+    for x, rotated in zip((q, k), apply_rotary(q, k, cos, sin), strict=True):
+        x.copy_(rotated)
+
+
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     first, second = x.chunk(2, -1)
     return (x * cos + torch.cat((-second, first), -1) * sin).to(x.dtype)

@@ -2,15 +2,37 @@
 
 import torch
 
+from mminfer_kernels.backends import cpu_takes, on_cuda, triton_takes
 from mminfer_kernels.dispatch import register, resolve
 from mminfer_kernels.rows import reference
+from mminfer_kernels.tracing import traceable
 
-__all__ = ["add_rows", "gather_rows"]
+__all__ = ["add_rows", "gather_rms_norm", "gather_rows", "swiglu"]
 
-register("gather_rows", "reference", reference.gather_rows)
-register("add_rows", "reference", reference.add_rows)
+_ROOM = "mminfer_kernels.rows"
+for _op in ("gather_rows", "add_rows", "gather_rms_norm", "swiglu"):
+    register(_op, "reference", getattr(reference, _op))
+    register(_op, "triton", f"{_ROOM}.triton_kernel:{_op}", triton_takes, on_cuda)
+    register(_op, "native", f"{_ROOM}.native:{_op}", cpu_takes)
 
 
+def _fake_gather(x: torch.Tensor, index: torch.Tensor, dim: int = -2, *args: object, **kwargs: object) -> torch.Tensor:
+    shape = list(x.shape)
+    shape[dim] = index.shape[-1]
+    return x.new_empty(shape)
+
+
+def _fake_norm(
+    x: torch.Tensor, index: torch.Tensor, weight: torch.Tensor, *args: object, **kwargs: object
+) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-2], index.shape[-1], x.shape[-1])
+
+
+def _fake_like(x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@traceable(_fake_gather)
 def gather_rows(x: torch.Tensor, index: torch.Tensor, dim: int = -2, backend: str = "auto") -> torch.Tensor:
     """Rows of `x` at `index`.
 
@@ -37,6 +59,54 @@ def gather_rows(x: torch.Tensor, index: torch.Tensor, dim: int = -2, backend: st
     return run(x, index, dim)
 
 
+@traceable(_fake_norm)
+def gather_rms_norm(
+    x: torch.Tensor, index: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, backend: str = "auto"
+) -> torch.Tensor:
+    """RMSNorm of the rows of `x` at `index`, without the gathered rows in memory: `x / sqrt(mean(x^2) + eps) * weight`.
+
+    Args:
+        x: [..., N, C].
+        index: [K] int64, the same rows everywhere, or [..., K] with `x`'s leading sizes.
+        weight: [C], in `x`'s dtype.
+        eps: added to the mean square.
+        backend: "auto", "native", "triton" or "reference".
+
+    Returns:
+        [..., K, C] in `x`'s dtype; the norm is float32 or better.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit.
+        BackendError: an explicit backend that is not there.
+    """
+    _check_index(x, index)
+    if weight.shape != x.shape[-1:] or weight.dtype != x.dtype:
+        raise ValueError(f"weight is {weight.dtype} {list(weight.shape)}, wanted {x.dtype} [{x.shape[-1]}]")
+    _, run = resolve("gather_rms_norm", backend, x, weight)
+    return run(x, index, weight, eps)
+
+
+@traceable(_fake_like)
+def swiglu(gate: torch.Tensor, up: torch.Tensor, backend: str = "auto") -> torch.Tensor:
+    """`silu(gate) * up` in one pass: what stands between a gated FFN's two products.
+
+    Args:
+        gate, up: [..., C], of one shape and dtype.
+        backend: "auto", "native", "triton" or "reference".
+
+    Returns:
+        [..., C] in their dtype; the arithmetic is float32 or better.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit.
+        BackendError: an explicit backend that is not there.
+    """
+    if gate.shape != up.shape or gate.dtype != up.dtype or not gate.is_floating_point():
+        raise ValueError(f"gate is {gate.dtype} {list(gate.shape)} and up {up.dtype} {list(up.shape)}, wanted the same")
+    _, run = resolve("swiglu", backend, gate, up)
+    return run(gate, up)
+
+
 def add_rows(
     x: torch.Tensor, index: torch.Tensor, rows: torch.Tensor, inplace: bool = False, backend: str = "auto"
 ) -> torch.Tensor:
@@ -56,12 +126,22 @@ def add_rows(
         ValueError: shapes or dtypes that do not fit.
         BackendError: an explicit backend that is not there.
     """
+    if inplace:
+        _add_rows_(x, index, rows, backend)
+        return x
+    out = x.clone(memory_format=torch.contiguous_format)
+    _add_rows_(out, index, rows, backend)
+    return out
+
+
+@traceable(lambda *args, **kwargs: None, mutates=("x",))
+def _add_rows_(x: torch.Tensor, index: torch.Tensor, rows: torch.Tensor, backend: str) -> None:
     _check_index(x, index)
     wanted = (*x.shape[:-2], index.shape[-1], x.shape[-1])
     if tuple(rows.shape) != wanted or rows.dtype != x.dtype:
         raise ValueError(f"rows is {rows.dtype} {list(rows.shape)}, wanted {x.dtype} {list(wanted)}")
     _, run = resolve("add_rows", backend, x, rows)
-    return run(x if inplace else x.clone(), index, rows)
+    run(x, index, rows)
 
 
 def _check_index(x: torch.Tensor, index: torch.Tensor) -> None:

@@ -1,0 +1,136 @@
+"""Causal attention of a prompt, and in the same pass how much attention each key receives."""
+
+import torch
+
+from mminfer_kernels.backends import cpu_takes, on_cuda, triton_takes
+from mminfer_kernels.column_mass import check_attention, check_weights, pairs_of
+from mminfer_kernels.dispatch import register, resolve
+from mminfer_kernels.prompt_attention import reference
+from mminfer_kernels.tracing import traceable
+
+__all__ = ["prompt_attention", "prompt_attention_mass"]
+
+_ROOM = "mminfer_kernels.prompt_attention"
+for _op in ("prompt_attention", "prompt_attention_mass"):
+    register(_op, "reference", getattr(reference, _op))
+    register(_op, "triton", f"{_ROOM}.triton_kernel:{_op}", triton_takes, on_cuda)
+    register(_op, "native", f"{_ROOM}.native:{_op}", cpu_takes)
+
+
+def _fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+    return torch.empty_like(q)
+
+
+def _fake_mass(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: object, **kwargs: object
+) -> tuple[torch.Tensor, torch.Tensor]:
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    return torch.empty_like(q), q.new_empty(*q.shape[:2], k.shape[2], dtype=dtype)
+
+
+def _flops(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float | None = None,
+    query_index: torch.Tensor | None = None,
+    window: int | None = None,
+    *args: object,
+    **kwargs: object,
+) -> int:
+    return 4 * q.shape[0] * q.shape[1] * q.shape[3] * pairs_of(q, k, query_index, window)
+
+
+def _flops_mass(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    weights: torch.Tensor | None = None,
+    scale: float | None = None,
+    query_index: torch.Tensor | None = None,
+    *args: object,
+    **kwargs: object,
+) -> int:
+    pairs = q.shape[0] * q.shape[1] * pairs_of(q, k, query_index, None)
+    return (4 * q.shape[3] + 2) * pairs
+
+
+@traceable(_fake, _flops)
+def prompt_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float | None = None,
+    query_index: torch.Tensor | None = None,
+    window: int | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """`softmax(q k^T * scale + causal) v`, never the score matrix.
+
+    Args:
+        q: queries [B, H, S, D].
+        k: keys [B, G, N, D]; query head h reads key head h // (H / G).
+        v: values [B, G, N, D].
+        scale: factor of the logits, `D ** -0.5` by default.
+        query_index: [S] int64, strictly ascending: the place of each query among the keys, which sees keys up to
+            there. None puts the S queries at the last S places.
+        window: a query sees its last `window` keys only, its own place included; None: all.
+        backend: "auto", "native", "triton" or "reference".
+
+    Returns:
+        [B, H, S, D] in q's dtype.
+
+    Raises:
+        ValueError: shapes, dtypes or settings that do not fit.
+        BackendError: an explicit backend that is not there.
+    """
+    _check(q, k, v, query_index)
+    if window is not None and window < 1:
+        raise ValueError(f"window is {window}, wanted 1 or more keys")
+    _, run = resolve("prompt_attention", backend, q, k, v)
+    return run(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale, query_index, window)
+
+
+@traceable(_fake_mass, _flops_mass)
+def prompt_attention_mass(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    weights: torch.Tensor | None = None,
+    scale: float | None = None,
+    query_index: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`prompt_attention` and `column_mass` of the same probabilities in one pass.
+
+    The softmax and the product of queries and keys are shared, so the scores cost little more than the attention.
+
+    Args:
+        q: queries [B, H, S, D].
+        k: keys [B, G, N, D]; query head h reads key head h // (H / G).
+        v: values [B, G, N, D].
+        weights: vote of each query, [B, H, S] or [B, S]; None gives every query one vote.
+        scale: factor of the logits, `D ** -0.5` by default.
+        query_index: [S] int64, strictly ascending: the place of each query among the keys. None: the last S places.
+        backend: "auto", "native", "triton" or "reference".
+
+    Returns:
+        attention [B, H, S, D] in q's dtype; mass [B, H, N] float32 (float64 for float64 input).
+
+    Raises:
+        ValueError: shapes, dtypes or settings that do not fit.
+        BackendError: an explicit backend that is not there.
+
+    Reference:
+        LOOK-M (arXiv 2406.18139): the scores of cache entries. The authors sum over a materialised N x N matrix.
+    """
+    _check(q, k, v, query_index)
+    check_weights(weights, q)
+    _, run = resolve("prompt_attention_mass", backend, q, k, v)
+    return run(q, k, v, weights, q.shape[-1] ** -0.5 if scale is None else scale, query_index)
+
+
+def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, query_index: torch.Tensor | None) -> None:
+    check_attention(q, k, 1.0, query_index, aligned=True)
+    if v.shape != k.shape or v.dtype != k.dtype:
+        raise ValueError(f"k is {k.dtype} {list(k.shape)} and v {v.dtype} {list(v.shape)}, wanted the same of both")

@@ -1,0 +1,75 @@
+"""Prompt attention by PyTorch's scaled_dot_product_attention, by blocks of queries where it is not plainly causal."""
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from mminfer_kernels.column_mass.reference import column_mass
+
+BLOCK_ROWS = 512
+MASK_ELEMENTS = 1 << 24
+
+
+@torch.no_grad()
+def prompt_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    query_index: torch.Tensor | None,
+    window: int | None,
+) -> torch.Tensor:
+    """See `mminfer_kernels.prompt_attention`."""
+    queries, keys = q.shape[2], k.shape[2]
+    if query_index is None and queries == keys and (window is None or window >= keys):
+        return scaled_dot_product_attention(q, k, v, scale=scale, is_causal=True, enable_gqa=True)
+    if query_index is None:
+        query_index = torch.arange(keys - queries, keys, device=q.device)
+    return blocked_attention(q, k, v, scale, query_index, window, query_index)
+
+
+@torch.no_grad()
+def prompt_attention_mass(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    weights: torch.Tensor | None,
+    scale: float,
+    query_index: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `mminfer_kernels.prompt_attention_mass`."""
+    out = prompt_attention(q, k, v, scale, query_index, None)
+    return out, column_mass(q, k, weights, scale, True, query_index)
+
+
+def blocked_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    query_index: torch.Tensor,
+    window: int | None,
+    reach: torch.Tensor,
+) -> torch.Tensor:
+    """Attention by blocks of queries, each under a mask over the keys that one of them sees.
+
+    Args:
+        q: [B, H, S, D]. k, v: [B, G, N, D].
+        scale: factor of the logits.
+        query_index: [S] int64, ascending: the place of each query among the keys.
+        window: a query sees its last `window` keys only.
+        reach: [S] int64: the last key that each query sees, at its place or behind it.
+    """
+    rows = max(1, min(BLOCK_ROWS, MASK_ELEMENTS // max(1, k.shape[2])))
+    blocks = []
+    for q_block, places, ends in zip(q.split(rows, 2), query_index.split(rows), reach.split(rows), strict=True):
+        if len(places) == 0:
+            return torch.empty_like(q)
+        first, last = int(places[0]), int(ends.max())
+        start = 0 if window is None else max(0, first - window + 1)
+        columns = torch.arange(start, last + 1, device=q.device)
+        mask = columns <= ends[:, None]
+        if window is not None:
+            mask &= columns > places[:, None] - window
+        keys, values = k[:, :, start : last + 1], v[:, :, start : last + 1]
+        blocks.append(scaled_dot_product_attention(q_block, keys, values, attn_mask=mask, scale=scale, enable_gqa=True))
+    return torch.cat(blocks, 2)
