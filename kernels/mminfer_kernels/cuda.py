@@ -10,6 +10,7 @@ import importlib
 import os
 import struct
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -30,12 +31,14 @@ class Variant:
         op: the op it belongs to.
         source: the file's name, without its suffix.
         threads: of a block.
+        blocks: at once on a multiprocessor, at least; bounds the registers.
         macros: what the template is instantiated with (names without MMINFER_), in the order of the kernel's name.
     """
 
     op: str
     source: str
     threads: int
+    blocks: int
     macros: tuple[tuple[str, str | int | bool], ...]
 
     @property
@@ -48,7 +51,7 @@ class Variant:
     @property
     def defines(self) -> list[str]:
         """The macros as options of a compiler."""
-        macros = (("KERNEL", self.kernel), ("THREADS", self.threads), *self.macros)
+        macros = (("KERNEL", self.kernel), ("THREADS", self.threads), ("BLOCKS", self.blocks), *self.macros)
         return [f"-DMMINFER_{name}={int(value) if isinstance(value, bool) else value}" for name, value in macros]
 
 
@@ -124,7 +127,9 @@ def compile_kernels(arch: int) -> list[CompiledKernel]:
         CompileError: NVRTC refused one.
     """
     modules = [importlib.import_module(f"mminfer_kernels.{op}.cuda_kernel") for op in OPS]
-    return [compiled(variant, arch) for module in modules for variant in module.usual_variants()]
+    variants = [variant for module in modules for variant in module.usual_variants()]
+    with ThreadPoolExecutor() as threads:  # NVRTC works outside Python's lock
+        return list(threads.map(lambda variant: compiled(variant, arch), variants))
 
 
 def compiled(variant: Variant, arch: int) -> CompiledKernel:

@@ -26,7 +26,7 @@ struct DecodeAttentionArguments {
   i64 query_strides[3];
   i64 key_strides[3];
   i64 value_strides[3];
-  i64 heads, groups, queries, entries, size, splits;
+  int heads, groups, queries, entries, size, splits;
   double factor;  // of the logits, times log2(e)
 };
 
@@ -41,7 +41,7 @@ struct DecodeShape {
   static constexpr int VECTORS = SIZE / WIDTH / LANES;
   static constexpr int ELEMENTS = VECTORS * WIDTH;  // of a row, in one thread
   static constexpr int STREAMS = THREADS / LANES;
-  static constexpr int KEYS = ROWS * ELEMENTS > 32 ? 2 : 4;  // registers: 2 * ROWS * ELEMENTS + KEYS * (ROWS + 8)
+  static constexpr int KEYS = 4;  // 32 or more loads of 16 bytes in flight in a warp, half of them keys
   static constexpr int TILE = KEYS * STREAMS;
   static constexpr int PADDED = power_of_two_from(ROWS);
   static constexpr int LOGITS = KEYS * PADDED;                          // of a stream at a time: [KEYS, PADDED]
@@ -49,8 +49,8 @@ struct DecodeShape {
   static constexpr int COPIES = LOGITS < LANES ? LANES / LOGITS : 1;
   static constexpr int KEY_LANES = LANES / KEYS;  // neighbouring threads whose logits are of one key
   static constexpr int WEIGHTS = LOGITS + PADDED;  // shared floats of a stream: its weights, then its rescaling
-  static constexpr int STATES = 2 * STREAMS * PADDED;
-  static constexpr int SHARED = larger_of(STREAMS * WEIGHTS, STATES + STREAMS * SIZE);
+  static constexpr int STATES = (2 * (STREAMS + 1) * PADDED + 3) / 4 * 4;  // (max, sum) of every stream and of all
+  static constexpr int SHARED = larger_of(STREAMS * WEIGHTS, STATES + STREAMS * ROWS * SIZE);
   static_assert(KEYS <= LANES && LANES * VECTORS * WIDTH == SIZE, "SIZE is a power of two from 64 on");
 };
 
@@ -65,13 +65,14 @@ class DecodeAttention {
 
  public:
   MMINFER_DEVICE DecodeAttention(const DecodeAttentionArguments& arguments, Block& block) : a_(arguments), b_(block) {
-    rows_ = static_cast<int>(a_.heads / a_.groups * a_.queries);
+    rows_ = a_.heads / a_.groups * a_.queries;
     const int row_blocks = (rows_ + ROWS - 1) / ROWS;
     group_ = static_cast<int>(b_.y()) / row_blocks;
     first_row_ = static_cast<int>(b_.y()) % row_blocks * ROWS;
-    const i64 start = a_.starts ? a_.starts[b_.z()] : 0, share = (a_.entries - start + a_.splits - 1) / a_.splits;
-    begin_ = static_cast<int>(start + b_.x() * share);
-    end_ = static_cast<int>(begin_ + share < a_.entries ? begin_ + share : a_.entries);
+    const int start = a_.starts ? static_cast<int>(a_.starts[b_.z()]) : 0;
+    const int part = (a_.entries - start + a_.splits - 1) / a_.splits;
+    begin_ = start + static_cast<int>(b_.x()) * part;
+    end_ = begin_ + part < a_.entries ? begin_ + part : a_.entries;
   }
 
   MMINFER_DEVICE void run() {
@@ -115,9 +116,8 @@ class DecodeAttention {
   }
 
   MMINFER_DEVICE void load_query(int thread, int r) {
-    const int number = first_row_ + r, queries = static_cast<int>(a_.queries);
-    const i64 head = group_ * (a_.heads / a_.groups) + number / queries;
-    const T* from = row(a_.query, a_.query_strides, b_.z(), head, number % queries);
+    const int number = first_row_ + r, head = group_ * (a_.heads / a_.groups) + number / a_.queries;
+    const T* from = row(a_.query, a_.query_strides, b_.z(), head, number % a_.queries);
     MMINFER_UNROLL
     for (int j = 0; j < VECTORS; ++j) {
       const int at = column(thread, j);
@@ -189,10 +189,10 @@ class DecodeAttention {
   // Logits become weights relative to the stream's new maximum; both and the rescaling of earlier sums are shared.
   MMINFER_DEVICE void weigh(int first) {
     b_.each([&](int thread) {
-      const int key = first + lane(thread) / KEY_LANES * STREAMS + stream(thread), queries = static_cast<int>(a_.queries);
+      const int key = first + lane(thread) / KEY_LANES * STREAMS + stream(thread);
       MMINFER_UNROLL
       for (int i = 0; i < HELD; ++i) {
-        const int last = static_cast<int>(a_.entries) - queries + (first_row_ + row_of(thread, i)) % queries;
+        const int last = a_.entries - a_.queries + (first_row_ + row_of(thread, i)) % a_.queries;
         if (key >= end_ || key > last) logit_[thread].at[i] = minus_infinity();
         peak_[thread].at[i] = logit_[thread].at[i];
       }
@@ -270,7 +270,6 @@ class DecodeAttention {
     b_.sync_warp();
   }
 
-  // The streams' states, shared as [STREAMS, PADDED, (max, sum)], then row by row the sums of all streams.
   MMINFER_DEVICE void finish() {
     b_.each([&](int thread) {
       MMINFER_UNROLL
@@ -282,56 +281,64 @@ class DecodeAttention {
       MMINFER_UNROLL
       for (int i = 0; i < HELD; ++i)
         if (lane(thread) < KEY_LANES && lane(thread) % Shape::COPIES == 0)
-          b_.template put<2>(thread, 2 * (stream(thread) * PADDED + row_of(thread, i)),
-                             {softmax_[thread].at[i].max, peak_[thread].at[i]});
+          put_state(thread, stream(thread), row_of(thread, i), {softmax_[thread].at[i].max, peak_[thread].at[i]});
     });
     b_.sync();
-    MMINFER_UNROLL
-    for (int r = 0; r < ROWS; ++r) {
-      put_sums(r);
-      b_.sync();
-      if (first_row_ + r < rows_) write_row(r);
-      b_.sync();
-    }
+    b_.each([&](int thread) {
+      if (thread >= ROWS) return;
+      OnlineSoftmax total = OnlineSoftmax::empty();
+      for (int s = 0; s < STREAMS; ++s) total = combine(total, state(thread, s, thread));
+      put_state(thread, STREAMS, thread, total);
+    });
+    b_.sync();
+    b_.each([&](int thread) { put_sums(thread); });
+    b_.sync();
+    b_.each([&](int thread) { write(thread); });
   }
 
-  MMINFER_DEVICE OnlineSoftmax state_of(int thread, int stream, int r) {
+  MMINFER_DEVICE OnlineSoftmax state(int thread, int stream, int r) {
     const Floats<2> read = b_.template get<2>(thread, 2 * (stream * PADDED + r));
     return {read.at[0], read.at[1]};
   }
 
-  MMINFER_DEVICE void put_sums(int r) {
-    b_.each([&](int thread) {
-      OnlineSoftmax total = OnlineSoftmax::empty();
-      MMINFER_UNROLL
-      for (int s = 0; s < STREAMS; ++s) total = combine(total, state_of(thread, s, r));
-      total_[thread] = total;
-      const float own = rescale(state_of(thread, stream(thread), r).max, total.max);
-      const auto& sum = sum_[thread].at[r];
-      MMINFER_UNROLL
-      for (int e = 0; e < Shape::ELEMENTS; e += 4) {
-        const int at = Shape::STATES + stream(thread) * SIZE + column(thread, e / WIDTH) + e % WIDTH;
-        b_.template put<4>(thread, at, {sum[e] * own, sum[e + 1] * own, sum[e + 2] * own, sum[e + 3] * own});
-      }
-    });
+  MMINFER_DEVICE void put_state(int thread, int stream, int r, OnlineSoftmax state) {
+    b_.template put<2>(thread, 2 * (stream * PADDED + r), {state.max, state.sum});
   }
 
-  MMINFER_DEVICE void write_row(int r) {
-    const i64 number = (b_.z() * a_.groups + group_) * rows_ + first_row_ + r;  // in [B * H * S]
-    const i64 part = number * a_.splits + b_.x();
-    b_.each([&](int thread) {
-      for (int column = thread; column < a_.size; column += Shape::THREADS) {
-        float sum = 0;
-        MMINFER_UNROLL
-        for (int s = 0; s < STREAMS; ++s)
-          sum += b_.template get<1>(thread, Shape::STATES + s * SIZE + column).at[0];
-        if (a_.splits > 1)
-          a_.partial[part * a_.size + column] = sum;
-        else
-          from_float(sum * normaliser(total_[thread]), static_cast<T*>(a_.output)[number * a_.size + column]);
+  // The thread's sums, relative to the maximum of all streams, into [STREAMS, ROWS, SIZE].
+  MMINFER_DEVICE void put_sums(int thread) {
+    MMINFER_UNROLL
+    for (int r = 0; r < ROWS; ++r) {
+      const float own = rescale(state(thread, stream(thread), r).max, state(thread, STREAMS, r).max);
+      const auto& sum = sum_[thread].at[r];
+      const int base = Shape::STATES + (stream(thread) * ROWS + r) * SIZE;
+      MMINFER_UNROLL
+      for (int e = 0; e < Shape::ELEMENTS; e += 4)
+        b_.template put<4>(thread, base + column(thread, e / WIDTH) + e % WIDTH,
+                           {sum[e] * own, sum[e + 1] * own, sum[e + 2] * own, sum[e + 3] * own});
+    }
+  }
+
+  MMINFER_DEVICE void write(int thread) {
+    const i64 first = (b_.z() * a_.groups + group_) * rows_ + first_row_;  // of the rows in [B * H * S]
+    const int rows = rows_ - first_row_ < ROWS ? rows_ - first_row_ : ROWS;
+#pragma unroll 1
+    for (int i = thread; i < rows * SIZE; i += Shape::THREADS) {
+      const int r = i / SIZE, column = i % SIZE;
+      if (column >= a_.size) continue;
+      float sum = 0;
+      MMINFER_UNROLL
+      for (int s = 0; s < STREAMS; ++s)
+        sum += b_.template get<1>(thread, Shape::STATES + s * ROWS * SIZE + i).at[0];
+      const OnlineSoftmax total = state(thread, STREAMS, r);
+      const i64 part = (first + r) * a_.splits + b_.x();
+      if (a_.splits == 1) {
+        from_float(sum * normaliser(total), static_cast<T*>(a_.output)[(first + r) * a_.size + column]);
+      } else {
+        a_.partial[part * a_.size + column] = sum;
+        if (column == 0) a_.softmaxes[part] = total;
       }
-      if (thread == 0 && a_.splits > 1) a_.softmaxes[part] = total_[thread];
-    });
+    }
   }
 
   const DecodeAttentionArguments& a_;
@@ -344,7 +351,6 @@ class DecodeAttention {
   PerThread<Array<float, 2 * HELD>> peak_;
   PerThread<Array<OnlineSoftmax, HELD>> softmax_;
   PerThread<bool> grew_;
-  PerThread<OnlineSoftmax> total_;
 };
 
 // One row of the output from its splits: block x is the row's number in [B * H * S].

@@ -119,6 +119,15 @@ MMINFER_DEVICE Vector<T> load_whole(const T* from) {
   return to;
 }
 
+template <class T>
+MMINFER_DEVICE void store_whole(T* to, const Vector<T>& from) {
+#ifdef __CUDACC__
+  *reinterpret_cast<uint4*>(to) = make_uint4(from.words[0], from.words[1], from.words[2], from.words[3]);
+#else
+  std::memcpy(to, from.words, sizeof(from.words));
+#endif
+}
+
 // The first `count` elements at `from`, zeros after them. ALIGNED: `from` is at 16 bytes, `count` a multiple of SIZE.
 template <bool ALIGNED, class T>
 MMINFER_DEVICE Vector<T> load(const T* from, i64 count) {
@@ -135,24 +144,17 @@ MMINFER_DEVICE Vector<T> load(const T* from, i64 count) {
 
 template <bool ALIGNED, class T>
 MMINFER_DEVICE void store(T* to, const float (&values)[Vector<T>::SIZE], i64 count) {
-  if (ALIGNED && count <= 0) return;
-  T row[Vector<T>::SIZE];
+  Vector<T> packed = {};
   MMINFER_UNROLL
-  for (int i = 0; i < Vector<T>::SIZE; ++i) from_float(values[i], row[i]);
-  if (ALIGNED) {
-    Vector<T> packed = {};
-    MMINFER_UNROLL
-    for (int i = 0; i < Vector<T>::SIZE; ++i) place(packed, i, row[i]);
-#ifdef __CUDACC__
-    *reinterpret_cast<uint4*>(to) = make_uint4(packed.words[0], packed.words[1], packed.words[2], packed.words[3]);
-#else
-    std::memcpy(to, packed.words, sizeof(packed.words));
-#endif
-    return;
+  for (int i = 0; i < Vector<T>::SIZE; ++i) {
+    T value;
+    from_float(values[i], value);
+    if (ALIGNED)
+      place(packed, i, value);
+    else if (i < count)
+      to[i] = value;
   }
-  MMINFER_UNROLL
-  for (int i = 0; i < Vector<T>::SIZE; ++i)
-    if (i < count) to[i] = row[i];
+  if (ALIGNED && count > 0) store_whole(to, packed);
 }
 
 }  // namespace mminfer

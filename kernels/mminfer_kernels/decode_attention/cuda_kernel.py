@@ -9,10 +9,10 @@ from mminfer_kernels import cuda
 from mminfer_kernels.cuda import SCALARS, Traffic, Variant, row_strides
 
 THREADS = 128
-BLOCKS_PER_MULTIPROCESSOR = 3
+KEYS = 4  # of a thread at a time, as in the header
 KEYS_PER_SPLIT = 256  # below that, a block ends before its loads have got going
 MAX_SPLITS = 128
-SMALLEST_SIZE, LARGEST_SIZE = 64, 1024
+SMALLEST_SIZE, LARGEST_SIZE = 64, 512
 _Three = ctypes.c_longlong * 3
 
 
@@ -22,7 +22,7 @@ class Arguments(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("query", "key", "value", "starts", "output", "partial", "softmaxes")),
         *((name, _Three) for name in ("query_strides", "key_strides", "value_strides")),
-        *((name, ctypes.c_longlong) for name in ("heads", "groups", "queries", "entries", "size", "splits")),
+        *((name, ctypes.c_int) for name in ("heads", "groups", "queries", "entries", "size", "splits")),
         ("factor", ctypes.c_double),
     )
 
@@ -42,11 +42,12 @@ def decode_attention(
     output = torch.empty_like(q, memory_format=torch.contiguous_format)
     if not output.numel():
         return output
+    device = q.device.index or 0
     batch, heads, queries, size = q.shape
     groups, entries = k.shape[1:3]
     variant = _variant(q.dtype, size, heads // groups * queries, cuda.aligned(q, k, v))
     blocks = groups * _row_blocks(variant, heads // groups * queries)
-    splits = split_count(batch * blocks, entries, cuda.multiprocessors(q.device.index or 0))
+    splits = split_count(batch * blocks, entries, cuda.multiprocessors(device) * variant.blocks)
     rows = batch * heads * queries
     partial = q.new_empty((rows, splits, size + 2) if splits > 1 else 0, dtype=torch.float32)
     if starts is not None:
@@ -61,22 +62,21 @@ def decode_attention(
         *(heads, groups, queries, entries, size, splits),
         (size**-0.5 if scale is None else scale) * math.log2(math.e),
     )
-    cuda.launch(variant, (splits, blocks, batch), arguments, q.device.index or 0)
+    cuda.launch(variant, (splits, blocks, batch), arguments, device)
     if splits > 1:
-        cuda.launch(_combine(q.dtype), (rows, 1, 1), arguments, q.device.index or 0)
+        cuda.launch(_combine(q.dtype), (rows, 1, 1), arguments, device)
     return output
 
 
-def split_count(blocks: int, entries: int, multiprocessors: int) -> int:
+def split_count(blocks: int, entries: int, at_once: int) -> int:
     """Into how many ranges the keys are cut: as many as run at once, none of them short.
 
     Args:
         blocks: thread blocks of one range.
         entries: keys of a row.
-        multiprocessors: of the GPU.
+        at_once: thread blocks that the GPU runs at a time.
     """
-    at_once = multiprocessors * BLOCKS_PER_MULTIPROCESSOR // blocks
-    return max(1, min(at_once, -(-entries // KEYS_PER_SPLIT), MAX_SPLITS))
+    return max(1, min(at_once // blocks, -(-entries // KEYS_PER_SPLIT), MAX_SPLITS))
 
 
 def traffic(
@@ -90,7 +90,7 @@ def traffic(
     groups, entries = k.shape[1:3]
     variant = _variant(q.dtype, size, heads // groups * queries, True)
     row_blocks, rows = _row_blocks(variant, heads // groups * queries), batch * heads * queries
-    splits = split_count(batch * groups * row_blocks, entries, multiprocessors)
+    splits = split_count(batch * groups * row_blocks, entries, multiprocessors * variant.blocks)
     seen = batch * entries - (0 if starts is None else int(starts.sum()))
     cache = 2 * seen * groups * size * q.element_size()
     ends = 2 * q.numel() * q.element_size() + (0 if starts is None else 8 * batch)
@@ -100,11 +100,10 @@ def traffic(
 
 def usual_variants() -> list[Variant]:
     """The instances for common models; others are compiled when first used."""
-    shapes = [(64, 1), (64, 4), (128, 1), (128, 4), (128, 7), (128, 8), (256, 2), (256, 8)]
+    shapes = [(64, 1), (64, 4), (128, 1), (128, 4), (128, 7), (128, 8), (256, 8)]
     split = [_variant(torch.bfloat16, size, rows, True) for size, rows in shapes]
-    other = [_variant(dtype, 128, rows, True) for dtype in (torch.float16, torch.float32) for rows in (1, 8)]
-    unaligned = [_variant(dtype, 128, 4, False) for dtype in (torch.bfloat16, torch.float32)]
-    return [*split, *other, *unaligned, *map(_combine, SCALARS)]
+    other = [_variant(dtype, 128, 4, True) for dtype in (torch.float16, torch.float32)]
+    return [*split, *other, _variant(torch.bfloat16, 128, 4, False), *map(_combine, SCALARS)]
 
 
 def _variant(dtype: torch.dtype, size: int, rows: int, aligned: bool) -> Variant:
@@ -112,20 +111,24 @@ def _variant(dtype: torch.dtype, size: int, rows: int, aligned: bool) -> Variant
     if size > LARGEST_SIZE:
         raise ValueError(f"heads of {size} elements, wanted at most {LARGEST_SIZE}")
     padded = max(SMALLEST_SIZE, 1 << (size - 1).bit_length())
-    vector = 16 // dtype.itemsize
-    most = min(8, 64 * min(32, padded // vector) // padded)  # 64 elements of queries in a thread
-    height = -(-rows // -(-rows // most))
+    lanes = min(32, padded * dtype.itemsize // 16)  # threads that share a key
+    elements = padded // lanes  # of a row, in one thread
+    height = -(-rows // -(-rows // (8 if elements <= 8 else 2)))
+    queries_and_sums, loads = 2 * height * elements, KEYS * elements * dtype.itemsize // 2
+    logits = KEYS * height + 32 * (KEYS * height // (lanes + 1))  # and what a thread keeps for each after the first
+    registers = queries_and_sums + loads + logits + (0 if aligned else 24)
+    blocks = 5 if registers <= 80 else 3 if registers <= 128 else 2
     macros = (
         ("SCALAR", SCALARS[dtype]),
         ("SIZE", padded),
         ("ROWS", height),
         ("ALIGNED", aligned),
     )
-    return Variant("decode_attention", "decode_attention", THREADS, macros)
+    return Variant("decode_attention", "decode_attention", THREADS, blocks, macros)
 
 
 def _combine(dtype: torch.dtype) -> Variant:
-    return Variant("decode_attention", "decode_attention_combine", THREADS, (("SCALAR", SCALARS[dtype]),))
+    return Variant("decode_attention", "decode_attention_combine", THREADS, 8, (("SCALAR", SCALARS[dtype]),))
 
 
 def _row_blocks(variant: Variant, rows: int) -> int:

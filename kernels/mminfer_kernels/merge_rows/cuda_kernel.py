@@ -9,7 +9,7 @@ from mminfer_kernels.cuda import SCALARS, Traffic, Variant, row_strides
 from mminfer_kernels.merge_rows import reference
 from mminfer_kernels.rows.reference import flat_index
 
-THREADS = 128
+THREADS, BLOCKS = 128, 8
 _Two = ctypes.c_longlong * 2
 
 
@@ -92,7 +92,7 @@ def usual_variants() -> list[Variant]:
 
 
 def _variant(dtype: torch.dtype, aligned: bool) -> Variant:
-    return Variant("merge_rows", "merge_rows", THREADS, (("SCALAR", SCALARS[dtype]), ("ALIGNED", aligned)))
+    return Variant("merge_rows", "merge_rows", THREADS, BLOCKS, (("SCALAR", SCALARS[dtype]), ("ALIGNED", aligned)))
 
 
 def _batched(x: torch.Tensor) -> torch.Tensor:
