@@ -113,11 +113,12 @@ def _variant(dtype: torch.dtype, size: int, rows: int, aligned: bool) -> Variant
     padded = max(SMALLEST_SIZE, 1 << (size - 1).bit_length())
     lanes = min(32, padded * dtype.itemsize // 16)  # threads that share a key
     elements = padded // lanes  # of a row, in one thread
-    height = -(-rows // -(-rows // (8 if elements <= 8 else 2)))
+    most = 2 if elements > 8 else 8 if aligned else 4
+    height = -(-rows // -(-rows // most))
     queries_and_sums, loads = 2 * height * elements, KEYS * elements * dtype.itemsize // 2
     logits = KEYS * height + 32 * (KEYS * height // (lanes + 1))  # and what a thread keeps for each after the first
-    registers = queries_and_sums + loads + logits + (0 if aligned else 24)
-    blocks = 5 if registers <= 80 else 3 if registers <= 128 else 2
+    registers = queries_and_sums + loads + logits + (0 if aligned else 32)
+    blocks = 5 if registers <= 64 else 4 if registers <= 88 else 3 if registers <= 128 else 2
     macros = (
         ("SCALAR", SCALARS[dtype]),
         ("SIZE", padded),
