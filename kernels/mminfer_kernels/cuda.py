@@ -7,6 +7,7 @@ import ctypes
 import functools
 import hashlib
 import importlib
+import logging
 import os
 import struct
 import tempfile
@@ -17,6 +18,10 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
+
+from mminfer_kernels.build import cache_folder, sources
+
+logger = logging.getLogger(__name__)
 
 OLDEST_ARCH = 80  # bfloat16 conversions
 SCALARS = {torch.float32: "float", torch.bfloat16: "Bf16", torch.float16: "Fp16"}
@@ -63,12 +68,14 @@ class CompiledKernel(NamedTuple):
     cubin: bytes
     threads: int
     shared_bytes: int  # of a block, all of it static
+    dtype: str
+    size: int | None  # head size, rounded up
 
 
 class Traffic(NamedTuple):
     """Bytes of GPU memory of one call, counted from its shapes."""
 
-    minimum_bytes: int  # every input read once, every output written once
+    least_bytes: int  # every input read once, every output written once
     moved_bytes: int  # what the kernels read and write, caches left out
 
 
@@ -100,11 +107,6 @@ def driver() -> ModuleType:
     return importlib.import_module("cuda.bindings.driver")
 
 
-def sources() -> Path:
-    """The folder of C++ and CUDA sources, in a checkout and in an installed package alike."""
-    return Path(__file__).parent / "csrc"
-
-
 @functools.cache
 def architecture(device: int) -> int:
     """80 for sm_80."""
@@ -134,8 +136,12 @@ def compile_kernels(arch: int) -> list[CompiledKernel]:
 
 def compiled(variant: Variant, arch: int) -> CompiledKernel:
     """Compile one instance, or take it from the cache."""
-    cubin = cubin_of(variant, arch)
-    return CompiledKernel(variant.op, variant.kernel, cubin, variant.threads, shared_bytes(cubin, variant.kernel))
+    cubin, macros = cubin_of(variant, arch), dict(variant.macros)
+    shared, size = shared_bytes(cubin, variant.kernel), macros.get("SIZE")
+    dtype = next(str(dtype) for dtype, name in SCALARS.items() if name == macros["SCALAR"]).removeprefix("torch.")
+    return CompiledKernel(
+        variant.op, variant.kernel, cubin, variant.threads, shared, dtype, None if size is None else int(size)
+    )
 
 
 @functools.cache
@@ -150,19 +156,12 @@ def cubin_of(variant: Variant, arch: int) -> bytes:
     headers = [path.read_text("utf-8") for path in sorted((sources() / "include" / "mminfer").glob("*.h"))]
     version = nvrtc().nvrtcVersion()[1:]
     key = hashlib.sha256("\0".join([text, *headers, str(version), str(arch), *variant.defines]).encode()).hexdigest()
-    file = cache_folder() / f"{variant.kernel}-sm_{arch}-{key[:16]}.cubin"
+    file = cache_folder() / "cuda" / f"{variant.kernel}-sm_{arch}-{key[:16]}.cubin"
     if file.is_file():
         return file.read_bytes()
     cubin = _compile(text, variant, options)
     _keep(file, cubin)
     return cubin
-
-
-def cache_folder() -> Path:
-    """Where compiled kernels are kept: `MMINFER_CACHE`, or `mminfer` in the user's cache folder."""
-    root = os.environ.get("MMINFER_CACHE")
-    user = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return (Path(root) if root else Path(user) / "mminfer") / "cuda"
 
 
 def _keep(file: Path, content: bytes) -> None:
@@ -172,8 +171,8 @@ def _keep(file: Path, content: bytes) -> None:
         with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as part:
             part.write(content)
         os.replace(part.name, file)
-    except OSError:
-        return
+    except OSError as error:
+        logger.info("compiled kernels are not kept: %s", error)
 
 
 def _compile(text: str, variant: Variant, options: list[str]) -> bytes:
