@@ -83,6 +83,7 @@ class CompileError(RuntimeError):
     """NVRTC refused a source: its log is the message."""
 
 
+@functools.cache
 def available() -> bool:
     """Whether CUDA kernels can be compiled and launched here: a GPU from sm_80 on and NVRTC."""
     if torch.version.cuda is None or not torch.cuda.is_available() or not has_compiler():

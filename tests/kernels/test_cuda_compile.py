@@ -149,7 +149,7 @@ def test_decode_attention_is_launched_with_what_it_was_given(launching):
     assert driver.named("cuModuleGetFunction") == [("module", name.encode()) for name in kernels]
     launches = driver.named("cuLaunchKernel")
     assert [x[:9] for x in launches] == [
-        ("function", 4, 4, 2, 128, 1, 1, 0, 77),
+        ("function", 8, 4, 2, 128, 1, 1, 0, 77),
         ("function", 56, 1, 1, 128, 1, 1, 0, 77),
     ]
     assert output.shape == q.shape

@@ -1,6 +1,7 @@
 """Decode attention by the hand-written CUDA kernels; `csrc/include/mminfer/decode_attention_block.h` says how."""
 
 import ctypes
+import functools
 import math
 
 import torch
@@ -10,7 +11,7 @@ from mminfer_kernels.cuda import SCALARS, Traffic, Variant, row_strides
 
 THREADS = 128
 KEYS = 4  # of a thread at a time, as in the header
-KEYS_PER_SPLIT = 256  # below that, a block ends before its loads have got going
+KEYS_PER_SPLIT = 128  # a few tiles of a block; with fewer, the partial sums weigh too much
 MAX_SPLITS = 128
 SMALLEST_SIZE, LARGEST_SIZE = 64, 512
 _Three = ctypes.c_longlong * 3
@@ -106,6 +107,7 @@ def usual_variants() -> list[Variant]:
     return [*split, *other, _variant(torch.bfloat16, 128, 4, False), *map(_combine, SCALARS)]
 
 
+@functools.cache
 def _variant(dtype: torch.dtype, size: int, rows: int, aligned: bool) -> Variant:
     """The instance for heads of `size` and `rows` query rows a group, in blocks of equal height."""
     if size > LARGEST_SIZE:
@@ -128,6 +130,7 @@ def _variant(dtype: torch.dtype, size: int, rows: int, aligned: bool) -> Variant
     return Variant("decode_attention", "decode_attention", THREADS, blocks, macros)
 
 
+@functools.cache
 def _combine(dtype: torch.dtype) -> Variant:
     return Variant("decode_attention", "decode_attention_combine", THREADS, 8, (("SCALAR", SCALARS[dtype]),))
 
