@@ -9,5 +9,6 @@ extern "C" __global__ void __launch_bounds__(Shape::THREADS, MMINFER_BLOCKS)
     MMINFER_KERNEL(const __grid_constant__ DecodeAttentionArguments arguments) {
   __shared__ alignas(16) float shared[Shape::SHARED];
   CudaBlock block(shared);
-  DecodeAttention<MMINFER_SCALAR, MMINFER_SIZE, MMINFER_ROWS, MMINFER_ALIGNED, CudaBlock>(arguments, block).run();
+  using Body = DecodeAttention<MMINFER_SCALAR, MMINFER_SIZE, MMINFER_ROWS, MMINFER_ALIGNED, CudaBlock>;
+  Body(arguments, block).run();
 }

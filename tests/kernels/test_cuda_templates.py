@@ -224,6 +224,13 @@ def test_merge_rows(emulator, dtype, batch, targets, sources, size, weighted, co
     check_merge(dtype, batch, targets, sources, size, weighted, contiguous)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_number_is_stored_as_it_was_loaded(emulator, dtype):
+    every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype).view(64, 1024)
+    merged, _ = merge.merge_rows(every, every[:0], torch.zeros(0, dtype=torch.int64), None, None)
+    assert torch.equal(merged.nan_to_num(1.0), every.nan_to_num(1.0)) and torch.equal(merged.isnan(), every.isnan())
+
+
 def test_rows_longer_than_a_block(emulator):
     check_merge(torch.bfloat16, (2,), 5, 30, 1500, True)
     assert emulator.launched == [("merge_rows", (10, 2, 1))]

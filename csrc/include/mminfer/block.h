@@ -1,9 +1,9 @@
 // The thread block as kernel bodies see it, and CUDA's version of it.
 //
 // A body is written in phases: `block.each(f)` runs f(thread) for every thread, and what a thread keeps from one phase
-// to the next lies in a `PerThread<T>`, indexed by thread. On a GPU `each` is one call, PerThread<T> one T in registers,
-// and nothing is left of either after inlining. tests/kernels/emulated/block.h has a version that loops over the
-// threads and checks that a barrier stands between a write to shared memory and another thread's use of it.
+// to the next lies in a `PerThread<T>`, indexed by thread. On a GPU `each` is one call, a PerThread<T> one T in
+// registers, and nothing is left of either after inlining. tests/kernels/emulated/block.h has a version that loops over
+// the threads and checks that a barrier stands between a write to shared memory and another thread's use of it.
 //
 // Barriers and exchanges stand between phases, never inside one: all threads reach them.
 #pragma once

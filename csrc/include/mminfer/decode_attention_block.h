@@ -11,48 +11,9 @@
 #pragma once
 
 #include "mminfer/block.h"
-#include "mminfer/online_softmax.h"
+#include "mminfer/decode_attention_shape.h"
 
 namespace mminfer {
-
-struct DecodeAttentionArguments {
-  const void* query;         // [B, H, S, D], strides of B, H, S below
-  const void* key;           // [B, G, T, D], strides of B, G, T below
-  const void* value;         // [B, G, T, D]
-  const i64* starts;         // [B], or null: 0
-  void* output;              // [B, H, S, D], contiguous
-  float* partial;            // [B * H * S, splits, D], unless splits is 1
-  OnlineSoftmax* softmaxes;  // [B * H * S, splits], likewise
-  i64 query_strides[3];
-  i64 key_strides[3];
-  i64 value_strides[3];
-  int heads, groups, queries, entries, size, splits;
-  double factor;  // of the logits, times log2(e)
-};
-
-MMINFER_DEVICE constexpr int power_of_two_from(int n) { return n <= 1 ? 1 : 2 * power_of_two_from((n + 1) / 2); }
-MMINFER_DEVICE constexpr int larger_of(int a, int b) { return a > b ? a : b; }
-
-template <class T, int SIZE, int ROWS>
-struct DecodeShape {
-  static constexpr int THREADS = 128;
-  static constexpr int WIDTH = Vector<T>::SIZE;
-  static constexpr int LANES = SIZE / WIDTH < 32 ? SIZE / WIDTH : 32;
-  static constexpr int VECTORS = SIZE / WIDTH / LANES;
-  static constexpr int ELEMENTS = VECTORS * WIDTH;  // of a row, in one thread
-  static constexpr int STREAMS = THREADS / LANES;
-  static constexpr int KEYS = 4;  // 32 or more loads of 16 bytes in flight in a warp, half of them keys
-  static constexpr int TILE = KEYS * STREAMS;
-  static constexpr int PADDED = power_of_two_from(ROWS);
-  static constexpr int LOGITS = KEYS * PADDED;                          // of a stream at a time: [KEYS, PADDED]
-  static constexpr int HELD = LOGITS > LANES ? LOGITS / LANES : 1;      // logits of a thread once they are added up
-  static constexpr int COPIES = LOGITS < LANES ? LANES / LOGITS : 1;
-  static constexpr int KEY_LANES = LANES / KEYS;  // neighbouring threads whose logits are of one key
-  static constexpr int WEIGHTS = LOGITS + PADDED;  // shared floats of a stream: its weights, then its rescaling
-  static constexpr int STATES = (2 * (STREAMS + 1) * PADDED + 3) / 4 * 4;  // (max, sum) of every stream and of all
-  static constexpr int SHARED = larger_of(STREAMS * WEIGHTS, STATES + STREAMS * ROWS * SIZE);
-  static_assert(KEYS <= LANES && LANES * VECTORS * WIDTH == SIZE, "SIZE is a power of two from 64 on");
-};
 
 template <class T, int SIZE, int ROWS, bool ALIGNED, class Block>
 class DecodeAttention {
