@@ -239,4 +239,4 @@ def test_traffic_of_merging_is_mostly_rows():
     dst, src = torch.empty(4, 1000, 896, dtype=torch.bfloat16), torch.empty(4, 3000, 896, dtype=torch.bfloat16)
     least, moved = merge.traffic(dst, src, weights=False)
     assert least == 4 * 896 * 2 * (2 * 1000 + 3000) + 4 * (8 * 3000 + 4 * 1000)
-    assert least < moved < 1.03 * least
+    assert least < moved < 1.05 * least

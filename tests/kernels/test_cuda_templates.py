@@ -250,6 +250,12 @@ def test_rows_without_elements(emulator):
     assert merged.shape == (2, 0) and weight.tolist() == [2, 3]
 
 
+def test_sums_are_taken_in_the_order_of_the_sources(emulator):
+    dst, src, index = torch.randn(3, 40), torch.randn(500, 40), torch.randint(3, (500,))
+    found, wanted = (m.merge_rows(dst, src, index, None, None) for m in (merge, merge_reference))
+    assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
+
+
 def test_sources_keep_their_order_within_a_destination():
     order, bounds = merge.segments(torch.tensor([2, 0, 2, 2, 0]), 4)
     assert order.tolist() == [1, 4, 0, 2, 3] and bounds.tolist() == [0, 2, 2, 5, 5]

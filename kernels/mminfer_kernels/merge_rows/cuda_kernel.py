@@ -66,24 +66,26 @@ def segments(place: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor
     Returns:
         order [M], numbers of the sources; bounds [rows + 1], where each destination's part of `order` begins.
     """
-    sorted_place, order = torch.sort(place, stable=True)
-    return order, torch.searchsorted(sorted_place, torch.arange(rows + 1, device=place.device))
+    kind = torch.int32 if rows < 2**31 else torch.int64  # a radix sort of half the passes
+    sorted_place, order = torch.sort(place.to(kind), stable=True)
+    return order, torch.searchsorted(sorted_place, torch.arange(rows + 1, dtype=kind, device=place.device))
 
 
 def traffic(dst: torch.Tensor, src: torch.Tensor, weights: bool = True) -> Traffic:
     """Bytes of one call; only shapes and dtypes are read.
 
-    Beyond the minimum: the sort (its input read, values and order written, at least), the search for the bounds,
-    and both read by the kernel, once for every `THREADS` vectors of a row.
+    Beyond the least: the sort (a radix sort: one pass that counts 32-bit keys, four that move keys and 64-bit numbers),
+    the search for the bounds, and what the kernel reads again for every further `THREADS` vectors of a row.
     """
     targets, sources = dst.numel() // dst.shape[-1], src.numel() // src.shape[-1]
     rows = (2 * dst.numel() + src.numel()) * dst.element_size()
     given = 4 * (targets + sources) if weights else 0
-    minimum = rows + given + 8 * sources + 4 * targets  # index read, weight written
+    least = rows + given + 8 * sources + 4 * targets  # index read, weight written
+    sort = (8 + 4 + 4 + 4 * 2 * (4 + 8)) * sources
+    search = 4 * sources + (4 + 4 + 8) * (targets + 1)
     parts = -(-dst.shape[-1] * dst.element_size() // (16 * THREADS))
-    sort, search = 3 * 8 * sources, 2 * 8 * (targets + 1) + 8 * sources
     read = parts * (8 * sources + 8 * (targets + 1) + given)
-    return Traffic(minimum, rows + sort + search + read + 4 * targets)
+    return Traffic(least, rows + sort + search + read + 4 * targets)
 
 
 def usual_variants() -> list[Variant]:
