@@ -208,7 +208,7 @@ def test_a_refused_launch_is_named(launching):
 def test_wheels_hold_the_sources():
     packaged = ROOT / "kernels" / "mminfer_kernels" / "csrc"
     assert packaged.resolve() == ROOT / "csrc" == cuda.sources()
-    assert '"csrc/**/*"' in (ROOT / "pyproject.toml").read_text("utf-8")
+    assert '"csrc/**/*.cu"' in (ROOT / "pyproject.toml").read_text("utf-8")
 
 
 def test_importing_loads_no_compiler_and_touches_no_driver():
