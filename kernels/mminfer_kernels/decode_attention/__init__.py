@@ -3,17 +3,16 @@
 import torch
 
 from mminfer_kernels.backends import native_takes, on_cuda, triton_takes
+from mminfer_kernels.cuda import LARGEST_HEAD
 from mminfer_kernels.decode_attention import reference
 from mminfer_kernels.dispatch import register, resolve
 from mminfer_kernels.tracing import traceable
 
 __all__ = ["decode_attention"]
 
-LARGEST_CUDA_HEAD = 512
-
 
 def _native_takes(*tensors: torch.Tensor) -> bool:
-    return native_takes(*tensors) and (not on_cuda(*tensors) or tensors[0].shape[-1] <= LARGEST_CUDA_HEAD)
+    return native_takes(*tensors) and (not on_cuda(*tensors) or tensors[0].shape[-1] <= LARGEST_HEAD)
 
 
 _ROOM = "mminfer_kernels.decode_attention"
