@@ -10,6 +10,8 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 )
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 
 def inverse_frequencies(size=64, base=1e6):
     return 1 / base ** (torch.arange(0, size, 2, dtype=torch.float32) / size)

@@ -2,6 +2,8 @@ import pytest
 import torch
 from mminfer_kernels import add_rows, gather_rows
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
 def test_gather_the_same_rows_everywhere(dtype):
