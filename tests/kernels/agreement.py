@@ -21,23 +21,26 @@ def error(found, truth):
     return float((found.double() - truth).abs().max().nan_to_num(torch.inf))
 
 
-def assert_agrees(found, reference, truth):
-    """`err(found) <= 2 * err(reference in the same dtype) + floor` for each tensor; integers are equal."""
+def assert_agrees(found, reference, truth, least_size=0.0):
+    """`err(found) <= 2 * err(reference in the same dtype) + floor` for each tensor; integers are equal.
+
+    The floor is relative to the largest true value, or to `least_size` where that is larger.
+    """
     for ours, theirs, exact in zip(*map(tree_leaves, (found, reference, truth)), strict=True):
         assert ours.shape == exact.shape and ours.dtype == theirs.dtype
         if not ours.is_floating_point():
             assert torch.equal(ours, exact)
             continue
-        size = float(exact.abs().max()) if exact.numel() else 0.0
+        size = max(least_size, float(exact.abs().max()) if exact.numel() else 0.0)
         floor = FLOOR_STEPS[ours.dtype] * torch.finfo(ours.dtype).eps * size
         assert error(ours, exact) <= 2 * error(theirs, exact) + floor
     return found
 
 
-def agree(op, *inputs, **settings):
+def agree(op, *inputs, least_size=0.0, **settings):
     """Runs a public op natively, as the reference, and as the reference on float64 inputs; gives the native result."""
     inputs, settings = list(inputs), dict(settings)
     found = op(*inputs, **settings, backend="native")
     reference = op(*inputs, **settings, backend="reference")
     truth = op(*as_double(inputs), **as_double(settings), backend="reference")
-    return assert_agrees(found, reference, truth)
+    return assert_agrees(found, reference, truth, least_size)
