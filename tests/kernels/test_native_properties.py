@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from mminfer_kernels import (
     add_rows,
@@ -24,7 +24,7 @@ from tests.kernels.agreement import agree, assert_agrees
 
 pytestmark = pytest.mark.usefixtures("native")
 
-drawn = settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+drawn = settings(deadline=None, max_examples=200)
 dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 
 
