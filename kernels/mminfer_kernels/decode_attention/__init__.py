@@ -46,7 +46,8 @@ def decode_attention(
         q: queries [B, H, S, D], S small, usually 1.
         k: keys [B, G, T, D], T >= S; query head h reads key head h // (H / G).
         v: values [B, G, T, D].
-        starts: [B] integers, at most T - S: the first valid entry of each row. None means all are valid.
+        starts: [B] integers from 0 to T - S: the first valid entry of each row; what lies outside counts as the
+            nearest of these, so that every query sees an entry. None means all are valid.
         scale: factor of the logits, `D ** -0.5` by default.
         backend: "auto", "native", "triton" or "reference".
 
