@@ -72,6 +72,13 @@ def dense_rows(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def strides(x: torch.Tensor | None, letters: str) -> dict[str, int]:
+    """Strides of the leading dimensions by name: "qbh" gives stride_qb and stride_qh; of no tensor 0."""
+    tensor, *dimensions = letters
+    sizes = (0,) * len(dimensions) if x is None else x.stride()
+    return {f"stride_{tensor}{letter}": size for letter, size in zip(dimensions, sizes, strict=False)}
+
+
 def power_of_two(n: int, least: int = SMALLEST_BUCKET) -> int:
     """The smallest power of two that is `n` and `least` or more."""
     return max(least, 1 << (max(n, 1) - 1).bit_length())

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mminfer_kernels.launching import autotuned, dense_rows, interpretable, launch, tile_fits
+from mminfer_kernels.launching import autotuned, dense_rows, interpretable, launch, strides, tile_fits
 from mminfer_kernels.tiles.triton_kernel import (
     Ranges,
     attention_arguments,
@@ -174,8 +174,7 @@ def row_lse(q: torch.Tensor, k: torch.Tensor, scale: float, causal: bool, ranges
         lambda meta: (triton.cdiv(q.shape[2], meta["BLOCK_S"]), q.shape[0] * q.shape[1]),
         {"q": q, "k": k, "lse": lse, "lo": ranges.lo, "hi": ranges.hi},
         **attention_arguments(q, k),
-        stride_lb=lse.stride(0),
-        stride_lh=lse.stride(1),
+        **strides(lse, "lbh"),
         scale=scale * LOG2_E,
         CAUSAL=causal,
     )
@@ -218,15 +217,9 @@ def add_columns(
             "out": mass,
         },
         **attention_arguments(q, k),
-        **dict(zip(("stride_lb", "stride_lh"), lse.stride(), strict=False)),
-        **dict(
-            zip(
-                ("stride_wt", "stride_wb", "stride_wh"),
-                (0, 0, 0) if weights is None else weights.stride(),
-                strict=False,
-            )
-        ),
-        **dict(zip(("stride_ot", "stride_ob", "stride_oh"), mass.stride(), strict=False)),
+        **strides(lse, "lbh"),
+        **strides(weights, "wtbh"),
+        **strides(mass, "otbh"),
         scale=scale * LOG2_E,
         votes=votes,
         CAUSAL=causal,

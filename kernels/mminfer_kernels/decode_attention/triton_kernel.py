@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from mminfer_kernels.column_mass.triton_kernel import LOG2_E
-from mminfer_kernels.launching import autotuned, dense_rows, interpretable, launch, power_of_two, tile_fits
+from mminfer_kernels.launching import autotuned, dense_rows, interpretable, launch, power_of_two, strides, tile_fits
 from mminfer_kernels.tiles.triton_kernel import load_rows
 
 PART_KEYS = 256  # the fewest entries worth a program of their own; a multiple of every BLOCK_N
@@ -133,11 +133,11 @@ def decode_attention(
         decode_attention_fwd_kernel,
         (count, batch * groups, row_blocks),
         {"q": q, "k": k, "v": v, "starts": starts, "out": parts, "lse": lse},
-        **dict(zip(("stride_qb", "stride_qh", "stride_qs"), q.stride(), strict=False)),
-        **dict(zip(("stride_kb", "stride_kg", "stride_kn"), k.stride(), strict=False)),
-        **dict(zip(("stride_vb", "stride_vg", "stride_vn"), v.stride(), strict=False)),
-        **dict(zip(("stride_op", "stride_ob", "stride_oh", "stride_os"), parts.stride(), strict=False)),
-        **dict(zip(("stride_lp", "stride_lb", "stride_lh"), lse.stride() if split else (0, 0, 0), strict=False)),
+        **strides(q, "qbhs"),
+        **strides(k, "kbgn"),
+        **strides(v, "vbgn"),
+        **strides(parts, "opbhs"),
+        **strides(lse, "lpbh"),
         **{"G": groups, "repeat": heads // groups, "S": queries, "T": entries, "D": size},
         part_keys=part_keys,
         scale=scale * LOG2_E,

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from mminfer_kernels.column_mass.triton_kernel import LOG2_E, mass_of
-from mminfer_kernels.launching import autotuned, dense_rows, interpretable, launch, tile_fits
+from mminfer_kernels.launching import autotuned, dense_rows, interpretable, launch, strides, tile_fits
 from mminfer_kernels.tiles.triton_kernel import (
     Ranges,
     attention_arguments,
@@ -115,17 +115,14 @@ def _attention(
     out = torch.empty_like(q)
     if out.stride(-1) != 1:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    value_strides = dict(zip(("stride_vb", "stride_vg", "stride_vn"), v.stride(), strict=False))
-    out_strides = dict(zip(("stride_ob", "stride_oh", "stride_os"), out.stride(), strict=False))
-    lse_strides = dict(zip(("stride_lb", "stride_lh"), (0, 0) if lse is None else lse.stride(), strict=False))
     launch(
         prompt_attention_fwd_kernel,
         lambda meta: (triton.cdiv(q.shape[2], meta["BLOCK_S"]), q.shape[0] * q.shape[1]),
         {"q": q, "k": k, "v": v, "out": out, "lse": lse, "lo": ranges.lo, "hi": ranges.hi},
         **attention_arguments(q, k),
-        **value_strides,
-        **out_strides,
-        **lse_strides,
+        **strides(v, "vbgn"),
+        **strides(out, "obhs"),
+        **strides(lse, "lbh"),
         scale=scale * LOG2_E,
     )
     return out

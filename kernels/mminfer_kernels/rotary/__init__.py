@@ -78,7 +78,7 @@ def rotary_table(
     if inv_freq.dim() != 1:
         raise ValueError(f"inv_freq has shape {list(inv_freq.shape)}, wanted [D / 2]")
     axes = None if sections is None else _axis_of_frequency(position, inv_freq, sections, interleaved)
-    _, run = resolve("rotary_table", backend, position, inv_freq)
+    _, run = resolve("rotary_table", backend, position.new_empty(0, dtype=dtype), inv_freq)
     return run(position, inv_freq, attention_scaling, axes, dtype)
 
 

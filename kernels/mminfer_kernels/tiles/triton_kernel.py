@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mminfer_kernels.launching import power_of_two
+from mminfer_kernels.launching import power_of_two, strides
 
 
 @triton.jit
@@ -85,7 +85,10 @@ def ranges_of(keys: int, lo: torch.Tensor | None, hi: torch.Tensor | None) -> Ra
 def attention_arguments(q: torch.Tensor, k: torch.Tensor) -> dict[str, int]:
     """Strides and sizes of q [B, H, S, D] and k [B, G, N, D] by the names that kernels of attention give them."""
     heads, queries, size = q.shape[1:]
-    strides = dict(zip(("stride_qb", "stride_qh", "stride_qs"), q.stride(), strict=False))
-    strides |= dict(zip(("stride_kb", "stride_kg", "stride_kn"), k.stride(), strict=False))
     sizes = {"H": heads, "repeat": heads // k.shape[1], "S": queries, "N": k.shape[2], "D": size}
-    return strides | sizes | {"bucket": power_of_two(k.shape[2]), "BLOCK_D": power_of_two(size)}
+    return (
+        strides(q, "qbhs")
+        | strides(k, "kbgn")
+        | sizes
+        | {"bucket": power_of_two(k.shape[2]), "BLOCK_D": power_of_two(size)}
+    )
