@@ -11,7 +11,7 @@ import torch
 from mminfer_kernels.backends import interpreted
 
 SMALLEST_BUCKET = 16  # `tl.dot` takes nothing smaller
-SHARED_BYTES = {"cuda": 160 * 1024, "hip": 64 * 1024}  # of a block: A100's, the least of the targets, and MI300's
+SHARED_BYTES = {"cuda": 160 * 1024, "hip": 48 * 1024}  # A100's; of MI300's 64 KiB some turn layouts around
 
 Grid = tuple[int, ...] | Callable[[dict[str, Any]], tuple[int, ...]]
 
@@ -84,30 +84,32 @@ def power_of_two(n: int, least: int = SMALLEST_BUCKET) -> int:
     return max(least, 1 << (max(n, 1) - 1).bit_length())
 
 
-def tile_fits(arguments: dict[str, Any], x: torch.Tensor, held: int, streamed: int, stages: int, depth: int) -> bool:
+def tile_fits(arguments: dict[str, Any], x: torch.Tensor, held: int, streamed: int, depth: int) -> bool:
     """Whether a kernel that multiplies tiles of `x` suits this machine and dtype.
 
     float32 products are sums of single multiplications, exact to float32, that hold whole rows in registers: only
     small tiles do not spill. The others go through tensor cores, which want large ones.
 
     Args:
-        arguments: of the launch, "shared_bytes" of the device among them.
+        arguments: of the launch and the config, and "backend", "cuda" or "hip".
         x: one of the operands.
         held, streamed: rows of the tile that stays and of the tile that each step loads.
-        stages: how many steps are in flight.
         depth: elements of a row.
     """
     if x.dtype == torch.float32:
         return max(held, streamed) <= (32 if depth <= 64 else 16)
-    needed = (held + streamed * stages) * depth * x.element_size()
-    return min(held, streamed) >= 32 and needed <= arguments["shared_bytes"]
+    # on AMD what stays lies in registers, and so does the last stage
+    stages = arguments["num_stages"]
+    rows = streamed * (stages - 1) if arguments["backend"] == "hip" else held + streamed * stages
+    needed = rows * depth * x.element_size()
+    return min(held, streamed) >= 32 and needed <= SHARED_BYTES[arguments["backend"]]
 
 
 def autotuned(
     configs: list[tuple[dict[str, int], int, int]],
     key: list[str],
     interpreted_blocks: dict[str, int],
-    fits: Callable[[dict[str, Any], int], bool],
+    fits: Callable[[dict[str, Any]], bool],
 ) -> Callable[[Any], Any]:
     """Decorator of a jitted kernel: `triton.autotune`, with one config of small blocks where it is interpreted.
 
@@ -115,15 +117,15 @@ def autotuned(
         configs: block sizes, warps and stages, the default first.
         key: arguments whose change starts a new search.
         interpreted_blocks: the block sizes under the interpreter.
-        fits: told the launch's arguments with a config's blocks, and its stages, says whether to try it; where no
-            config fits the last one is taken.
+        fits: told the arguments of the launch and of a config, says whether to try it; where no config fits the last
+            one is taken.
     """
     import triton
 
     def fitting(configs: list[Any], named: dict[str, Any], **arguments: Any) -> list[Any]:
         backend = triton.runtime.driver.active.get_current_target().backend
-        shared = {"shared_bytes": SHARED_BYTES[backend]}
-        return [x for x in configs if fits({**named, **arguments, **shared, **x.kwargs}, x.num_stages)] or configs[-1:]
+        launched = {**named, **arguments, "backend": backend}
+        return [x for x in configs if fits(launched | x.all_kwargs())] or configs[-1:]
 
     if interpreted():
         return triton.autotune([triton.Config(interpreted_blocks)], key)

@@ -9,12 +9,12 @@ import triton.language as tl
 from mminfer_kernels.launching import autotuned, dense_rows, interpretable, launch, power_of_two, strides, tile_fits
 
 
-def _fits(arguments: dict[str, Any], stages: int) -> bool:
+def _fits(arguments: dict[str, Any]) -> bool:
     """Both operands stream, a piece of their rows at a time."""
     source, target, depth = (arguments[x] for x in ("BLOCK_S", "BLOCK_T", "BLOCK_C"))
     if arguments["src"].dtype == torch.float32:
         return max(source, target) <= 64 and depth <= 32
-    return depth > 16 and tile_fits(arguments, arguments["src"], 32, source + target, stages, depth)
+    return depth > 16 and tile_fits(arguments, arguments["src"], 32, source + target, depth)
 
 
 @autotuned(

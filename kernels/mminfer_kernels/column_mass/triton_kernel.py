@@ -42,16 +42,16 @@ def _add_keys(
     return b_max, b_sum
 
 
-def _rows_fit(arguments: dict[str, Any], stages: int) -> bool:
+def _rows_fit(arguments: dict[str, Any]) -> bool:
     """Queries stay, keys stream."""
     sizes = arguments["BLOCK_S"], arguments["BLOCK_N"]
-    return tile_fits(arguments, arguments["q"], *sizes, stages, arguments["BLOCK_D"])
+    return tile_fits(arguments, arguments["q"], *sizes, arguments["BLOCK_D"])
 
 
-def _columns_fit(arguments: dict[str, Any], stages: int) -> bool:
+def _columns_fit(arguments: dict[str, Any]) -> bool:
     """Keys stay, queries stream."""
     sizes = arguments["BLOCK_N"], arguments["BLOCK_S"]
-    return tile_fits(arguments, arguments["q"], *sizes, stages, arguments["BLOCK_D"])
+    return tile_fits(arguments, arguments["q"], *sizes, arguments["BLOCK_D"])
 
 
 @autotuned(
@@ -80,17 +80,14 @@ def row_lse_fwd_kernel(
     rows = tl.arange(0, BLOCK_S)
     b_q = load_rows(q + batch * stride_qb + head * stride_qh, row, rows, stride_qs, S, D, BLOCK_D, True)
     p_k = k + batch * stride_kb + head // repeat * stride_kg
-    begin, full_begin, full_end, end = key_blocks(lo, hi, row, S, N, CAUSAL, BLOCK_S, BLOCK_N)
+    begin, full_end, end = key_blocks(lo, hi, row, S, N, CAUSAL, BLOCK_S, BLOCK_N)
     b_lo, b_hi = key_range(lo, hi, row + rows, S, N, CAUSAL)
     b_max = tl.full([BLOCK_S], -1e30, tl.float32)  # finite: a block that shows a row no key leaves no NaN
     b_sum = tl.zeros([BLOCK_S], tl.float32)
-    if lo is not None:
+    if lo is None:
         b_max, b_sum = _add_keys(
-            b_max, b_sum, b_q, p_k, b_lo, b_hi, begin, full_begin, stride_kn, N, scale, D, BLOCK_N, BLOCK_D, True
+            b_max, b_sum, b_q, p_k, b_lo, b_hi, begin, full_end, stride_kn, N, scale, D, BLOCK_N, BLOCK_D, False
         )
-    b_max, b_sum = _add_keys(
-        b_max, b_sum, b_q, p_k, b_lo, b_hi, full_begin, full_end, stride_kn, N, scale, D, BLOCK_N, BLOCK_D, False
-    )
     b_max, b_sum = _add_keys(
         b_max, b_sum, b_q, p_k, b_lo, b_hi, full_end, end, stride_kn, N, scale, D, BLOCK_N, BLOCK_D, True
     )
@@ -105,7 +102,7 @@ def row_lse_fwd_kernel(
         ({"BLOCK_S": 128, "BLOCK_N": 128}, 8, 2),
         ({"BLOCK_S": 32, "BLOCK_N": 64}, 4, 2),
         ({"BLOCK_S": 32, "BLOCK_N": 32}, 4, 2),
-        ({"BLOCK_S": 16, "BLOCK_N": 16}, 4, 2),
+        ({"BLOCK_S": 16, "BLOCK_N": 16}, 8, 2),
     ],
     key=["bucket", "D", "CAUSAL", "VOTES"],
     interpreted_blocks={"BLOCK_S": 32, "BLOCK_N": 32},

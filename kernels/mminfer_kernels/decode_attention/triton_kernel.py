@@ -15,9 +15,9 @@ MOST_PARTS = 64
 MOST_ROWS = 64  # query rows of a program: more are taken by further programs
 
 
-def _fits(arguments: dict[str, Any], stages: int) -> bool:
+def _fits(arguments: dict[str, Any]) -> bool:
     """Keys and values stream past a few rows."""
-    return tile_fits(arguments, arguments["k"], 32, 2 * arguments["BLOCK_N"], stages, arguments["BLOCK_D"])
+    return tile_fits(arguments, arguments["k"], 32, 2 * arguments["BLOCK_N"], arguments["BLOCK_D"])
 
 
 @autotuned(

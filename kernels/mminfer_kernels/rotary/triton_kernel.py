@@ -1,9 +1,10 @@
 """Rotary tables and rotation in Triton.
 
-The angle is counted in turns: position times inv_freq / 2 pi in float64, less the nearest whole number, then float32.
-2**20 positions keep 2**-36 of a turn, and the rest, at most half a turn, is rounded to 2**-26 of one: 1e-7 radians.
-Those are four float64 operations an angle, formed once for all heads that a program rotates, where a product and a
-reduction in pairs of float32 would take twenty.
+The angle is counted in quarter turns: position times inv_freq * 2 / pi in float64, less the nearest whole number, then
+float32. Position 2**20 keeps 2**-33 of a quarter turn, and the rest, at most half of one, is rounded to 2**-26. Those
+are four float64 operations an angle, formed once for all heads that a program rotates, where a product and a reduction
+in pairs of float32 would take twenty. What is left needs only a polynomial: the general cosine of CUDA's library
+brings along a reduction of large angles, which takes local memory.
 """
 
 import functools
@@ -20,15 +21,25 @@ BLOCK_ANGLES = 1024  # of a block
 
 
 @triton.jit
-def _cos_sin(position, turns, axes, p_row, pairs, m_block, stride_pa):
-    """Cosine and sine, float32 [rows, pairs], at float64 positions and frequencies in turns."""
+def _cos_sin(position, quarters, axes, p_row, pairs, m_block, stride_pa):
+    """Cosine and sine by Cephes' polynomials, float32 [rows, pairs], of float64 positions and quarter turns."""
     p_position = position + p_row[:, None] + 0 * pairs[None, :]
     if axes is not None:
         p_position += tl.load(axes + pairs[None, :], mask=m_block, other=0) * stride_pa
     b_position = tl.load(p_position, mask=m_block, other=0.0)
-    b_turn = b_position * tl.load(turns + pairs[None, :], mask=m_block, other=0.0)
-    b_angle = (b_turn - tl.floor(b_turn + 0.5)).to(tl.float32) * 6.283185307179586
-    return tl.cos(b_angle), tl.sin(b_angle)
+    b_quarters = b_position * tl.load(quarters + pairs[None, :], mask=m_block, other=0.0)
+    b_whole = tl.floor(b_quarters + 0.5)
+    b_angle = (b_quarters - b_whole).to(tl.float32) * 1.5707963267948966  # at most pi / 4
+    b_whole = b_whole.to(tl.int64)
+    b_square = b_angle * b_angle
+    b_sin = b_square * (b_square * (b_square * -1.9515295891e-4 + 8.3321608736e-3) - 1.6666654611e-1)
+    b_sin = b_angle + b_angle * b_sin
+    b_cos = b_square * (b_square * 2.443315711809948e-5 - 1.388731625493765e-3) + 4.166664568298827e-2
+    b_cos = 1.0 - 0.5 * b_square + b_square * b_square * b_cos
+    m_odd = (b_whole & 1) == 1
+    b_turned_cos, b_turned_sin = tl.where(m_odd, b_sin, b_cos), tl.where(m_odd, b_cos, b_sin)
+    b_turned_cos = tl.where(((b_whole + 1) & 2) == 2, -b_turned_cos, b_turned_cos)
+    return b_turned_cos, tl.where((b_whole & 2) == 2, -b_turned_sin, b_turned_sin)
 
 
 @triton.jit
@@ -50,12 +61,12 @@ def _rotate_heads(
 
 @triton.jit
 def rotary_table_fwd_kernel(
-    position, turns, axes, cos, sin, scaling, stride_pa, N, half, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr
+    position, quarters, axes, cos, sin, scaling, stride_pa, N, half, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr
 ):
     """Both tables [N, 2 * half] of positions [A, N]. Grid: blocks of positions."""
     rows, pairs = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_P)
     m_block = (rows[:, None] < N) & (pairs[None, :] < half)
-    b_cos, b_sin = _cos_sin(position, turns, axes, rows, pairs, m_block, stride_pa)
+    b_cos, b_sin = _cos_sin(position, quarters, axes, rows, pairs, m_block, stride_pa)
     p_out = rows[:, None] * 2 * half + pairs[None, :]
     b_cos, b_sin = (b_cos * scaling).to(cos.dtype.element_ty), (b_sin * scaling).to(sin.dtype.element_ty)
     tl.store(cos + p_out, b_cos, mask=m_block)
@@ -66,7 +77,7 @@ def rotary_table_fwd_kernel(
 
 @triton.jit
 def rotary_fwd_kernel(
-    q, k, position, turns, axes, scaling,
+    q, k, position, quarters, axes, scaling,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kg, stride_kn, stride_pa, H, G, N, half,
     HEADS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
@@ -74,7 +85,7 @@ def rotary_fwd_kernel(
     first, batch = tl.program_id(1) * HEADS, tl.program_id(2).to(tl.int64)
     rows, pairs = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_P)
     m_block = (rows[:, None] < N) & (pairs[None, :] < half)
-    b_cos, b_sin = _cos_sin(position, turns, axes, batch * N + rows, pairs, m_block, stride_pa)
+    b_cos, b_sin = _cos_sin(position, quarters, axes, batch * N + rows, pairs, m_block, stride_pa)
     b_cos, b_sin = b_cos * scaling, b_sin * scaling
     p_q = rows[:, None] * stride_qn + pairs[None, :]
     p_k = rows[:, None] * stride_kn + pairs[None, :]
@@ -128,10 +139,10 @@ def _axis_tensor(axes: tuple[int, ...], device: torch.device) -> torch.Tensor:
 def _angle_tensors(
     position: torch.Tensor, inv_freq: torch.Tensor, axes: list[int] | None
 ) -> dict[str, torch.Tensor | None]:
-    """Positions [A, rows], frequencies in turns and their axes."""
+    """Positions [A, rows], frequencies in quarter turns and their axes."""
     return {
         "position": position.contiguous(),
-        "turns": inv_freq.double() / (2 * math.pi),
+        "quarters": inv_freq.double() * (2 / math.pi),
         "axes": None if axes is None else _axis_tensor(tuple(axes), position.device),
     }
 

@@ -43,13 +43,12 @@ def row_range(p_lo, p_hi, keys, S, N, CAUSAL: tl.constexpr):
 
 @triton.jit
 def key_blocks(p_lo, p_hi, row, S, N, CAUSAL: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Of rows `row .. row + BLOCK_S - 1`: where the keys begin, where those that all rows see do and end, the end."""
+    """Of rows `row .. row + BLOCK_S - 1`: where the keys begin, where the first that all rows see end, the end."""
     lo_first, hi_first = key_range(p_lo, p_hi, row, S, N, CAUSAL)
-    lo_last, hi_last = key_range(p_lo, p_hi, row + BLOCK_S - 1, S, N, CAUSAL)
+    _, hi_last = key_range(p_lo, p_hi, row + BLOCK_S - 1, S, N, CAUSAL)
     begin = lo_first // BLOCK_N * BLOCK_N
-    full_end = tl.maximum(hi_first // BLOCK_N * BLOCK_N, begin)
-    full_begin = tl.minimum(tl.cdiv(lo_last, BLOCK_N) * BLOCK_N, full_end)
-    return begin, full_begin, full_end, hi_last
+    full_end = hi_first // BLOCK_N * BLOCK_N if p_lo is None else begin
+    return begin, full_end, hi_last
 
 
 @triton.jit
