@@ -172,10 +172,10 @@ def triton_rows(found: Iterator[Case], targets: tuple[str, ...]) -> Iterator[Row
 
 def cuda_rows(ops: tuple[str, ...] | None, targets: tuple[str, ...]) -> Iterator[Row]:
     """The hand-written CUDA kernels, where this package has any."""
-    compile_kernels = getattr(cuda, "compile_kernels", None)
-    for target in targets if compile_kernels is not None else ():
-        if not target.startswith("sm_"):
-            continue
+    compile_kernels: Any = getattr(cuda, "compile_kernels", None)
+    if compile_kernels is None:
+        return
+    for target in (x for x in targets if x.startswith("sm_")):
         start = time.perf_counter()
         kernels = [x for x in compile_kernels(int(target.removeprefix("sm_"))) if ops is None or x.op in ops]
         seconds = time.perf_counter() - start

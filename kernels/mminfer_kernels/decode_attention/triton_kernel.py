@@ -126,9 +126,10 @@ def decode_attention(
     count = _part_count(q, batch * groups * row_blocks, entries)
     part_keys = triton.cdiv(triton.cdiv(entries, count), PART_KEYS) * PART_KEYS
     count = triton.cdiv(entries, part_keys)
-    split = count > 1
-    parts = torch.empty(count, *q.shape, dtype=torch.float32, device=q.device) if split else out[None]
-    lse = torch.empty(parts.shape[:-1], dtype=torch.float32, device=q.device) if split else None
+    parts, lse = out[None], None
+    if count > 1:
+        parts = torch.empty(count, *q.shape, dtype=torch.float32, device=q.device)
+        lse = torch.empty(parts.shape[:-1], dtype=torch.float32, device=q.device)
     launch(
         decode_attention_fwd_kernel,
         (count, batch * groups, row_blocks),
@@ -144,17 +145,23 @@ def decode_attention(
         BLOCK_D=power_of_two(size),
         BLOCK_R=block_rows,
     )
-    if split:
-        launch(
-            decode_merge_fwd_kernel,
-            (batch * heads * queries,),
-            {"parts": parts, "lse": lse, "out": out},
-            stride_pp=parts.stride(0),
-            stride_pr=size,
-            stride_lp=lse.stride(0),
-            count=count,
-            D=size,
-            BLOCK_D=power_of_two(size),
-            BLOCK_P=power_of_two(count, 1),
-        )
+    if lse is not None:
+        _merge(parts, lse, out)
     return out.to(dtype)
+
+
+def _merge(parts: torch.Tensor, lse: torch.Tensor, out: torch.Tensor) -> None:
+    """Write into `out` [B, H, S, D] the parts' outputs [P, B, H, S, D], which weigh as their log-sum-exp says."""
+    count, size = parts.shape[0], out.shape[-1]
+    launch(
+        decode_merge_fwd_kernel,
+        (out.numel() // size,),
+        {"parts": parts, "lse": lse, "out": out},
+        stride_pp=parts.stride(0),
+        stride_pr=size,
+        stride_lp=lse.stride(0),
+        count=count,
+        D=size,
+        BLOCK_D=power_of_two(size),
+        BLOCK_P=power_of_two(count, 1),
+    )
