@@ -74,7 +74,7 @@ def dense_rows(x: torch.Tensor) -> torch.Tensor:
 
 def strides(x: torch.Tensor | None, letters: str) -> dict[str, int]:
     """Strides of the leading dimensions by name: "qbh" gives stride_qb and stride_qh; of no tensor 0."""
-    tensor, *dimensions = letters
+    tensor, dimensions = letters[0], letters[1:]
     sizes = (0,) * len(dimensions) if x is None else x.stride()
     return {f"stride_{tensor}{letter}": size for letter, size in zip(dimensions, sizes, strict=False)}
 
@@ -110,6 +110,7 @@ def autotuned(
     key: list[str],
     interpreted_blocks: dict[str, int],
     fits: Callable[[dict[str, Any]], bool],
+    restored: tuple[str, ...] = (),
 ) -> Callable[[Any], Any]:
     """Decorator of a jitted kernel: `triton.autotune`, with one config of small blocks where it is interpreted.
 
@@ -119,6 +120,7 @@ def autotuned(
         interpreted_blocks: the block sizes under the interpreter.
         fits: told the arguments of the launch and of a config, says whether to try it; where no config fits the last
             one is taken.
+        restored: tensors that the kernel may add to, put back after every trial.
     """
     import triton
 
@@ -130,4 +132,6 @@ def autotuned(
     if interpreted():
         return triton.autotune([triton.Config(interpreted_blocks)], key)
     candidates = [triton.Config(blocks, num_warps=warps, num_stages=stages) for blocks, warps, stages in configs]
-    return triton.autotune(candidates, key, prune_configs_by={"early_config_prune": fitting})
+    return triton.autotune(
+        candidates, key, prune_configs_by={"early_config_prune": fitting}, restore_value=list(restored)
+    )

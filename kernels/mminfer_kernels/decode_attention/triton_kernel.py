@@ -6,9 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from mminfer_kernels.column_mass.triton_kernel import LOG2_E
 from mminfer_kernels.launching import autotuned, dense_rows, interpretable, launch, power_of_two, strides, tile_fits
-from mminfer_kernels.tiles.triton_kernel import load_rows
+from mminfer_kernels.tiles.triton_kernel import LOG2_E, load_rows
 
 PART_KEYS = 256  # the fewest entries worth a program of their own; a multiple of every BLOCK_N
 MOST_PARTS = 64
@@ -74,13 +73,14 @@ def decode_attention_fwd_kernel(
         b_v = tl.where(seen[:, None] >= first, b_v, 0.0)  # what lies before a row starts may be NaN
         b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out * b_shrink[:, None], input_precision="ieee")
         b_max = b_new
-    b_out = b_out / tl.where(b_sum > 0, b_sum, 1.0)[:, None]
+    b_total = tl.where(b_sum > 0, b_sum, 1.0)  # a part may lie before the row starts
+    b_out = b_out / b_total[:, None]
     p_out = out + part.to(tl.int64) * stride_op + batch * stride_ob + heads[:, None] * stride_oh
     p_out = p_out + queries[:, None] * stride_os + dims[None, :]
     tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_q)
     if lse is not None:
         p_lse = lse + part.to(tl.int64) * stride_lp + batch * stride_lb + heads * stride_lh + queries
-        tl.store(p_lse, tl.where(b_sum > 0, b_max + tl.log2(b_sum), float("-inf")), mask=m_r)
+        tl.store(p_lse, tl.where(b_sum > 0, b_max + tl.log2(b_total), float("-inf")), mask=m_r)
 
 
 @triton.jit
@@ -90,7 +90,7 @@ def decode_merge_fwd_kernel(
 ):  # fmt: skip
     """The mean of the parts' outputs under the shares of their sums. Grid: query rows."""
     row = tl.program_id(0).to(tl.int64)
-    part, dims = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_D)
+    part, dims = tl.arange(0, BLOCK_P).to(tl.int64), tl.arange(0, BLOCK_D)
     b_lse = tl.load(lse + part * stride_lp + row, mask=part < count, other=float("-inf"))
     b_share = tl.exp2(b_lse - tl.max(b_lse, 0))
     p_parts = parts + part[:, None] * stride_pp + row * stride_pr + dims[None, :]

@@ -6,9 +6,10 @@ import torch
 import triton
 import triton.language as tl
 
-from mminfer_kernels.column_mass.triton_kernel import LOG2_E, mass_of
+from mminfer_kernels.column_mass.triton_kernel import mass_of
 from mminfer_kernels.launching import autotuned, dense_rows, interpretable, launch, strides, tile_fits
 from mminfer_kernels.tiles.triton_kernel import (
+    LOG2_E,
     Ranges,
     attention_arguments,
     key_blocks,

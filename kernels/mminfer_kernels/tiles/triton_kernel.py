@@ -4,6 +4,7 @@ Every mask of ours is a range: row s sees keys lo[s] .. hi[s] - 1, both ascendin
 rows, and a block knows at once where it begins, which keys all its rows see, and where it ends.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,8 @@ import triton
 import triton.language as tl
 
 from mminfer_kernels.launching import power_of_two, strides
+
+LOG2_E = math.log2(math.e)  # logits are taken in base 2, which the GPU's exponential is
 
 
 @triton.jit
