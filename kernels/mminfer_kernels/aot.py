@@ -106,14 +106,19 @@ def go_offline(target: str) -> None:
     triton.knobs.compilation.always_compile = True
 
 
-def kernel_row(case: Case, launch: Launch, target: str) -> Row:
-    """Compile a launch in its default configuration."""
-    arguments = dict(launch.arguments)
-    options = {"num_warps": arguments.pop("num_warps", 4), "num_stages": arguments.pop("num_stages", 3)}
-    if is_tuned(launch):
-        config = launch.kernel.early_config_prune(launch.kernel.configs, {}, **arguments)[0]
-        arguments |= config.kwargs
-        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+def configurations(launch: Launch) -> list[dict[str, int]]:
+    """Blocks, warps and stages that the tuner tries for this launch, the default first; of no tuner Triton's own."""
+    chosen = {"num_warps": launch.arguments.get("num_warps", 4), "num_stages": launch.arguments.get("num_stages", 3)}
+    if not is_tuned(launch):
+        return [chosen]
+    fitting = launch.kernel.early_config_prune(launch.kernel.configs, {}, **launch.arguments)
+    return [x.kwargs | {"num_warps": x.num_warps, "num_stages": x.num_stages} for x in fitting]
+
+
+def kernel_row(case: Case, launch: Launch, config: dict[str, int], target: str) -> Row:
+    """Compile a launch in one of its configurations."""
+    arguments = launch.arguments | config
+    options = {name: arguments.pop(name) for name in ("num_warps", "num_stages")}
     start = time.perf_counter()
     binary = jitted(launch).warmup(grid=(1,), **arguments, **options)
     seconds = time.perf_counter() - start
@@ -157,8 +162,8 @@ def identity(launch: Launch) -> tuple[str, ...]:
     return jitted(launch).__name__, *sorted(f"{name} {kind}" for name, kind in kinds.items())
 
 
-def triton_rows(found: Iterator[Case], targets: tuple[str, ...]) -> Iterator[Row]:
-    """Compile every kernel that these cases launch; a variant that an earlier case has is left out."""
+def triton_rows(found: Iterator[Case], targets: tuple[str, ...], tried: int | None = 1) -> Iterator[Row]:
+    """Compile every kernel that these cases launch in its first `tried` configurations; what launches share, once."""
     seen = set()
     for case in found:
         for launch in case.launches:
@@ -167,7 +172,8 @@ def triton_rows(found: Iterator[Case], targets: tuple[str, ...]) -> Iterator[Row
             seen.add(identity(launch))
             for target in targets:
                 go_offline(target)
-                yield kernel_row(case, launch, target)
+                for config in configurations(launch)[:tried]:
+                    yield kernel_row(case, launch, config, target)
 
 
 def cuda_rows(ops: tuple[str, ...] | None, targets: tuple[str, ...]) -> Iterator[Row]:
@@ -242,6 +248,7 @@ def arguments_of(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--target", action="append", choices=CHIPS, help="only this GPU; may be given again")
     parser.add_argument("--dtype", action="append", choices=[str(x).removeprefix("torch.") for x in HEAD_SIZES])
     parser.add_argument("--size", action="append", type=int, help="only this head size, or number of columns")
+    parser.add_argument("--every-config", action="store_true", help="all that the tuner tries, not only the default")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return parser.parse_args(argv)
 
@@ -254,7 +261,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     ops, targets = tuple(chosen.op) if chosen.op else None, tuple(chosen.target or CHIPS)
     wanted = cases(ops, tuple(chosen.dtype or ()), tuple(chosen.size or ()))
-    rows = [*triton_rows(wanted, targets), *cuda_rows(ops, targets)]
+    rows = [*triton_rows(wanted, targets, None if chosen.every_config else 1), *cuda_rows(ops, targets)]
     print(json.dumps([vars(row) | {"faults": row.faults} for row in rows], indent=1) if chosen.json else table(rows))
     faults = [f"{row.kernel} {row.case} {row.dtype} {row.size} {row.target}: {x}" for row in rows for x in row.faults]
     for fault in faults:

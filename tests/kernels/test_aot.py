@@ -82,7 +82,7 @@ def test_faults():
 @pytest.mark.parametrize(("change", "status"), [({}, 0), ({"spill_bytes": 4}, 1), ({"bytes_ratio": 1.2}, 1)])
 def test_the_exit_status_tells_of_faults(monkeypatch, capsys, change, status):
     monkeypatch.setattr(aot, "interpreted", lambda: False)
-    monkeypatch.setattr(aot, "triton_rows", lambda found, targets: iter([replace(ROW, **change)]))
+    monkeypatch.setattr(aot, "triton_rows", lambda found, targets, tried: iter([replace(ROW, **change)]))
     monkeypatch.setattr(aot, "cuda_rows", lambda ops, targets: iter([]))
     assert aot.main([]) == status
     printed = capsys.readouterr()

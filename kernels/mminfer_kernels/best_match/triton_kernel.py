@@ -20,7 +20,7 @@ def _fits(arguments: dict[str, Any]) -> bool:
 @autotuned(
     [
         ({"BLOCK_S": 128, "BLOCK_T": 128, "BLOCK_C": 64}, 8, 3),
-        ({"BLOCK_S": 64, "BLOCK_T": 128, "BLOCK_C": 64}, 4, 3),
+        ({"BLOCK_S": 64, "BLOCK_T": 128, "BLOCK_C": 64}, 8, 3),
         ({"BLOCK_S": 64, "BLOCK_T": 64, "BLOCK_C": 64}, 4, 3),
         ({"BLOCK_S": 32, "BLOCK_T": 64, "BLOCK_C": 64}, 4, 3),
         ({"BLOCK_S": 64, "BLOCK_T": 64, "BLOCK_C": 16}, 8, 2),

@@ -21,10 +21,11 @@ def _fits(arguments: dict[str, Any]) -> bool:
 
 @autotuned(
     [
-        ({"BLOCK_N": 64}, 4, 3),
-        ({"BLOCK_N": 128}, 4, 2),
-        ({"BLOCK_N": 64}, 4, 2),
+        ({"BLOCK_N": 64}, 8, 3),
+        ({"BLOCK_N": 64}, 8, 2),
+        ({"BLOCK_N": 128}, 8, 2),
         ({"BLOCK_N": 32}, 4, 3),
+        ({"BLOCK_N": 32}, 4, 2),
         ({"BLOCK_N": 16}, 4, 2),
     ],
     key=["D", "BLOCK_R"],
