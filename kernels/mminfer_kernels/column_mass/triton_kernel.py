@@ -199,7 +199,7 @@ def power_iterate(
     x = torch.zeros(iterations + 1, batch, heads, keys, dtype=torch.float32, device=q.device)
     x[0] = 1 / max(keys, 1)
     if q.numel() == 0 or iterations == 0:
-        return x[-1]
+        return x[-1].clone()
     q, k = (dense_rows(x) for x in interpretable(q, k))
     lse = row_lse(q, k, scale, True, ranges_of(keys, None, None if query_index is None else query_index + 1))
     starts = range(0, queries, SETTLED_ROWS)
@@ -211,7 +211,7 @@ def power_iterate(
         end = keys if rows.stop == queries else places[start // SETTLED_ROWS + 1]
         index = None if query_index is None else query_index[rows]
         _settle(x, q[:, :, rows], k, lse[:, :, rows], scale, index, place, end)
-    return x[-1]
+    return x[-1].clone()  # the other iterations need not stay in memory
 
 
 def _settle(

@@ -111,8 +111,6 @@ def _attention(
 ) -> torch.Tensor:
     """[B, H, S, D] in q's dtype; writes the rows' base-2 log-sum-exp into `lse` [B, H, S]."""
     out = torch.empty_like(q)
-    if out.stride(-1) != 1:
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
     launch(
         prompt_attention_fwd_kernel,
         lambda meta: (triton.cdiv(q.shape[2], meta["BLOCK_S"]), q.shape[0] * q.shape[1]),
@@ -138,13 +136,13 @@ def prompt_attention(
     """See `mminfer_kernels.prompt_attention`."""
     if q.numel() == 0:
         return torch.empty_like(q)
-    dtype, queries, keys = q.dtype, q.shape[2], k.shape[2]
+    queries, keys, given = q.shape[2], k.shape[2], q
     lo, hi = None, None if query_index is None else query_index + 1
     if window is not None and window < keys:
         hi = torch.arange(keys - queries + 1, keys + 1, device=q.device) if hi is None else hi
         lo = (hi - window).clamp_min(0)
     q, k, v = (dense_rows(x) for x in interpretable(q, k, v))
-    return _attention(q, k, v, None, scale, ranges_of(keys, lo, hi)).to(dtype)
+    return _laid_out(_attention(q, k, v, None, scale, ranges_of(keys, lo, hi)), given)
 
 
 @torch.no_grad()
@@ -157,11 +155,18 @@ def prompt_attention_mass(
     query_index: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `mminfer_kernels.prompt_attention_mass`: the attention, then one pass over columns from its log-sum-exp."""
-    dtype, keys = q.dtype, k.shape[2]
+    keys, given = k.shape[2], q
     if q.numel() == 0:
         return torch.empty_like(q), torch.zeros(*q.shape[:2], keys, dtype=torch.float32, device=q.device)
     ranges = ranges_of(keys, None, None if query_index is None else query_index + 1)
     q, k, v = (dense_rows(x) for x in interpretable(q, k, v))
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     out = _attention(q, k, v, lse, scale, ranges)
-    return out.to(dtype), mass_of(q, k, lse, weights, scale, True, ranges)
+    return _laid_out(out, given), mass_of(q, k, lse, weights, scale, True, ranges)
+
+
+def _laid_out(out: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """`out` in the dtype and the memory layout of the queries given, as the op's fake promises torch.compile."""
+    if out.dtype == q.dtype and q.stride(-1) == 1:
+        return out
+    return torch.empty_like(q).copy_(out)

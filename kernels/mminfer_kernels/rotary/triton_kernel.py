@@ -181,10 +181,9 @@ def apply_rotary(
 
 
 def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out, shape = torch.empty_like(x), x.shape
     if out.numel() == 0:
         return out
-    shape, dtype = x.shape, x.dtype
     x, cos, sin, rotated = interpretable(x, cos, sin, out)
     x, rotated = (dense_rows(t.reshape(-1, *shape[-3:])) for t in (x, rotated))  # [B, H, N, D]
     cos, sin = (dense_rows(t.expand(*shape[:-3], *t.shape[-2:]).reshape(-1, *t.shape[-2:])) for t in (cos, sin))
@@ -200,7 +199,11 @@ def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Ten
         **{"H": shape[-3], "N": shape[-2], "half": shape[-1] // 2, "HEADS": HEADS},
         **blocks,
     )
-    return rotated.view(shape).to(dtype)
+    if rotated.data_ptr() != out.data_ptr():
+        out.copy_(
+            rotated.view(shape)
+        )  # the layout of x is not one that the kernel writes, or it is interpreted bfloat16
+    return out
 
 
 @torch.no_grad()
