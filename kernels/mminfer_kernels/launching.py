@@ -51,7 +51,7 @@ def launch(kernel: Any, grid: Grid, tensors: dict[str, torch.Tensor | None], **a
 
 @contextlib.contextmanager
 def recorded_launches() -> Iterator[list[Launch]]:
-    """Yield a list that fills with the launches inside, none of which runs: for tensors on "meta"."""
+    """Yield a list that fills with the launches inside, none of which runs: what the ops return then is not filled."""
     launches: list[Launch] = []
     token = _recorded.set(launches)
     try:
