@@ -36,6 +36,13 @@ def _fake_pair(q: torch.Tensor, k: torch.Tensor, *args: object, **kwargs: object
     return torch.empty_like(q), torch.empty_like(k)
 
 
+def _fake_copies(
+    q: torch.Tensor, k: torch.Tensor, *args: object, **kwargs: object
+) -> tuple[torch.Tensor, torch.Tensor]:
+    q, k = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k))
+    return q, k
+
+
 @traceable(_fake_table)
 def rotary_table(
     position: torch.Tensor,
@@ -114,7 +121,7 @@ def apply_rotary(
     return run(q, k, cos, sin)
 
 
-@traceable(_fake_pair)
+@traceable(_fake_copies)
 def rotary(
     q: torch.Tensor,
     k: torch.Tensor,

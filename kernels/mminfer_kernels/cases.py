@@ -1,0 +1,103 @@
+"""Launches that stand for each op's use in a model of 7B parameters: what the ahead-of-time compiler compiles.
+
+Inputs lie on the CPU unread and nothing runs: the ops' own code decides arguments and grids, as in a real call.
+"""
+
+import importlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from mminfer_kernels.launching import Launch, recorded_launches
+
+HEADS, GROUPS, TOKENS, HIDDEN, FFN = 28, 4, 8192, 3584, 18944
+HEAD_SIZES = {torch.bfloat16: (64, 80, 128, 256), torch.float16: (128,), torch.float32: (64, 128, 256)}
+FRAME = 1024  # visual tokens that are matched with each other
+FRAMES = 8
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of an op.
+
+    Args:
+        op: its public name.
+        label: what sets the call apart from others of the op.
+        dtype: of its tensors.
+        size: head size, or columns where there are no heads.
+        launches: the kernels that it launched.
+    """
+
+    op: str
+    label: str
+    dtype: torch.dtype
+    size: int
+    launches: list[Launch]
+
+
+def cases(
+    ops: tuple[str, ...] | None = None, dtypes: tuple[str, ...] = (), sizes: tuple[int, ...] = ()
+) -> Iterator[Case]:
+    """All cases, or those of these ops, dtypes and sizes."""
+    for dtype, head_sizes in HEAD_SIZES.items():
+        if dtypes and str(dtype).removeprefix("torch.") not in dtypes:
+            continue
+        calls = [(size, call) for size in head_sizes for call in _attention_calls(dtype, size)]
+        calls += [(HIDDEN, call) for call in _row_calls(dtype)]
+        for size, (op, folder, label, call) in calls:
+            if (ops is None or op in ops) and (not sizes or size in sizes):
+                function = getattr(importlib.import_module(f"mminfer_kernels.{folder}.triton_kernel"), op)
+                with recorded_launches() as launches:
+                    call(function)
+                yield Case(op, label, dtype, size, launches)
+
+
+Calls = list[tuple[str, str, str, Callable[[Callable], object]]]  # op, folder, label, call of the op's function
+
+
+def _attention_calls(dtype: torch.dtype, size: int) -> Calls:
+    q = torch.empty(1, HEADS, TOKENS, size, dtype=dtype)
+    k = torch.empty(1, GROUPS, TOKENS, size, dtype=dtype)
+    few, weights = torch.arange(0, TOKENS, 8), torch.empty(1, HEADS, TOKENS)
+    starts, kept = torch.zeros(1, dtype=torch.int64), torch.zeros(1, GROUPS, TOKENS, dtype=torch.int64)
+    packed = torch.arange(0, TOKENS + 1, TOKENS // 4)
+    position = torch.zeros(3, 1, TOKENS, dtype=torch.float64)
+    inv_freq, axes = torch.empty(size // 2), [j % 3 for j in range(size // 2)]
+    cos = torch.empty(1, TOKENS, size, dtype=dtype)
+    scale, last = size**-0.5, q[:, :, -1:]
+    column, prompt = "column_mass", "prompt_attention"
+    return [
+        ("column_mass", column, "", lambda f: f(q, k, None, scale, True, None)),
+        ("column_mass", column, "weights", lambda f: f(q, k, weights, scale, True, None)),
+        ("column_mass", column, "packed", lambda f: f(q, k, None, scale, False, None, packed)),
+        ("power_iterate", column, "", lambda f: f(q, k, 5, scale, None)),
+        ("prompt_attention", prompt, "", lambda f: f(q, k, k, scale, None, None)),
+        ("prompt_attention", prompt, "window", lambda f: f(q, k, k, scale, None, 1024)),
+        ("prompt_attention", prompt, "subset", lambda f: f(q[:, :, : len(few)], k, k, scale, few, None)),
+        ("prompt_attention_mass", prompt, "", lambda f: f(q, k, k, None, scale, None)),
+        ("decode_attention", "decode_attention", "", lambda f: f(last, k, k, None, None)),
+        ("decode_attention", "decode_attention", "padded", lambda f: f(last, k, k, starts, None)),
+        ("rotary", "rotary", "", lambda f: f(q, k, position[0], inv_freq, 1.0, None)),
+        ("rotary", "rotary", "3 axes", lambda f: f(q, k, position, inv_freq, 1.0, axes)),
+        ("rotary_table", "rotary", "3 axes", lambda f: f(position, inv_freq, 1.0, axes, dtype)),
+        ("apply_rotary", "rotary", "", lambda f: f(q, k, cos, cos)),
+        ("merge_rows", "merge_rows", "keys", lambda f: f(k[:, :, :FRAME], k, kept, None, None)),
+        ("gather_rows", "rows", "keys", lambda f: f(k, few.expand(1, GROUPS, -1), -2)),
+    ]  # fmt: skip
+
+
+def _row_calls(dtype: torch.dtype) -> Calls:
+    hidden = torch.empty(1, TOKENS, HIDDEN, dtype=dtype)
+    gate = torch.empty(1, FRAME, 2 * FFN, dtype=dtype)
+    few = torch.arange(0, TOKENS, 2)
+    frames = torch.zeros(FRAMES, FRAME // 2, HIDDEN, dtype=dtype)
+    index, sizes = torch.arange(FRAME // 2).expand(FRAMES, -1), torch.empty(FRAMES, FRAME // 2)
+    return [
+        ("best_match", "best_match", "", lambda f: f(frames, frames)),
+        ("merge_rows", "merge_rows", "sizes", lambda f: f(frames, frames, index, sizes, sizes)),
+        ("gather_rows", "rows", "", lambda f: f(hidden, few, -2)),
+        ("add_rows", "rows", "", lambda f: f(hidden, few, hidden[:, : len(few)])),
+        ("gather_rms_norm", "rows", "", lambda f: f(hidden, few, torch.empty(HIDDEN, dtype=dtype), 1e-6)),
+        ("swiglu", "rows", "", lambda f: f(*gate.chunk(2, -1))),
+    ]

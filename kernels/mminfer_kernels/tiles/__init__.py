@@ -1,0 +1,1 @@
+"""What the Triton kernels of attention share: which keys a row sees, and loading of tiles."""
