@@ -16,7 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mminfer.cache.kv_cache import CACHE_NAME, CompressedCache
 from mminfer.config import InferenceConfig
-from mminfer.decode import decode_step
+from mminfer.decode import Decoder
 from mminfer.errors import ConfigError, InputError
 from mminfer.metrics.records import PromptRecord
 from mminfer.models.base import ModelAdapter
@@ -51,6 +51,7 @@ class PatchHandle:
         self.model, self.config = model, config
         self.adapter: ModelAdapter = adapter_for(model)
         config.check(self.adapter.spec)
+        self._decoder = Decoder(self.adapter, config)
         self.records: list[PromptRecord] = []
         self.prompt_ms: list[float] = []
         self.first_token_at = 0.0
@@ -91,6 +92,7 @@ class PatchHandle:
             self.step_ms.append(1e3 * (time.perf_counter() - start))
         else:
             self._rows = None
+            self._decoder.renew()
             logits = self._prompt(inputs, cache)
             self.first_token_at = time.perf_counter()
             self.prompt_ms.append(1e3 * (self.first_token_at - start))
@@ -105,21 +107,21 @@ class PatchHandle:
             embeds = self.model.get_input_embeddings()(inputs["input_ids"])
         rows = self._unfinished(inputs, cache)
         if rows is None:
-            return self.adapter.logits(decode_step(self.adapter, self.config, embeds, cache))
-        logits = self.adapter.logits(decode_step(self.adapter, self.config, embeds[rows], cache))
+            return self.adapter.logits(self._decoder.step(embeds, cache))
+        logits = self.adapter.logits(self._decoder.step(embeds[rows], cache))
         return logits.new_zeros(len(embeds), *logits.shape[1:]).index_copy_(0, rows, logits)
 
     def _unfinished(self, inputs: dict[str, Any], cache: CompressedCache) -> Tensor | None:
         """Rows of the batch that still generate; None: all. Those whose turn has ended leave the cache for good."""
         if not self.end_ids or inputs.get("input_ids") is None:
             return None
-        ids = inputs["input_ids"][:, 0]
-        rows = torch.arange(len(ids), device=ids.device) if self._rows is None else self._rows
-        going = ~torch.isin(ids[rows], torch.tensor(sorted(self.end_ids), device=ids.device))
-        if bool(going.all()) or not bool(going.any()):
-            return self._rows
-        cache.reorder_cache(going.nonzero()[:, 0])
-        self._rows = rows[going]
+        ids = inputs["input_ids"][:, 0].tolist()
+        rows = range(len(ids)) if self._rows is None else self._rows.tolist()
+        going = [place for place, row in enumerate(rows) if ids[row] not in self.end_ids]
+        if 0 < len(going) < len(rows):
+            device = inputs["input_ids"].device
+            cache.reorder_cache(torch.tensor(going, device=device))
+            self._rows = torch.tensor([rows[place] for place in going], device=device)
         return self._rows
 
     def _prompt(self, inputs: dict[str, Any], cache: CompressedCache) -> Tensor:
