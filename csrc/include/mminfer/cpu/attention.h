@@ -1,0 +1,248 @@
+// Causal attention by blocks of query rows, the softmax in float32, and what its columns sum to.
+//
+// Query rows are the lanes. A block holds NV "slots" of kLanes queries of one head each; the queries of a block lie
+// transposed, [D][NV * kLanes], so keys and values are read in place, element by element, and every softmax
+// statistic is a vector: no reduction across lanes, no copy of keys.
+#pragma once
+#include "mminfer/cpu/buffer.h"
+#include "mminfer/cpu/vec.h"
+
+namespace mminfer {
+
+constexpr int kTileKeys = 64;
+constexpr int kSlots = 3;
+
+struct Rows3 {  // strides of [B, heads, rows, D] in elements; D is contiguous
+  int64_t batch, head, row;
+};
+
+struct AttentionArgs {
+  const void *q, *k, *v;
+  void* out;             // [B, H, S, D] in the type of q; null: scores alone
+  float* mass;           // [parts, B, H, N]; null: attention alone
+  const float* weights;  // [B, H, S] by its strides; null: 1
+  const int64_t* places; // [S]; null: the last S of the N keys
+  int64_t batch, heads, groups, queries, keys, head_dim;
+  Rows3 q_stride, k_stride, v_stride, out_stride, weight_stride;
+  int64_t window;  // 0: none
+  int64_t causal, parts, iterations, threads;
+  float scale;
+};
+
+// Rows of keys or values as floats: in place, or converted into a buffer of [kTileKeys, D].
+template <class T>
+struct Panel {
+  const float* data;
+  int64_t stride;
+  Panel(const T* rows, int64_t row, int64_t count, int64_t size, float* buffer) : data(buffer), stride(size) {
+    for (int64_t j = 0; j < count; ++j) {
+      const T* from = rows + j * row;
+      float* to = buffer + j * size;
+      int64_t d = 0;
+      for (; d + kLanes <= size; d += kLanes) store(to + d, load(from + d));
+      for (; d < size; ++d) to[d] = to_float(from[d]);
+    }
+  }
+};
+template <>
+struct Panel<float> {
+  const float* data;
+  int64_t stride;
+  Panel(const float* rows, int64_t row, int64_t, int64_t, float*) : data(rows), stride(row) {}
+};
+
+// out[m][n] = keep[n] * out[m][n] + sum over k of a[m * row + k * step] * b[k][n], for M rows of NV vectors.
+template <int M, int NV, bool Keep>
+inline void multiply(const float* a, int64_t row, int64_t step, const float* b, int64_t steps, const Vec* keep,
+                     float* out) {
+  constexpr int R = NV * kLanes;
+  Vec acc[M][NV];
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+    for (int n = 0; n < NV; ++n) acc[m][n] = Keep ? load(out + m * R + n * kLanes) * keep[n] : zero();
+  for (int64_t k = 0; k < steps; ++k, a += step, b += R) {
+    Vec right[NV];
+#pragma GCC unroll 4
+    for (int n = 0; n < NV; ++n) right[n] = load(b + n * kLanes);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+      const Vec left = broadcast(a[m * row]);
+#pragma GCC unroll 4
+      for (int n = 0; n < NV; ++n) acc[m][n] += left * right[n];
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+    for (int n = 0; n < NV; ++n) store(out + m * R + n * kLanes, acc[m][n]);
+}
+
+// The same for any number of rows, the tallest tiles first.
+template <int NV, bool Keep, int M = kTileRows>
+inline void multiply_rows(int64_t rows, const float* a, int64_t row, int64_t step, const float* b, int64_t steps,
+                          const Vec* keep, float* out) {
+  for (; rows >= M; rows -= M, a += M * row, out += M * NV * kLanes)
+    multiply<M, NV, Keep>(a, row, step, b, steps, keep, out);
+  if constexpr (M > 1) {
+    if (rows > 0) multiply_rows<NV, Keep, M / 2>(rows, a, row, step, b, steps, keep, out);
+  }
+}
+
+// Queries of a block and the keys that they see.
+template <int NV>
+struct Block {
+  static constexpr int R = NV * kLanes;
+  int64_t first[NV], count[NV], head[NV];  // first query, how many are real, which head
+  IntVec last_key[NV], first_key[NV];      // that each lane sees
+  int64_t begin, end;                      // keys that any lane sees
+  int64_t all_begin, all_end;              // keys that every lane sees
+
+  int64_t place(const AttentionArgs& x, int64_t query) const {
+    return x.places ? x.places[query] : query + x.keys - x.queries;
+  }
+
+  void find_keys(const AttentionArgs& x) {
+    begin = x.keys, end = 0, all_begin = 0, all_end = x.keys;
+    for (int n = 0; n < NV; ++n)
+      for (int i = 0; i < kLanes; ++i) {
+        const int64_t query = first[n] + (i < count[n] ? i : count[n] - 1);
+        const int64_t last = x.causal ? place(x, query) : x.keys - 1;
+        const int64_t from = x.window && last + 1 > x.window ? last + 1 - x.window : 0;
+        last_key[n][i] = (int32_t)last;
+        first_key[n][i] = (int32_t)from;
+        begin = from < begin ? from : begin;
+        all_begin = from > all_begin ? from : all_begin;
+        end = last + 1 > end ? last + 1 : end;
+        all_end = last + 1 < all_end ? last + 1 : all_end;
+      }
+  }
+
+  // [D][R], times the scale.
+  template <class T>
+  void load_queries(const AttentionArgs& x, const T* q, float* to) const {
+    const Vec scale = broadcast(x.scale * 1.44269504f);
+    for (int n = 0; n < NV; ++n) {
+      const T* rows = q + head[n] * x.q_stride.head + first[n] * x.q_stride.row;
+      for (int64_t d = 0; d < x.head_dim; d += kLanes) {
+        const int width = x.head_dim - d < kLanes ? (int)(x.head_dim - d) : kLanes;
+        Vec part[kLanes];
+        for (int i = 0; i < kLanes; ++i) {
+          const T* row = rows + i * x.q_stride.row + d;
+          part[i] = i >= count[n] ? zero() : width == kLanes ? load(row) : load_some(row, width);
+        }
+        transpose(part);
+        for (int i = 0; i < width; ++i) store(to + (d + i) * R + n * kLanes, part[i] * scale);
+      }
+    }
+  }
+
+  // The rows of out from [D][R], times a factor for each lane.
+  template <class T>
+  void store_rows(const AttentionArgs& x, const float* from, const Vec* factor, T* out) const {
+    for (int n = 0; n < NV; ++n) {
+      T* rows = out + head[n] * x.out_stride.head + first[n] * x.out_stride.row;
+      for (int64_t d = 0; d < x.head_dim; d += kLanes) {
+        const int width = x.head_dim - d < kLanes ? (int)(x.head_dim - d) : kLanes;
+        Vec part[kLanes];
+        for (int i = 0; i < kLanes; ++i)
+          part[i] = i < width ? load(from + (d + i) * R + n * kLanes) * factor[n] : zero();
+        transpose(part);
+        for (int i = 0; i < count[n]; ++i) store_row(rows + i * x.out_stride.row + d, part[i], width);
+      }
+    }
+  }
+
+ private:
+  static void store_row(float* to, Vec v, int width) { width == kLanes ? store(to, v) : store_some(to, v, width); }
+  template <class T>
+  static void store_row(T* to, Vec v, int width) { store_some(to, v, width); }
+};
+
+// What a thread needs for blocks of up to kSlots slots.
+struct Scratch {
+  static constexpr int R = kSlots * kLanes;
+  Buffer queries, values, panel, probabilities, tile_max;
+  Vec top[kSlots], total[kSlots];  // largest logit and sum of powers of each row
+
+  Scratch(const AttentionArgs& x, bool keep_all)
+      : queries(x.head_dim * R), values(x.head_dim * R), panel(kTileKeys * x.head_dim),
+        probabilities((keep_all ? x.keys : kTileKeys) * R), tile_max(keep_all ? (x.keys / kTileKeys + 1) * R : 0) {}
+};
+
+// Lanes that do not see their key drop out of the tile.
+template <int NV>
+inline void hide(const Block<NV>& block, int64_t start, int64_t count, float* p) {
+  const Vec nothing = broadcast(-INFINITY);
+  for (int64_t j = 0; j < count; ++j)
+    for (int n = 0; n < NV; ++n) {
+      const IntVec key = (int32_t)(start + j) - IntVec{};
+      float* at = p + (j * NV + n) * kLanes;
+      store(at, (key <= block.last_key[n]) & (key >= block.first_key[n]) ? load(at) : nothing);
+    }
+}
+
+// p becomes 2^(p - largest so far), whose sums and maxima go on; gives by what earlier tiles' powers shrink.
+template <int NV>
+inline void soften(int64_t count, float* p, Vec* top, Vec* total, Vec* shrink) {
+  Vec high[NV], sum_of[NV];
+  for (int n = 0; n < NV; ++n) high[n] = top[n];
+  for (int64_t j = 0; j < count; ++j)
+    for (int n = 0; n < NV; ++n) high[n] = max(high[n], load(p + (j * NV + n) * kLanes));
+  for (int n = 0; n < NV; ++n) {
+    shrink[n] = exp2(top[n] - high[n]);
+    top[n] = high[n];
+    sum_of[n] = total[n] * shrink[n];
+  }
+  for (int64_t j = 0; j < count; ++j)
+    for (int n = 0; n < NV; ++n) {
+      const Vec power = exp2(load(p + (j * NV + n) * kLanes) - high[n]);
+      sum_of[n] += power;
+      store(p + (j * NV + n) * kLanes, power);
+    }
+  for (int n = 0; n < NV; ++n) total[n] = sum_of[n];
+}
+
+// One block against all keys it sees. With `KeepAll` the powers of all keys stay in the scratch, each tile's
+// relative to the maximum in `tile_max`; with values the weighted sums are left in `values`, not yet divided.
+template <int NV, class T, bool WithValues, bool KeepAll>
+void attend(const AttentionArgs& x, const Block<NV>& block, const T* q, const T* k, const T* v, Scratch& s) {
+  constexpr int R = NV * kLanes;
+  block.load_queries(x, q, s.queries.data);
+  for (int n = 0; n < NV; ++n) s.top[n] = broadcast(-1e30f), s.total[n] = zero();
+  if (WithValues) s.values.clear(x.head_dim * R);
+  for (int64_t start = block.begin, tile = 0; start < block.end; start += kTileKeys, ++tile) {
+    const int64_t count = block.end - start < kTileKeys ? block.end - start : kTileKeys;
+    float* p = s.probabilities.data + (KeepAll ? (start - block.begin) * R : 0);
+    const Panel<T> keys(k + start * x.k_stride.row, x.k_stride.row, count, x.head_dim, s.panel.data);
+    multiply_rows<NV, false>(count, keys.data, keys.stride, 1, s.queries.data, x.head_dim, nullptr, p);
+    if (start < block.all_begin || start + count > block.all_end) hide<NV>(block, start, count, p);
+    Vec shrink[NV];
+    soften<NV>(count, p, s.top, s.total, shrink);
+    if (KeepAll)
+      for (int n = 0; n < NV; ++n) store(s.tile_max.data + tile * R + n * kLanes, s.top[n]);
+    if (WithValues) {
+      const Panel<T> values(v + start * x.v_stride.row, x.v_stride.row, count, x.head_dim, s.panel.data);
+      multiply_rows<NV, true>(x.head_dim, values.data, 1, values.stride, p, count, shrink, s.values.data);
+    }
+  }
+}
+
+// Adds to `mass` of each key the sum over lanes of `factor * p`; of a vector every `row` floats.
+template <int NV>
+inline void add_columns(const float* p, int64_t row, int64_t count, const Vec* factor, float* mass) {
+  Vec part[kLanes];
+  for (int64_t j = 0; j < count; j += kLanes) {
+    const int width = count - j < kLanes ? (int)(count - j) : kLanes;
+    for (int i = 0; i < kLanes; ++i) {
+      part[i] = zero();
+      if (i < width)
+        for (int n = 0; n < NV; ++n) part[i] += load(p + (j + i) * row + n * kLanes) * factor[n];
+    }
+    const Vec total = sums(part);
+    if (width == kLanes) store(mass + j, load(mass + j) + total);
+    else store_some(mass + j, load_some(mass + j, width) + total, width);
+  }
+}
+
+}  // namespace mminfer

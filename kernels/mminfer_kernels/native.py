@@ -1,0 +1,46 @@
+"""What every binding to the C++ library needs: dtypes by number, pointers, strides, and a call that checks."""
+
+import ctypes
+from typing import Any
+
+import torch
+
+from mminfer_kernels.backends import FLOATS
+from mminfer_kernels.build import library
+from mminfer_kernels.dispatch import BackendError
+
+DTYPE_CODES = {dtype: code for code, dtype in enumerate(FLOATS)}
+
+
+class Rows3(ctypes.Structure):
+    """Strides of [B, heads, rows, D] in elements."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in ("batch", "head", "row")]
+
+    @classmethod
+    def of(cls, x: torch.Tensor) -> "Rows3":
+        return cls(*x.stride()[:3])
+
+
+def call(name: str, *arguments: Any) -> None:
+    """Runs `mminfer_<name>` of the library.
+
+    Raises:
+        BackendError: there is no library.
+        MemoryError: it found no memory for its scratch.
+    """
+    loaded = library()
+    if loaded is None:
+        raise BackendError(f"{name}: there are no native CPU kernels on this machine")
+    if getattr(loaded, f"mminfer_{name}")(*arguments):
+        raise MemoryError(f"{name}: no memory for the kernel's scratch")
+
+
+def pointer(x: torch.Tensor | None) -> ctypes.c_void_p:
+    """The address of a tensor's first element; null for None."""
+    return ctypes.c_void_p(None if x is None else x.data_ptr())
+
+
+def rows_contiguous(x: torch.Tensor) -> torch.Tensor:
+    """`x`, copied only if its last dimension is not contiguous."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
