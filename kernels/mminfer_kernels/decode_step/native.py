@@ -3,30 +3,17 @@
 from __future__ import annotations
 
 import ctypes
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from mminfer_kernels.build import library
 from mminfer_kernels.dispatch import BackendError
+from mminfer_kernels.native import call, pointer
 
 if TYPE_CHECKING:
     from mminfer_kernels.decode_step import DecoderWeights, LayerCache
-
-
-@functools.cache
-def _function() -> Callable[..., int]:
-    loaded = library()
-    if loaded is None:
-        raise BackendError("decode_step: the C++ library is not there")
-    function = loaded.mminfer_decode_step
-    pointer, real = ctypes.c_void_p, ctypes.c_float
-    function.argtypes = [pointer] * 3 + [real] * 2 + [pointer] * 2 + [ctypes.c_int64, pointer, ctypes.c_int32]
-    function.restype = ctypes.c_int
-    return function
 
 
 def decode_step(
@@ -40,20 +27,19 @@ def decode_step(
         words += keys.data_ptr(), values.data_ptr(), 0 if starts is None else starts.data_ptr(), end, keys.shape[2]
     hidden, inner = weights.sizes
     shape = (len(out), len(caches), hidden, weights.heads, weights.groups, weights.head_dim, inner)
-    failed = _function()(
+    call(
+        "decode_step",
         weights.pointers,
         (ctypes.c_int64 * len(words))(*words),
-        (ctypes.c_int64 * 7)(*shape),
-        weights.eps,
-        weights.scale,
-        cos.data_ptr(),
-        sin.data_ptr(),
-        cos.stride(0),
-        out.data_ptr(),
-        torch.get_num_threads(),
+        (ctypes.c_int64 * len(shape))(*shape),
+        ctypes.c_float(weights.eps),
+        ctypes.c_float(weights.scale),
+        pointer(cos),
+        pointer(sin),
+        ctypes.c_int64(cos.stride(0)),
+        pointer(out),
+        ctypes.c_int32(torch.get_num_threads()),
     )
-    if failed:
-        raise MemoryError("decode_step: no memory for its scratch")
     return out
 
 

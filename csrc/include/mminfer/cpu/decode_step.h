@@ -5,20 +5,22 @@
 // At one row a step the weights are read once and hardly computed with, so everything here is about reading them in
 // long streams and about waiting little: five phases a layer, none of which waits for a thread that has no work in hand.
 #pragma once
+#include <omp.h>
+
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <memory>
 #include <new>
 #include <thread>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
+#include <vector>
 
+#include "mminfer/cpu/buffer.h"
+#include "mminfer/cpu/decode_attention.h"
+#include "mminfer/cpu/parallel.h"
 #include "mminfer/cpu/vec.h"
 
 namespace mminfer {
-namespace {
 
 struct Linear {
   const float* weight;  // [N, K]
@@ -26,7 +28,7 @@ struct Linear {
 };
 
 // As Python lays it out: 18 pointers in a row.
-struct DecodeLayer {
+struct StepLayer {
   const float* input_norm;
   Linear q, k, v, o;
   const float *q_norm, *k_norm;  // [D] or null
@@ -35,13 +37,13 @@ struct DecodeLayer {
 };
 
 // As Python lays it out: 5 words in a row. Keys and values are [B, G, capacity, D].
-struct DecodeCache {
+struct StepCache {
   float *keys, *values;
   const int64_t* starts;  // [B] or null: the first entry of each row that counts
   int64_t end, capacity;  // the new entry goes to column `end`
 };
 
-struct DecodeShape {
+struct StepShape {
   int64_t batch, layers, hidden, heads, groups, head_dim, intermediate;
   int64_t queries() const { return heads * head_dim; }
   int64_t keys() const { return groups * head_dim; }
@@ -126,87 +128,16 @@ inline void rotate_head(const float* x, const float* norm, float eps, const floa
   }
 }
 
-constexpr int64_t kBlock = 64;      // keys whose scores are formed at a time
 constexpr int64_t kLeastKeys = 256;  // of a chunk
 constexpr float kLog2e = 1.44269504f;
 
-// Scores of `count` keys; the query carries the scale.
-inline void scores_of(const float* q, const float* keys, int64_t count, int64_t size, float* out) {
-  int64_t j = 0;
-  for (; j + 4 <= count; j += 4) {
-    const float* k = keys + j * size;
-    Vec a = zero(), b = zero(), c = zero(), d = zero();
-    for (int64_t i = 0; i < size; i += kLanes) {
-      const Vec x = load(q + i);
-      a += x * load(k + i);
-      b += x * load(k + size + i);
-      c += x * load(k + 2 * size + i);
-      d += x * load(k + 3 * size + i);
-    }
-    sum4(a, b, c, d, out + j);
-  }
-  for (; j < count; ++j) {
-    Vec a = zero();
-    for (int64_t i = 0; i < size; i += kLanes) a += load(q + i) * load(keys + j * size + i);
-    out[j] = sum(a);
-  }
-}
-
-// 2^x for x at or below zero, never denormal: those are slow to compute with, and lost in any sum anyway.
-inline Vec weight_of(Vec x) { return exp2(max(x, broadcast(-126.f))); }
-
-// One head's attention over some keys: the largest score, the sum of weights, and the weighted values, unnormalised.
-struct Partial {
-  float largest, total;
-  float* values;  // [D]
-};
-
-// out += weights . values, so many chunks of a row at a time that they stay in registers.
-template <int C>
-inline void weighted_values(const float* weights, const float* values, int64_t count, int64_t size, float* out) {
-  Vec sums[C];
-  for (int c = 0; c < C; ++c) sums[c] = load(out + c * kLanes);
-  for (int64_t j = 0; j < count; ++j)
-    for (int c = 0; c < C; ++c) sums[c] += broadcast(weights[j]) * load(values + j * size + c * kLanes);
-  for (int c = 0; c < C; ++c) store(out + c * kLanes, sums[c]);
-}
-
-// Takes a block of at most kBlock keys and values into one head's partial sums.
-inline void attend_block(const float* q, const float* keys, const float* values, int64_t count, int64_t size,
-                         Partial& part) {
-  alignas(64) float weights[kBlock];
-  scores_of(q, keys, count, size, weights);
-  for (int64_t j = count; j < kBlock; ++j) weights[j] = -1e30f;
-  Vec most = broadcast(part.largest);
-  for (int64_t j = 0; j < kBlock; j += kLanes) most = max(most, load(weights + j));
-  const float largest = mminfer::largest(most);
-  Vec total = zero();
-  for (int64_t j = 0; j < kBlock; j += kLanes) {
-    const Vec w = weight_of(load(weights + j) - largest);
-    total += w;
-    store(weights + j, w);
-  }
-  if (largest > part.largest) {
-    const Vec shrink = weight_of(broadcast(part.largest - largest));
-    for (int64_t i = 0; i < size; i += kLanes) store(part.values + i, load(part.values + i) * shrink);
-    part.total *= shrink[0];
-    part.largest = largest;
-  }
-  part.total += sum(total);
-  int64_t i = 0;
-  for (; i + 4 * kLanes <= size; i += 4 * kLanes)
-    weighted_values<4>(weights, values + i, count, size, part.values + i);
-  for (; i + 2 * kLanes <= size; i += 2 * kLanes)
-    weighted_values<2>(weights, values + i, count, size, part.values + i);
-  for (; i < size; i += kLanes) weighted_values<1>(weights, values + i, count, size, part.values + i);
-}
-
 // Scratch that all threads share, and the split of the attention.
-struct DecodeScratch {
-  float *q, *k, *v;         // [B, H * D], [B, G * D] twice
-  float *gate, *up;         // [B, intermediate]
-  float* partials;          // [B, H, chunks, D + kLanes]: largest, total; then the values from kLanes on
-  float* threads;           // [threads, B * max(hidden, H * D) + (H / G + 1) * D]
+struct StepScratch {
+  float *q, *k, *v;  // [B, H * D], [B, G * D] twice
+  float *gate, *up;  // [B, intermediate]
+  float* partials;   // [B, G, chunks, H / G * (D + 2)]
+  float* threads;    // [threads, B * max(hidden, H * D) or (H / G + 1) * D]
+  const int64_t* all_visible;  // [H / G], large numbers
   int64_t chunks, thread_size, count;  // count: of threads
 };
 
@@ -239,16 +170,16 @@ constexpr int kPhases = 5;  // of a layer
 
 class DecodeStep {
  public:
-  DecodeStep(const DecodeShape& shape, float eps, float scale, const float* cos, const float* sin, int64_t table_stride,
-             float* hidden, const DecodeScratch& scratch)
+  DecodeStep(const StepShape& shape, float eps, float scale, const float* cos, const float* sin, int64_t table_stride,
+             float* hidden, const StepScratch& scratch)
       : s(shape), eps(eps), scale(scale), cos(cos), sin(sin), table_stride(table_stride), hidden(hidden), z(scratch) {}
 
   // What each thread does; `id` tells it its scratch.
-  void run(const DecodeLayer* layers, const DecodeCache* caches, Phase* phase, int id) const {
+  void run(const StepLayer* layers, const StepCache* caches, Phase* phase, int id) const {
     float* x = z.threads + id * z.thread_size;
     const int64_t projected = s.queries() + 2 * s.keys();
     for (int64_t l = 0; l < s.layers; ++l, phase += kPhases) {
-      const DecodeLayer& layer = layers[l];
+      const StepLayer& layer = layers[l];
       phase[0].run(blocks(projected), [&] { normed(layer.input_norm, x); },
                    [&](int64_t i) { project(layer, x, block(projected, i)); });
       phase[1].run(s.batch * s.groups * z.chunks, [] {}, [&](int64_t i) { attend(layer, caches[l], i, x); });
@@ -277,7 +208,7 @@ class DecodeStep {
   }
 
   // Rows of queries, keys and values as one list.
-  void project(const DecodeLayer& layer, const float* x, Range all) const {
+  void project(const StepLayer& layer, const float* x, Range all) const {
     const Linear linear[] = {layer.q, layer.k, layer.v};
     float* const out[] = {z.q, z.k, z.v};
     int64_t first = 0;
@@ -290,7 +221,7 @@ class DecodeStep {
   }
 
   // One group of heads over one chunk of a row's keys. The chunk that holds the new entry writes it first.
-  void attend(const DecodeLayer& layer, const DecodeCache& cache, int64_t task, float* scratch) const {
+  void attend(const StepLayer& layer, const StepCache& cache, int64_t task, float* scratch) const {
     const int64_t chunk = task % z.chunks, g = task / z.chunks % s.groups, b = task / z.chunks / s.groups;
     const int64_t size = s.head_dim, group = s.heads / s.groups;
     const float *row_cos = cos + b * table_stride, *row_sin = sin + b * table_stride;
@@ -304,43 +235,39 @@ class DecodeStep {
                   keys + cache.end * size);
       std::copy_n(z.v + (b * s.groups + g) * size, size, values + cache.end * size);
     }
-    for (int64_t h = 0; h < group; ++h) {
+    for (int64_t h = 0; h < group; ++h)
       rotate_head(z.q + b * s.queries() + (g * group + h) * size, layer.q_norm, eps, row_cos, row_sin, size,
                   scale * kLog2e, spare, q + h * size);
-      float* out = partial(b, g * group + h, chunk);
-      out[0] = -1e30f, out[1] = 0.f;
-      std::fill_n(out + kLanes, size, 0.f);
-    }
-    for (int64_t j = from; j < to; j += kBlock) {
-      for (int64_t h = 0; h < group; ++h) {
-        float* out = partial(b, g * group + h, chunk);
-        Partial part{out[0], out[1], out + kLanes};
-        attend_block(q + h * size, keys + j * size, values + j * size, std::min(kBlock, to - j), size, part);
-        out[0] = part.largest, out[1] = part.total;
-      }
-    }
+    const Softmax state = partial(b, g, chunk);
+    std::fill_n(state.out, group * size, 0.f);
+    std::fill_n(state.top, group, -1e30f);
+    std::fill_n(state.total, group, 0.f);
+    for (int64_t j = from; j < to; j += kStretchKeys)
+      take_in_rows<float>(group, q, keys + j * size, size, values + j * size, size, std::min<int64_t>(kStretchKeys, to - j),
+                          size, z.all_visible, state);
   }
 
-  float* partial(int64_t b, int64_t h, int64_t chunk) const {
-    return z.partials + ((b * s.heads + h) * z.chunks + chunk) * (s.head_dim + kLanes);
+  Softmax partial(int64_t b, int64_t g, int64_t chunk) const {
+    const int64_t group = s.heads / s.groups;
+    float* out = z.partials + ((b * s.groups + g) * z.chunks + chunk) * group * (s.head_dim + 2);
+    return {out, out + group * s.head_dim, out + group * (s.head_dim + 1)};
   }
 
   // The attention's output [B, H * D] from the chunks' shares.
   void combine(float* out) const {
-    for (int64_t b = 0; b < s.batch; ++b) {
-      for (int64_t h = 0; h < s.heads; ++h, out += s.head_dim) {
-        float largest = -1e30f, total = 0.f;
-        for (int64_t c = 0; c < z.chunks; ++c) largest = std::max(largest, partial(b, h, c)[0]);
-        std::fill_n(out, s.head_dim, 0.f);
-        for (int64_t c = 0; c < z.chunks; ++c) {
-          const float* part = partial(b, h, c);
-          const Vec shrink = weight_of(broadcast(part[0] - largest));
-          total += part[1] * shrink[0];
-          for (int64_t i = 0; i < s.head_dim; i += kLanes)
-            store(out + i, load(out + i) + load(part + kLanes + i) * shrink);
-        }
-        for (int64_t i = 0; i < s.head_dim; i += kLanes) store(out + i, load(out + i) * (1.f / total));
+    const int64_t group = s.heads / s.groups, size = s.head_dim;
+    for (int64_t i = 0; i < s.batch * s.heads; ++i, out += size) {
+      const int64_t b = i / s.heads, g = i % s.heads / group, h = i % group;
+      float top = -1e30f, total = 0.f;
+      for (int64_t c = 0; c < z.chunks; ++c) top = std::max(top, partial(b, g, c).top[h]);
+      std::fill_n(out, size, 0.f);
+      for (int64_t c = 0; c < z.chunks; ++c) {
+        const Softmax part = partial(b, g, c);
+        const Vec shrink = exp2(broadcast(part.top[h] - top));
+        total += part.total[h] * shrink[0];
+        for (int64_t d = 0; d < size; d += kLanes) store(out + d, load(out + d) + load(part.out + h * size + d) * shrink);
       }
+      for (int64_t d = 0; d < size; d += kLanes) store(out + d, load(out + d) * broadcast(1.f / total));
     }
   }
 
@@ -348,7 +275,7 @@ class DecodeStep {
     linear_rows(linear, x, s.batch, k, rows.from, rows.to, true, hidden, s.hidden);
   }
 
-  void gated(const DecodeLayer& layer, const float* x, Range rows) const {
+  void gated(const StepLayer& layer, const float* x, Range rows) const {
     linear_rows(layer.gate, x, s.batch, s.hidden, rows.from, rows.to, false, z.gate, s.intermediate);
     linear_rows(layer.up, x, s.batch, s.hidden, rows.from, rows.to, false, z.up, s.intermediate);
     for (int64_t b = 0; b < s.batch; ++b) {
@@ -360,50 +287,48 @@ class DecodeStep {
     }
   }
 
-  const DecodeShape s;
+  const StepShape s;
   const float eps, scale;
   const float *cos, *sin;
   const int64_t table_stride;
   float* const hidden;
-  const DecodeScratch z;
+  const StepScratch z;
 };
 
 // How many parts the keys of a row are split into, so that all threads have work.
-inline int64_t decode_chunks(const DecodeShape& s, const DecodeCache* caches, int threads) {
+inline int64_t decode_chunks(const StepShape& s, const StepCache* caches, int threads) {
   int64_t longest = 0;
   for (int64_t l = 0; l < s.layers; ++l) longest = std::max(longest, caches[l].end + 1);
   const int64_t tasks = s.batch * s.groups, wanted = (4 * threads + tasks - 1) / tasks;
   return threads == 1 ? 1 : std::max<int64_t>(1, std::min(wanted, longest / kLeastKeys));
 }
 
-// 0, or 1 where there is no memory for scratch.
-inline int decode_step(const DecodeLayer* layers, const DecodeCache* caches, const DecodeShape& s, float eps,
+// Throws std::bad_alloc before anything is written.
+inline void decode_step(const StepLayer* layers, const StepCache* caches, const StepShape& s, float eps,
                        float scale, const float* cos, const float* sin, int64_t table_stride, float* hidden,
                        int threads) {
-  DecodeScratch z;
+  StepScratch z;
   z.count = threads;
   z.chunks = decode_chunks(s, caches, threads);
   z.thread_size = std::max(s.batch * std::max(s.hidden, s.queries()), (s.heads / s.groups + 1) * s.head_dim) + 16;
+  const std::vector<int64_t> all_visible(s.heads / s.groups, INT64_MAX);
+  z.all_visible = all_visible.data();
   const int64_t sizes[] = {s.batch * s.queries(), s.batch * s.keys(), s.batch * s.keys(), s.batch * s.intermediate,
-                           s.batch * s.intermediate, s.batch * s.heads * z.chunks * (s.head_dim + kLanes),
+                           s.batch * s.intermediate, s.batch * s.heads * z.chunks * (s.head_dim + 2),
                            threads * z.thread_size};
   float** const places[] = {&z.q, &z.k, &z.v, &z.gate, &z.up, &z.partials, &z.threads};
   int64_t total = 0;
   for (const int64_t size : sizes) total += size;
-  const std::unique_ptr<float[]> memory(new (std::nothrow) float[total]);
-  const std::unique_ptr<Phase[]> phases(new (std::nothrow) Phase[kPhases * s.layers]);
-  if (!memory || !phases) return 1;
-  float* next = memory.get();
+  const Buffer memory(total);
+  const std::unique_ptr<Phase[]> phases(new Phase[kPhases * s.layers]);
+  float* next = memory.data;
   for (int i = 0; i < 7; ++i) *places[i] = next, next += sizes[i];
   const DecodeStep step(s, eps, scale, cos, sin, table_stride, hidden, z);
-#ifdef _OPENMP
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  step.run(layers, caches, phases.get(), omp_get_thread_num());
-#else
-  step.run(layers, caches, phases.get(), 0);
-#endif
-  return 0;
+#pragma omp parallel num_threads(threads)
+  {
+    const NoDenormals inside;
+    step.run(layers, caches, phases.get(), omp_get_thread_num());
+  }
 }
 
-}  // namespace
 }  // namespace mminfer
