@@ -44,3 +44,9 @@ def pointer(x: torch.Tensor | None) -> ctypes.c_void_p:
 def rows_contiguous(x: torch.Tensor) -> torch.Tensor:
     """`x`, copied only if its last dimension is not contiguous."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def as_batch(x: torch.Tensor) -> torch.Tensor:
+    """[..., N, C] as [B, N, C] with contiguous rows; a view wherever one exists."""
+    x = rows_contiguous(x)
+    return x[None] if x.dim() == 2 else x if x.dim() == 3 else x.flatten(0, -3)

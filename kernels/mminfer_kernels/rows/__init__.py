@@ -13,7 +13,8 @@ _ROOM = "mminfer_kernels.rows"
 for _op in ("gather_rows", "add_rows", "gather_rms_norm", "swiglu"):
     register(_op, "reference", getattr(reference, _op))
     register(_op, "triton", f"{_ROOM}.triton_kernel:{_op}", triton_takes, on_cuda)
-    register(_op, "native", f"{_ROOM}.native:{_op}", cpu_takes)
+    if _op != "gather_rows":  # on the CPU torch's own copies whole rows as fast as memory allows
+        register(_op, "native", f"{_ROOM}.native:{_op}", cpu_takes)
 
 
 def _fake_gather(x: torch.Tensor, index: torch.Tensor, dim: int = -2, *args: object, **kwargs: object) -> torch.Tensor:
