@@ -52,19 +52,19 @@ class Decoder:
             cache: grows by one column.
 
         Returns:
-            [B, 1, C], before the final norm.
+            Logits [B, 1, vocabulary].
         """
         tables = self._rotary.tables(hidden_states, cache.next_position)
         weights = self._fused_weights(hidden_states, tables)
         if weights is None:
             note_backend("decode_step", "host")
-            hidden_states = self._through_modules(hidden_states, tables, cache)
+            logits = self.adapter.logits(self._through_modules(hidden_states, tables, cache))
         else:
             cos, sin = tables[self.adapter.layer_kinds[0]]
             caches = [LayerCache(*held.reserve(1), held.starts, held.end) for held in cache.layers]
-            hidden_states = fused_step(hidden_states[:, 0], cos[:, 0], sin[:, 0], weights, caches, "native")[:, None]
+            logits = fused_step(hidden_states[:, 0], cos[:, 0], sin[:, 0], weights, caches, "native")[:, None]
         cache.advance(1)
-        return hidden_states
+        return logits
 
     def _fused_weights(self, hidden_states: Tensor, tables: Tables) -> DecoderWeights | None:
         """The layers' weights, if the fused step may run this time."""
@@ -105,11 +105,11 @@ class LayersView:
 
     @cached_property
     def _hooks(self) -> list[Any]:
-        return hooks_of(self._adapter.layers)
+        return hooks_of(self._adapter)
 
     @property
     def hooked(self) -> bool:
-        """Whether somebody looks at a module in the layers right now."""
+        """Whether somebody looks at one of their modules right now."""
         return any(self._hooks)
 
 
@@ -126,6 +126,7 @@ class RotaryAhead:
         # Frequencies that follow the length are only right for the length of the moment.
         self._steps = 1 if adapter.rotary_follows_length else STEPS_AHEAD
         self._tables: Tables = {}
+        self._like: tuple[torch.dtype, torch.device] | None = None  # what the tables are in
         self._positions: list[Tensor] = []  # [B] each, what the tables that are left are for
 
     def tables(self, hidden_states: Tensor, position: Tensor) -> Tables:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from mminfer import nano
-from mminfer.cache.kv_cache import CACHE_NAME, CompressedCache
+from mminfer.cache.kv_cache import CACHE_NAME, ROOM, CompressedCache
 from mminfer.chat import Chat
 from mminfer.config import InferenceConfig
 from mminfer.errors import InputError, UnsupportedModelError
@@ -26,6 +26,7 @@ from mminfer.patching import PatchHandle, patched
 from mminfer.request import GenerationOutput, build_inputs, cap_video, is_batch, normalise_messages
 from mminfer.streaming import TextStream
 
+MOST_ROOM = 1024  # beyond, a cache grows when the tokens come
 MEDIA_OPTIONS = ("allow_remote", "num_frames", "fps", "max_video_tokens")
 _locks: WeakKeyDictionary[nn.Module, Lock] = WeakKeyDictionary()  # engines may share a model
 
@@ -206,6 +207,7 @@ class Engine:
             generation_kwargs.setdefault("tokenizer", self.processor.tokenizer)
         generation_kwargs["return_dict_in_generate"] = True
         with self._lock, patched(self.model, self.config) as handle:
+            handle.room = min(max(ROOM, generation_kwargs.get("max_new_tokens") or 0), MOST_ROOM)
             handle.end_ids = set() if generation_kwargs.get("num_beams", 1) > 1 else self._end_ids(generation_kwargs)
             with record_backends() as backends, peak_memory(self.device) as peak:
                 result = self.model.generate(**inputs, **generation_kwargs)

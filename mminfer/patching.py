@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from mminfer.cache.kv_cache import CACHE_NAME, CompressedCache
+from mminfer.cache.kv_cache import CACHE_NAME, ROOM, CompressedCache
 from mminfer.config import InferenceConfig
 from mminfer.decode import Decoder
 from mminfer.errors import ConfigError, InputError
@@ -41,6 +41,7 @@ class PatchHandle:
         prompt_ms: duration of each of those passes.
         end_ids: tokens that end a turn; rows of a batch that got one are computed no further. Empty by default, since
             only the caller knows that generation stops there; not for beams.
+        room: how many tokens to come the cache has room for from the start.
         first_token_at: `time.perf_counter()` at the end of the last prompt pass.
         step_ms: duration of each decoding step since then.
     """
@@ -56,6 +57,7 @@ class PatchHandle:
         self.prompt_ms: list[float] = []
         self.first_token_at = 0.0
         self.end_ids: set[int] = set()
+        self.room = ROOM
         self._rows: Tensor | None = None
         self.step_ms: list[float] = []
         self._state = {name: getattr(self.adapter.base, name) for name in self.adapter.host_state}
@@ -66,6 +68,8 @@ class PatchHandle:
 
         @functools.wraps(original)
         def forward(*args: Any, **kwargs: Any) -> Any:
+            if not args and others:  # as `generate` calls; binding takes long for one token
+                return self._forward(kwargs)
             bound = signature.bind(*args, **kwargs).arguments
             return self._forward({**bound.pop(others, {}), **bound})
 
@@ -93,6 +97,7 @@ class PatchHandle:
         else:
             self._rows = None
             self._decoder.renew()
+            cache.room = self.room
             logits = self._prompt(inputs, cache)
             self.first_token_at = time.perf_counter()
             self.prompt_ms.append(1e3 * (self.first_token_at - start))
@@ -107,8 +112,8 @@ class PatchHandle:
             embeds = self.model.get_input_embeddings()(inputs["input_ids"])
         rows = self._unfinished(inputs, cache)
         if rows is None:
-            return self.adapter.logits(self._decoder.step(embeds, cache))
-        logits = self.adapter.logits(self._decoder.step(embeds[rows], cache))
+            return self._decoder.step(embeds, cache)
+        logits = self._decoder.step(embeds[rows], cache)
         return logits.new_zeros(len(embeds), *logits.shape[1:]).index_copy_(0, rows, logits)
 
     def _unfinished(self, inputs: dict[str, Any], cache: CompressedCache) -> Tensor | None:

@@ -158,8 +158,9 @@ class CompressedLayer(CacheLayerMixin):
         capacity = columns + max(self.cache.room, columns // 8)
         for i, old in enumerate(self._buffers):
             if old is not None:
-                new = old.new_zeros(*old.shape[:2], capacity, *old.shape[3:])
+                new = old.new_empty(*old.shape[:2], capacity, *old.shape[3:])
                 new[:, :, : self.end] = old[:, :, : self.end]
+                new[:, :, self.end :] = 0
                 self._buffers[i] = new
 
     def advance(self, columns: int) -> None:
@@ -265,8 +266,7 @@ class CompressedCache(Cache):
         out = CompressedCache()
         out.room = self.room
         layers = [
-            CompressedLayer([layer.row(b) for b in range(layer.batch_size)], layer.seen, out)
-            for layer in self.layers
+            CompressedLayer([layer.row(b) for b in range(layer.batch_size)], layer.seen, out) for layer in self.layers
         ]
         out.commit(layers, self.logical_length, self.tokens, self.next_position)
         return out

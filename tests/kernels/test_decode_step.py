@@ -1,5 +1,6 @@
 """The decode step in C++ against its reference on float64 inputs."""
 
+import importlib
 from dataclasses import replace
 
 import pytest
@@ -9,14 +10,13 @@ from mminfer_kernels import (
     DecoderWeights,
     LayerCache,
     LayerWeights,
-    available_backends,
     decode_step,
     rotary_table,
 )
 from mminfer_kernels.backends import cpu_takes
 
 native = pytest.mark.skipif(not cpu_takes(torch.empty(0)), reason="no C++ library here")
-HIDDEN, INNER, LAYERS = 48, 80, 3
+HIDDEN, INNER, LAYERS, VOCABULARY = 48, 80, 3, 101
 
 
 def weights_of(heads, groups, size, biased, normed, dtype=torch.float64):
@@ -37,7 +37,9 @@ def weights_of(heads, groups, size, biased, normed, dtype=torch.float64):
         up = (matrix(INNER, HIDDEN), bias(INNER))
         down = (matrix(HIDDEN, INNER), bias(HIDDEN))
         layers.append(LayerWeights(norm(HIDDEN), *q, *k, *v, *o, *head_norms, norm(HIDDEN), *gate, *up, *down))
-    return DecoderWeights(tuple(layers), heads, groups, size, 1e-6, size**-0.5)
+    return DecoderWeights(
+        tuple(layers), norm(HIDDEN), matrix(VOCABULARY, HIDDEN), heads, groups, size, 1e-6, size**-0.5
+    )
 
 
 def caches_of(batch, groups, size, entries, padded, dtype=torch.float64):
@@ -64,7 +66,10 @@ def cast(weights, caches, dtype):
         return [x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in values]
 
     layers = tuple(LayerWeights(*to(layer)) for layer in weights.layers)
-    return replace(weights, layers=layers), [LayerCache(*(x.clone() if isinstance(x, torch.Tensor) else x for x in to(c))) for c in caches]
+    ends = {"norm": weights.norm.to(dtype), "head": weights.head.to(dtype)}
+    return replace(weights, layers=layers, **ends), [
+        LayerCache(*(x.clone() if isinstance(x, torch.Tensor) else x for x in to(c))) for c in caches
+    ]
 
 
 @native
@@ -74,8 +79,14 @@ def cast(weights, caches, dtype):
     [(4, 4, 16, False, False), (6, 2, 32, True, False), (3, 1, 64, False, True), (2, 1, 80, True, True)],
 )
 @pytest.mark.parametrize(("batch", "entries"), [(1, 0), (1, 63), (2, 300), (5, 129), (7, 1000), (16, 64)])
-def test_native_is_as_right_as_pytorch_in_float32(batch, entries, heads, groups, size, biased, normed, threads):
-    weights, caches = weights_of(heads, groups, size, biased, normed), caches_of(batch, groups, size, entries, batch > 1)
+def test_native_is_as_right_as_pytorch_in_float32(
+    monkeypatch, batch, entries, heads, groups, size, biased, normed, threads
+):
+    monkeypatch.setattr(importlib.import_module("mminfer_kernels.decode_step.native"), "SERIAL_BYTES", 0)
+    weights, caches = (
+        weights_of(heads, groups, size, biased, normed),
+        caches_of(batch, groups, size, entries, batch > 1),
+    )
     x, (cos, sin) = torch.randn(batch, HIDDEN, dtype=torch.float64), tables(batch, size)
     results = {}
     for dtype, backend in ((torch.float64, "reference"), (torch.float32, "reference"), (torch.float32, "native")):
@@ -88,6 +99,59 @@ def test_native_is_as_right_as_pytorch_in_float32(batch, entries, heads, groups,
             torch.set_num_threads(before)
         results[dtype, backend] = [out, *(t for cache in c for t in cache[:2])]
     truth = results[torch.float64, "reference"]
-    for want, other, got in zip(truth, results[torch.float32, "reference"], results[torch.float32, "native"], strict=True):
+    for want, other, got in zip(
+        truth, results[torch.float32, "reference"], results[torch.float32, "native"], strict=True
+    ):
         floor = 4 * torch.finfo(torch.float32).eps * want[want < 1e9].abs().max()
         assert (got - want).abs().max() <= 2 * (other - want).abs().max() + floor
+
+
+def small(dtype=torch.float32):
+    weights, caches = cast(weights_of(2, 1, 16, True, True), caches_of(2, 1, 16, 20, True), dtype)
+    cos, sin = tables(2, 16, dtype)
+    return {
+        "hidden_states": torch.randn(2, HIDDEN, dtype=dtype), "cos": cos, "sin": sin, "weights": weights,
+        "caches": caches,
+    }  # fmt: skip
+
+
+def test_only_the_column_at_the_end_is_written():
+    arguments = small()
+    before = [cache.keys.clone() for cache in arguments["caches"]]
+    hidden = arguments["hidden_states"].clone()
+    decode_step(**arguments)
+    assert torch.equal(arguments["hidden_states"], hidden)
+    for cache, keys in zip(arguments["caches"], before, strict=True):
+        assert (cache.keys != keys)[:, :, cache.end].all()
+        cache.keys[:, :, cache.end] = keys[:, :, cache.end]
+        assert torch.equal(cache.keys, keys)
+
+
+def test_what_does_not_fit_is_named():
+    arguments = small()
+    full = [cache._replace(end=cache.keys.shape[2]) for cache in arguments["caches"]]
+    starts = [cache._replace(starts=cache.starts.int()) for cache in arguments["caches"]]
+    wrong = {
+        "hidden_states": {"hidden_states": torch.randn(2, 16)},
+        "room for a column": {"caches": full},
+        "starts is": {"caches": starts},
+        "2 caches for 3 layers": {"caches": arguments["caches"][:2]},
+    }
+    for message, change in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            decode_step(**arguments | change)
+    weights = arguments["weights"]
+    layer = weights.layers[1]._replace(gate=torch.randn(INNER, HIDDEN + 1))
+    with pytest.raises(ValueError, match="layer 1: gate is"):
+        replace(weights, layers=(weights.layers[0], layer, weights.layers[2]))
+
+
+@native
+def test_the_native_step_refuses_what_it_cannot_read():
+    halved = small() | {"weights": small(torch.bfloat16)["weights"]}
+    with pytest.raises(BackendError, match="dense float32 weights"):
+        decode_step(**halved, backend="native")
+    with pytest.raises(BackendError, match="contiguous"):
+        arguments = small()
+        caches = [c._replace(keys=c.keys.transpose(2, 3).contiguous().transpose(2, 3)) for c in arguments["caches"]]
+        decode_step(**arguments | {"caches": caches}, backend="native")

@@ -1,4 +1,4 @@
-"""One new token of each sequence through all layers of a standard decoder, in one call."""
+"""One new token of each sequence through all layers of a standard decoder and its head, in one call."""
 
 from __future__ import annotations
 
@@ -49,10 +49,12 @@ class LayerWeights(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class DecoderWeights:
-    """The layers of a decoder, by reference.
+    """The layers of a decoder and its head, by reference.
 
     Args:
         layers: in order.
+        norm: [C], the final norm.
+        head: [vocabulary, C].
         heads: query heads H.
         groups: key and value heads G.
         head_dim: D.
@@ -64,6 +66,8 @@ class DecoderWeights:
     """
 
     layers: tuple[LayerWeights, ...]
+    norm: Tensor
+    head: Tensor
     heads: int
     groups: int
     head_dim: int
@@ -72,11 +76,13 @@ class DecoderWeights:
 
     def __post_init__(self) -> None:
         queries, keys, hidden, inner = self.heads * self.head_dim, self.groups * self.head_dim, *self.sizes
-        wanted = LayerWeights(
+        wanted: tuple[tuple[int, ...], ...] = (
             (hidden,), (queries, hidden), (queries,), (keys, hidden), (keys,), (keys, hidden), (keys,),
             (hidden, queries), (hidden,), (self.head_dim,), (self.head_dim,), (hidden,),
             (inner, hidden), (inner,), (inner, hidden), (inner,), (hidden, inner), (hidden,),
-        )  # type: ignore[arg-type]  # fmt: skip
+        )  # fmt: skip
+        if self.norm.shape != (hidden,) or self.head.dim() != 2 or self.head.shape[1] != hidden:
+            raise ValueError(f"norm is {list(self.norm.shape)}, head {list(self.head.shape)}, wanted width {hidden}")
         for i, layer in enumerate(self.layers):
             for name, tensor, shape in zip(LayerWeights._fields, layer, wanted, strict=True):
                 if tensor is not None and tuple(tensor.shape) != shape:
@@ -91,11 +97,17 @@ class DecoderWeights:
     @functools.cached_property
     def tensors(self) -> tuple[Tensor, ...]:
         """All that there are."""
-        return tuple(tensor for layer in self.layers for tensor in layer if tensor is not None)
+        of_layers = (tensor for layer in self.layers for tensor in layer if tensor is not None)
+        return (*of_layers, self.norm, self.head)
+
+    @functools.cached_property
+    def nbytes(self) -> int:
+        """Bytes that a step reads."""
+        return sum(tensor.nbytes for tensor in self.tensors)
 
     @functools.cached_property
     def pointers(self) -> ctypes.Array[ctypes.c_int64]:
-        """All addresses, as the C struct has them; 0 for what there is not."""
+        """The layers' addresses, as the C struct has them; 0 for what there is not."""
         words = [0 if tensor is None else tensor.data_ptr() for layer in self.layers for tensor in layer]
         return (ctypes.c_int64 * len(words))(*words)
 
@@ -134,7 +146,7 @@ def decode_step(
     caches: Sequence[LayerCache],
     backend: str = "auto",
 ) -> Tensor:
-    """Runs one token a row through all layers, and writes its keys and values into the caches.
+    """Runs one token a row through all layers and the head, and writes its keys and values into the caches.
 
     It is no `torch.library` op: whoever watches (torch.compile, a FLOP counter) is better served by the host's modules.
 
@@ -146,7 +158,7 @@ def decode_step(
         backend: "auto", "native" or "reference".
 
     Returns:
-        [B, C], before the final norm.
+        Logits [B, vocabulary].
 
     Raises:
         ValueError: shapes or dtypes that do not fit.

@@ -36,4 +36,4 @@ def decode_step(
         x = rms_norm(hidden_states, hidden_states.shape[1:], layer.post_norm, weights.eps)
         x = silu(linear(x, layer.gate, layer.gate_bias)) * linear(x, layer.up, layer.up_bias)
         hidden_states = hidden_states + linear(x, layer.down, layer.down_bias)
-    return hidden_states
+    return linear(rms_norm(hidden_states, hidden_states.shape[1:], weights.norm, weights.eps), weights.head)

@@ -43,8 +43,14 @@ struct StepCache {
   int64_t end, capacity;  // the new entry goes to column `end`
 };
 
+// The end of the network: final norm and head over the vocabulary, into [B, vocabulary].
+struct StepHead {
+  const float *norm, *weight;
+  float* logits;
+};
+
 struct StepShape {
-  int64_t batch, layers, hidden, heads, groups, head_dim, intermediate;
+  int64_t batch, layers, hidden, heads, groups, head_dim, intermediate, vocabulary;
   int64_t queries() const { return heads * head_dim; }
   int64_t keys() const { return groups * head_dim; }
 };
@@ -66,7 +72,7 @@ inline void sum4(Vec a, Vec b, Vec c, Vec d, float* out) {
 #endif
 }
 
-// R rows of a weight times B columns of activations; R * B is a multiple of four.
+// R rows of a weight times B columns of activations.
 template <int R, int B>
 inline void tile(const float* weight, const float* x, int64_t k, float (&out)[R * B]) {
   Vec sums[R * B];
@@ -79,7 +85,9 @@ inline void tile(const float* weight, const float* x, int64_t k, float (&out)[R 
       for (int b = 0; b < B; ++b) sums[r * B + b] += row * columns[b];
     }
   }
-  for (int i = 0; i < R * B; i += 4) sum4(sums[i], sums[i + 1], sums[i + 2], sums[i + 3], out + i);
+  int i = 0;
+  for (; i + 4 <= R * B; i += 4) sum4(sums[i], sums[i + 1], sums[i + 2], sums[i + 3], out + i);
+  for (; i < R * B; ++i) out[i] = sum(sums[i]);
 }
 
 // out[b, n] = (out[b, n] if `add`) + bias[n] + weight[n] . x[b] for rows n of R.
@@ -96,11 +104,12 @@ inline void rows_of(Linear linear, const float* x, int64_t n, int64_t k, bool ad
   }
 }
 
-// Rows [from, to) of a linear layer on [batch, k]; from and to are multiples of eight.
+// Rows [from, to) of a linear layer on [batch, k].
 inline void linear_rows(Linear linear, const float* x, int64_t batch, int64_t k, int64_t from, int64_t to, bool add,
                         float* out, int64_t stride) {
   constexpr int kRows = kLanes == 16 ? 4 : 2;  // a tile with four columns, in 16 registers of 32 or 8 of 16
-  for (int64_t n = from; n < to; n += 8) {
+  int64_t n = from;
+  for (; n + 8 <= to; n += 8) {
     int64_t b = 0;
     for (; b + 4 <= batch; b += 4)
       for (int r = 0; r < 8; r += kRows) rows_of<kRows, 4>(linear, x + b * k, n + r, k, add, out + b * stride, stride);
@@ -108,6 +117,8 @@ inline void linear_rows(Linear linear, const float* x, int64_t batch, int64_t k,
       for (int r = 0; r < 8; r += 4) rows_of<4, 2>(linear, x + b * k, n + r, k, add, out + b * stride, stride);
     if (b < batch) rows_of<8, 1>(linear, x + b * k, n, k, add, out + b * stride, stride);
   }
+  for (; n < to; ++n)
+    for (int64_t b = 0; b < batch; ++b) rows_of<1, 1>(linear, x + b * k, n, k, add, out + b * stride, stride);
 }
 
 inline void rms_norm(const float* x, const float* weight, int64_t n, float eps, float* out) {
@@ -175,7 +186,7 @@ class DecodeStep {
       : s(shape), eps(eps), scale(scale), cos(cos), sin(sin), table_stride(table_stride), hidden(hidden), z(scratch) {}
 
   // What each thread does; `id` tells it its scratch.
-  void run(const StepLayer* layers, const StepCache* caches, Phase* phase, int id) const {
+  void run(const StepLayer* layers, const StepCache* caches, const StepHead& head, Phase* phase, int id) const {
     float* x = z.threads + id * z.thread_size;
     const int64_t projected = s.queries() + 2 * s.keys();
     for (int64_t l = 0; l < s.layers; ++l, phase += kPhases) {
@@ -190,17 +201,21 @@ class DecodeStep {
       phase[4].run(blocks(s.hidden), [] {},
                    [&](int64_t i) { add_to_hidden(layer.down, z.gate, s.intermediate, block(s.hidden, i)); });
     }
+    phase->run(blocks(s.vocabulary), [&] { normed(head.norm, x); }, [&](int64_t i) {
+      const Range rows = block(s.vocabulary, i);
+      linear_rows({head.weight, nullptr}, x, s.batch, s.hidden, rows.from, rows.to, false, head.logits, s.vocabulary);
+    });
   }
 
  private:
   struct Range { int64_t from, to; };
 
-  int64_t blocks(int64_t rows) const { return z.count == 1 ? 1 : std::min(rows / 16, 4 * z.count); }
+  int64_t blocks(int64_t rows) const { return z.count == 1 ? 1 : std::min((rows + 15) / 16, 4 * z.count); }
 
-  // The i-th block of so many rows, in multiples of 16.
+  // The i-th block of so many rows, in multiples of 16 but for the last.
   Range block(int64_t rows, int64_t i) const {
-    const int64_t units = rows / 16, count = blocks(rows);
-    return {units * i / count * 16, units * (i + 1) / count * 16};
+    const int64_t units = (rows + 15) / 16, count = blocks(rows);
+    return {units * i / count * 16, std::min(units * (i + 1) / count * 16, rows)};
   }
 
   void normed(const float* weight, float* out) const {
@@ -304,9 +319,9 @@ inline int64_t decode_chunks(const StepShape& s, const StepCache* caches, int th
 }
 
 // Throws std::bad_alloc before anything is written.
-inline void decode_step(const StepLayer* layers, const StepCache* caches, const StepShape& s, float eps,
-                       float scale, const float* cos, const float* sin, int64_t table_stride, float* hidden,
-                       int threads) {
+inline void decode_step(const StepLayer* layers, const StepCache* caches, const StepHead& head, const StepShape& s,
+                        float eps, float scale, const float* cos, const float* sin, int64_t table_stride, float* hidden,
+                        int threads) {
   StepScratch z;
   z.count = threads;
   z.chunks = decode_chunks(s, caches, threads);
@@ -320,14 +335,14 @@ inline void decode_step(const StepLayer* layers, const StepCache* caches, const 
   int64_t total = 0;
   for (const int64_t size : sizes) total += size;
   const Buffer memory(total);
-  const std::unique_ptr<Phase[]> phases(new Phase[kPhases * s.layers]);
+  const std::unique_ptr<Phase[]> phases(new Phase[kPhases * s.layers + 1]);
   float* next = memory.data;
   for (int i = 0; i < 7; ++i) *places[i] = next, next += sizes[i];
   const DecodeStep step(s, eps, scale, cos, sin, table_stride, hidden, z);
 #pragma omp parallel num_threads(threads)
   {
     const NoDenormals inside;
-    step.run(layers, caches, phases.get(), omp_get_thread_num());
+    step.run(layers, caches, head, phases.get(), omp_get_thread_num());
   }
 }
 
