@@ -15,14 +15,12 @@ from threading import Lock
 from typing import Any, Protocol
 
 import torch
-from mminfer_kernels import note_backend
+from mminfer_kernels import note_backend, prompt_attention
+from mminfer_kernels.prompt_attention.reference import blocked_attention
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 NAME = "mminfer"
-BLOCK_ROWS = 512
-MASK_ELEMENTS = 1 << 24
 
 
 @dataclass
@@ -91,7 +89,7 @@ def causal_attention(
 ) -> Tensor:
     """softmax(q k^T * scale + causal) v of one sequence, never the whole score matrix.
 
-    By flash-attn where it is installed and can take the tensors, else by PyTorch's fused attention.
+    By flash-attn where it is installed and can take the tensors, else by the op `prompt_attention`.
 
     Args:
         q: [1, H, S, D].
@@ -106,42 +104,18 @@ def causal_attention(
     Returns:
         [1, H, S, D].
     """
-    queries, keys = q.shape[2], k.shape[2]
-    plain = query_index is None and reach is None
-    flash = _flash_for(q) if plain else None
-    note_backend("prompt_attention", "sdpa" if flash is None else "flash-attn")
-    if flash is not None:
-        rows_first = (x.transpose(1, 2) for x in (q, k, v))
-        left = -1 if window is None else window - 1
-        out: Tensor = flash(*rows_first, softmax_scale=scale, causal=True, window_size=(left, -1))
-        return out.transpose(1, 2)
-    if plain and queries == keys and (window is None or window >= keys):
-        return F.scaled_dot_product_attention(q, k, v, scale=scale, is_causal=True, enable_gqa=True)
-    if query_index is None:
-        query_index = torch.arange(keys - queries, keys, device=q.device)
-    return _blocked_attention(q, k, v, scale, query_index, window, query_index if reach is None else reach)
-
-
-def _blocked_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, query_index: Tensor, window: int | None, reach: Tensor
-) -> Tensor:
-    """The same by blocks of queries, each under a mask over the keys that one of them sees."""
-    rows = max(1, min(BLOCK_ROWS, MASK_ELEMENTS // max(1, k.shape[2])))
-    blocks = []
-    for q_block, places, ends in zip(q.split(rows, 2), query_index.split(rows), reach.split(rows), strict=True):
-        if len(places) == 0:
-            return torch.empty_like(q)
-        first, last = int(places[0]), int(ends.max())
-        start = 0 if window is None else max(0, first - window + 1)
-        columns = torch.arange(start, last + 1, device=q.device)
-        mask = columns <= ends[:, None]
-        if window is not None:
-            mask &= columns > places[:, None] - window
-        keys, values = k[:, :, start : last + 1], v[:, :, start : last + 1]
-        blocks.append(
-            F.scaled_dot_product_attention(q_block, keys, values, attn_mask=mask, scale=scale, enable_gqa=True)
-        )
-    return torch.cat(blocks, 2)
+    if reach is not None:
+        note_backend("prompt_attention", "sdpa")
+        places = torch.arange(k.shape[2] - q.shape[2], k.shape[2], device=q.device)
+        return blocked_attention(q, k, v, scale, places if query_index is None else query_index, window, reach)
+    flash = _flash_for(q) if query_index is None else None
+    if flash is None:
+        return prompt_attention(q, k, v, scale, query_index, window)
+    note_backend("prompt_attention", "flash-attn")
+    rows_first = (x.transpose(1, 2) for x in (q, k, v))
+    left = -1 if window is None else window - 1
+    out: Tensor = flash(*rows_first, softmax_scale=scale, causal=True, window_size=(left, -1))
+    return out.transpose(1, 2)
 
 
 def _flash_for(q: Tensor) -> Callable[..., Any] | None:

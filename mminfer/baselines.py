@@ -44,6 +44,9 @@ class RandomEvict(LookM):
     merge: str = "none"
     seed: int = 0
 
+    def wants_mass(self, seen: int, layer_idx: int) -> bool:
+        return False
+
     def score(self, q: Tensor, k: Tensor, layer_idx: int, query_index: Tensor | None, scale: float) -> Tensor:
         return _lot(k.shape[:3], self.seed, layer_idx, k)
 

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
+from mminfer_kernels import backend_for, prompt_attention_mass
 from torch import Tensor
 
 from mminfer.attention import causal_attention, routed_attention
@@ -47,6 +48,7 @@ class LayerAttention:
         self.kept: list[Tensor] = []
         self.num_queries: list[int] = []
         self.pairs: list[int] = []
+        self.shares_logits = False  # between the attention and the scores of the cache
         prunes = config.prune is not None and config.prune.prunes(layer_idx, adapter.spec.num_layers)
         self.prune = config.prune if prunes else None
 
@@ -90,7 +92,12 @@ class LayerAttention:
             num_past, entries = len(earlier), earlier.extend(entries)
         places = None if rows is None else rows - start + num_past
         reach = self._reach(start, stop, num_past, rows)
-        out = causal_attention(q, entries.keys, entries.values, scale, places, window, reach)
+        mass = None
+        if reach is None and window is None and self._wants_mass(sequence):
+            out, mass = prompt_attention_mass(q, entries.keys, entries.values, None, scale, places)
+            self.shares_logits = backend_for("prompt_attention_mass", q, entries.keys) == "native"
+        else:
+            out = causal_attention(q, entries.keys, entries.values, scale, places, window, reach)
         self._count(len(entries), q.shape[2], places, window, reach)
         if self.prune is not None:
             depth = self.adapter.spec.num_layers
@@ -100,7 +107,7 @@ class LayerAttention:
             self.kept.append(kept + start)
         if window is not None:
             entries = entries.last(window - 1)  # a later query sees no more, itself included
-        self.entries.append(self._compress(sequence, q, entries, places, scale))
+        self.entries.append(self._compress(sequence, q, entries, places, scale, mass))
         return out
 
     def _new_entries(self, k: Tensor, v: Tensor, is_visual: Tensor) -> CacheEntries:
@@ -128,12 +135,21 @@ class LayerAttention:
             pairs += int((reach - own).sum())
         self.pairs.append(pairs)
 
+    def _wants_mass(self, sequence: int) -> bool:
+        return self.config.cache is not None and self.config.cache.wants_mass(self.seen[sequence], self.layer_idx)
+
     def _compress(
-        self, sequence: int, q: Tensor, entries: CacheEntries, places: Tensor | None, scale: float
+        self,
+        sequence: int,
+        q: Tensor,
+        entries: CacheEntries,
+        places: Tensor | None,
+        scale: float,
+        mass: Tensor | None,
     ) -> CacheEntries:
         if self.config.cache is None:
             return entries
-        return self.config.cache.apply(q, entries, self.seen[sequence], self.layer_idx, places, scale)
+        return self.config.cache.apply(q, entries, self.seen[sequence], self.layer_idx, places, scale, mass)
 
     @property
     def seen(self) -> list[int]:
@@ -150,6 +166,8 @@ class LayerAttention:
             else tuple(torch.bincount(self.layout.sequence[ffn], minlength=len(lengths)).tolist())
         )
         overhead = sum(t.cost(spec, self.pairs) for t in (self.config.cache, self.prune) if t is not None)
+        if self.shares_logits:
+            overhead -= 2 * spec.num_attention_heads * spec.head_dim * sum(self.pairs)
         entries = tuple(len(e) for e in self.entries)
         return LayerRecord(lengths, tuple(self.num_queries), ffn_rows, tuple(self.pairs), entries, overhead)
 

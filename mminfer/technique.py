@@ -137,6 +137,17 @@ class CacheTechnique(Technique):
 
     stage = Stage.CACHE
 
+    def wants_mass(self, seen: int, layer_idx: int) -> bool:
+        """Whether `apply` asks how much attention each entry receives from all queries.
+
+        It is then handed over, since the attention itself gives it at little cost.
+
+        Args:
+            seen: tokens the layer has taken in over all passes, this one included.
+            layer_idx: which layer.
+        """
+        return False
+
     @abstractmethod
     def apply(
         self,
@@ -146,6 +157,7 @@ class CacheTechnique(Technique):
         layer_idx: int,
         query_index: Tensor | None,
         scale: float,
+        mass: Tensor | None = None,
     ) -> CacheEntries:
         """What one sequence keeps in one layer.
 
@@ -156,6 +168,8 @@ class CacheTechnique(Technique):
             layer_idx: which layer.
             query_index: [S] int64, place of each query among the entries; None: the last S places.
             scale: factor of the logits.
+            mass: [1, H, N] float32, the attention each entry receives; None unless `wants_mass`, and there too where
+                a layer's attention cannot give it.
         """
 
 

@@ -7,10 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mminfer_kernels import record_backends
+from mminfer_kernels import prompt_attention, record_backends
+from mminfer_kernels.prompt_attention import reference as sdpa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from mminfer import InferenceConfig, attention, patched
+from mminfer import InferenceConfig, patched
 from mminfer.attention import NAME, causal_attention, routed_attention
 from tests.tiny import tiny_inputs, tiny_model
 
@@ -33,18 +34,19 @@ def dense(q, k, v, scale, places=None, window=None):
 
 
 def check(q, k, v, scale=0.3, places=None, window=None):
-    out = causal_attention(q, k, v, scale, places, window)
-    assert out.shape == q.shape and out.dtype == q.dtype
     wanted = dense(q, k, v, scale, places, window)
-    torch.testing.assert_close(out.double(), wanted, rtol=1e-5, atol=2e-6)
+    blocked = prompt_attention(q, k, v, scale, places, window, backend="reference")
+    for out in (causal_attention(q, k, v, scale, places, window), blocked):
+        assert out.shape == q.shape and out.dtype == q.dtype
+        torch.testing.assert_close(out.double(), wanted, rtol=1e-5, atol=2e-6)
 
 
 @pytest.fixture(params=[None, (7, 1 << 24), (512, 100), (512, 1)], ids=["default", "rows", "mask", "one row"])
 def _blocks(request, monkeypatch):
     """Blocks of seven rows, blocks as small as the mask may be, and a row at a time."""
     if request.param is not None:
-        monkeypatch.setattr(attention, "BLOCK_ROWS", request.param[0])
-        monkeypatch.setattr(attention, "MASK_ELEMENTS", request.param[1])
+        monkeypatch.setattr(sdpa, "BLOCK_ROWS", request.param[0])
+        monkeypatch.setattr(sdpa, "MASK_ELEMENTS", request.param[1])
 
 
 @pytest.mark.usefixtures("_blocks")
@@ -85,8 +87,8 @@ def test_any_queries_and_any_blocks(keys, window, rows, elements, data):
     asked = data.draw(st.lists(st.integers(0, keys - 1), unique=True, min_size=1).map(sorted))
     torch.manual_seed(keys)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "BLOCK_ROWS", rows)
-        patch.setattr(attention, "MASK_ELEMENTS", elements)
+        patch.setattr(sdpa, "BLOCK_ROWS", rows)
+        patch.setattr(sdpa, "MASK_ELEMENTS", elements)
         check(*qkv(len(asked), keys), places=torch.tensor(asked), window=window)
 
 

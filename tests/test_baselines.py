@@ -139,8 +139,8 @@ def passes(monkeypatch):
     """Every call of LOOK-M, by (layer, sequence), in order of time."""
     found, apply = defaultdict(list), LookM.apply
 
-    def recorded(self, q, entries, seen, layer_idx, query_index, scale):
-        out = apply(self, q, entries, seen, layer_idx, query_index, scale)
+    def recorded(self, q, entries, seen, layer_idx, query_index, scale, mass=None):
+        out = apply(self, q, entries, seen, layer_idx, query_index, scale, mass)
         last = torch.arange(len(entries) - q.shape[2], len(entries))
         asked = last if query_index is None else query_index
         found[layer_idx].append(Pass(q, entries, seen, asked, scale, out))

@@ -82,7 +82,8 @@ def test_the_figures_are_those_of_the_run(engine):
     assert 0 < stats.prompt_ms < stats.ttft_ms
     assert stats.new_tokens == len(output.token_ids) == 2
     assert stats.peak_bytes > 10_000_000
-    assert stats.backends["column_mass"] == stats.backends["best_match"] == "reference"
+    assert {"best_match", "merge_rows", "power_iterate", "prompt_attention_mass"} <= stats.backends.keys()
+    assert set(stats.backends.values()) <= {"native", "reference"}
 
 
 def test_off_counts_the_full_models_flops(engine):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from mminfer.models.base import ModelSpec
 
 MERGES = ("average", "weighted", "pivot", "none")
+QUERIES = ("all", "strided", "last")
 SINKS = 4  # first tokens, always kept where text has no priority
 
 
@@ -34,6 +36,10 @@ class LookM(CacheTechnique):
         merge: "average", "weighted", "pivot", or "none" to evict only.
         text_prior: whether every text entry stays.
         budget: entries a head in place of ratios, shared out between important and recent as the ratios are.
+        queries: whose attention counts: "all" (the paper's), "strided" (every `stride`-th query, the last one among
+            them) or "last" (the last `window` queries).
+        stride: of strided queries.
+        window: how many the last queries are.
 
     Raises:
         ConfigError: a setting is out of range.
@@ -48,6 +54,9 @@ class LookM(CacheTechnique):
     merge: str = "pivot"
     text_prior: bool = True
     budget: int | None = None
+    queries: str = "all"
+    stride: int = 8
+    window: int = 64
 
     def __post_init__(self) -> None:
         for name, zero in (("important_ratio", False), ("recent_ratio", True)):
@@ -62,6 +71,11 @@ class LookM(CacheTechnique):
             raise ConfigError(f"LookM.text_prior={self.text_prior!r}, wanted True or False")
         if self.budget is not None and not is_whole(self.budget, least=1):
             raise ConfigError(f"LookM.budget={self.budget!r}, wanted 1 or more entries, or None for the ratios")
+        if self.queries not in QUERIES:
+            raise ConfigError(f"LookM.queries={self.queries!r}, wanted one of {', '.join(QUERIES)}")
+        for name in ("stride", "window"):
+            if not is_whole(getattr(self, name), least=1):
+                raise ConfigError(f"LookM.{name}={getattr(self, name)!r}, wanted a whole number of 1 or more")
 
     def check(self, spec: ModelSpec) -> None:
         for name in ("important_ratio", "recent_ratio"):
@@ -84,11 +98,15 @@ class LookM(CacheTechnique):
         layer_idx: int,
         query_index: Tensor | None,
         scale: float,
+        mass: Tensor | None = None,
     ) -> CacheEntries:
-        important, recent = self.quota(seen, layer_idx)
-        if self.budget is None and important >= seen:  # and so it will stay; a budget may yet be passed
+        if self._keeps_all(seen, layer_idx):
             return entries
-        score = self.score(q, entries.keys, layer_idx, query_index, scale)
+        important, recent = self.quota(seen, layer_idx)
+        if mass is None:
+            score = self.score(q, entries.keys, layer_idx, query_index, scale)
+        else:
+            score = _sum_of_groups(mass, entries.keys.shape[1])
         entries = replace(entries, score=score if entries.score is None else entries.score + score)
         if len(entries) <= important + recent or entries.score is None or entries.is_visual is None:
             return entries
@@ -97,6 +115,13 @@ class LookM(CacheTechnique):
             return entries
         keys, values = lookm_merge(entries.keys, entries.values, kept, self.merge)
         return CacheEntries(keys, values, entries.is_visual.gather(2, kept), entries.score.gather(2, kept))
+
+    def wants_mass(self, seen: int, layer_idx: int) -> bool:
+        return self.queries == "all" and not self._keeps_all(seen, layer_idx)
+
+    def _keeps_all(self, seen: int, layer_idx: int) -> bool:
+        """Whether nothing is evicted now or later: a budget may yet be passed."""
+        return self.budget is None and self.quota(seen, layer_idx)[0] >= seen
 
     def quota(self, seen: int, layer_idx: int) -> tuple[int, int]:
         """Entries kept before the recent window, and in it, of so many tokens; all where the ratios add up to 1."""
@@ -115,12 +140,34 @@ class LookM(CacheTechnique):
         groups, keys = k.shape[1:3]
         if query_index is not None and len(query_index) == 0:
             return torch.zeros(1, groups, keys, device=k.device)
+        chosen = self._chosen(q.shape[2], q.device)
+        if chosen is not None:
+            places = torch.arange(keys - q.shape[2], keys, device=q.device) if query_index is None else query_index
+            q, query_index = q.index_select(2, chosen), places[chosen]
         mass = column_mass(q, k, query_index=query_index, scale=scale)
-        return mass.view(1, groups, -1, keys).sum(2)
+        return _sum_of_groups(mass, groups)
+
+    def _chosen(self, queries: int, device: torch.device) -> Tensor | None:
+        """[K] int64: the queries whose attention counts; None: all."""
+        if self.queries == "all":
+            return None
+        if self.queries == "last":
+            return torch.arange(max(0, queries - self.window), queries, device=device)
+        return torch.arange((queries - 1) % self.stride, queries, self.stride, device=device)
 
     def cost(self, spec: ModelSpec, lengths: Sequence[int]) -> int:
         """One product for the logits, and one of a vote with the probabilities; matching the keys is left out."""
-        return 2 * spec.num_attention_heads * (spec.head_dim + 1) * sum(lengths)
+        pairs = sum(lengths)
+        if self.queries == "strided":
+            pairs //= self.stride
+        elif self.queries == "last":  # of n tokens, n * n / 2 pairs, the last see about n keys each
+            pairs = sum(min(p, int(self.window * math.sqrt(2 * p))) for p in lengths)
+        return 2 * spec.num_attention_heads * (spec.head_dim + 1) * pairs
+
+
+def _sum_of_groups(mass: Tensor, groups: int) -> Tensor:
+    """[B, H, N] -> [B, G, N]: the query heads of a group share its entries."""
+    return mass.view(mass.shape[0], groups, -1, mass.shape[2]).sum(2)
 
 
 def lookm_compress(

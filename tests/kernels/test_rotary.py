@@ -65,7 +65,9 @@ def test_sections_are_the_hosts(config, module, interleaved):
 def test_rotation_is_the_hosts(dtype):
     q, k = torch.randn(2, 6, 63, 64).to(dtype), torch.randn(2, 2, 63, 64).to(dtype)
     cos, sin = rotary_table(torch.rand(2, 63, dtype=torch.float64) * 500, inverse_frequencies(), dtype=dtype)
-    for mine, theirs in zip(apply_rotary(q, k, cos, sin), apply_rotary_pos_emb(q, k, cos, sin), strict=True):
+    for mine, theirs in zip(
+        apply_rotary(q, k, cos, sin, "reference"), apply_rotary_pos_emb(q, k, cos, sin), strict=True
+    ):
         assert torch.equal(mine, theirs)
 
 

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from mminfer_kernels.prompt_attention import reference as sdpa
 
-from mminfer import V2PE, AIMMerge, InferenceConfig, OperatorSkip, attention, patched
+from mminfer import V2PE, AIMMerge, InferenceConfig, OperatorSkip, patched
 from mminfer.attention import causal_attention
 from mminfer.metrics.memory import full_cache_bytes
 from mminfer.models.registry import adapter_for
@@ -22,7 +23,7 @@ def dense(q, k, v, visible):
 @pytest.mark.parametrize("window", [None, 1, 9, 30])
 @pytest.mark.parametrize("past", [0, 5])
 def test_attention_in_blocks_is_attention_under_the_whole_mask(rows, window, past, monkeypatch):
-    monkeypatch.setattr(attention, "BLOCK_ROWS", rows)
+    monkeypatch.setattr(sdpa, "BLOCK_ROWS", rows)
     block = torch.tensor([-1] * 4 + [0] * 6 + [-1] + [1] * 12 + [2] * 3 + [-1] * 4)
     queries, keys = len(block), len(block) + past
     place, column = torch.arange(past, keys)[:, None], torch.arange(keys)

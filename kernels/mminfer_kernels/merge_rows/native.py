@@ -30,12 +30,11 @@ def merge_rows(
         from mminfer_kernels.merge_rows import cuda_kernel
 
         return cuda_kernel.merge_rows(dst, src, index, dst_weight, src_weight)
+    if src.dtype != dst.dtype:
+        merged, weight = merge_rows(dst.float(), src.float(), index, dst_weight, src_weight)
+        return merged.to(dst.dtype), weight
     merged = torch.empty_like(dst, memory_format=torch.contiguous_format)
     weight = torch.empty(dst.shape[:-1], dtype=torch.float32)
-    if src.dtype != dst.dtype:
-        src = src.to(torch.float32)
-        dst = dst.to(torch.float32)
-        merged = merged.to(torch.float32)
     into, rows = as_batch(dst), as_batch(src)
     if merged.numel() == 0:
         return merged, torch.ones_like(weight) if dst_weight is None else dst_weight.float()

@@ -4,7 +4,7 @@ import torch
 
 from mminfer_kernels.backends import cpu_takes, on_cuda, triton_takes
 from mminfer_kernels.column_mass import check_attention, check_weights, pairs_of
-from mminfer_kernels.dispatch import register, resolve
+from mminfer_kernels.dispatch import backend_for, register, resolve
 from mminfer_kernels.prompt_attention import reference
 from mminfer_kernels.tracing import traceable
 
@@ -52,7 +52,8 @@ def _flops_mass(
     **kwargs: object,
 ) -> int:
     pairs = q.shape[0] * q.shape[1] * pairs_of(q, k, query_index, None)
-    return (4 * q.shape[3] + 2) * pairs
+    products = 2 if backend_for("prompt_attention_mass", q, k, v) == "native" else 3  # only there logits are shared
+    return (2 * products * q.shape[3] + 2) * pairs
 
 
 @traceable(_fake, _flops)
