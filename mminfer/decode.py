@@ -14,13 +14,13 @@ from torch import Tensor
 
 from mminfer.attention import routed_attention
 from mminfer.cache.kv_cache import CompressedCache, CompressedLayer
+from mminfer.compiled import CompiledStep, Tables
 from mminfer.config import InferenceConfig
 from mminfer.fused import fused_weights, hooks_of
 from mminfer.models.base import ModelAdapter
 from mminfer.prefill import fractional
 
 STEPS_AHEAD = 64
-Tables = dict[str, tuple[Tensor, Tensor]]  # for each kind of layer cos and sin, [..., B, 1, D]
 
 
 class Decoder:
@@ -32,10 +32,12 @@ class Decoder:
     Args:
         adapter: the host model.
         config: the techniques (only positions matter here).
+        compile: run the host's modules under torch.compile instead, where that works.
     """
 
-    def __init__(self, adapter: ModelAdapter, config: InferenceConfig) -> None:
+    def __init__(self, adapter: ModelAdapter, config: InferenceConfig, compile: bool = False) -> None:
         self.adapter = adapter
+        self._compiled = CompiledStep(adapter) if compile else None
         self._rotary = RotaryAhead(adapter, fractional(config))
         self._view = LayersView(adapter)
 
@@ -55,16 +57,32 @@ class Decoder:
             Logits [B, 1, vocabulary].
         """
         tables = self._rotary.tables(hidden_states, cache.next_position)
-        weights = self._fused_weights(hidden_states, tables)
-        if weights is None:
-            note_backend("decode_step", "host")
-            logits = self.adapter.logits(self._through_modules(hidden_states, tables, cache))
-        else:
-            cos, sin = tables[self.adapter.layer_kinds[0]]
-            caches = [LayerCache(*held.reserve(1), held.starts, held.end) for held in cache.layers]
-            logits = fused_step(hidden_states[:, 0], cos[:, 0], sin[:, 0], weights, caches, "native")[:, None]
+        logits = self._by_compiled(hidden_states, tables, cache)
+        if logits is None:
+            logits = self._by_fused(hidden_states, tables, cache)
+        if logits is None:
+            logits = self._by_modules(hidden_states, tables, cache)
         cache.advance(1)
         return logits
+
+    @property
+    def compile_ms(self) -> float:
+        """Time of the steps so far in which something was compiled."""
+        return 0.0 if self._compiled is None else self._compiled.compile_ms
+
+    def _by_compiled(self, hidden_states: Tensor, tables: Tables, cache: CompressedCache) -> Tensor | None:
+        if self._compiled is None or not self._compiled.ready or self._view.hooked or watched():
+            return None
+        note_backend("decode_step", "compiled")
+        return self._compiled(hidden_states, tables, cache)
+
+    def _by_fused(self, hidden_states: Tensor, tables: Tables, cache: CompressedCache) -> Tensor | None:
+        weights = self._fused_weights(hidden_states, tables)
+        if weights is None:
+            return None
+        cos, sin = tables[self.adapter.layer_kinds[0]]
+        caches = [LayerCache(*held.reserve(1), held.starts, held.end) for held in cache.layers]
+        return fused_step(hidden_states[:, 0], cos[:, 0], sin[:, 0], weights, caches, "native")[:, None]
 
     def _fused_weights(self, hidden_states: Tensor, tables: Tables) -> DecoderWeights | None:
         """The layers' weights, if the fused step may run this time."""
@@ -76,7 +94,8 @@ class Decoder:
         shape = (len(hidden_states), 1, self.adapter.spec.head_dim)  # older hosts give each axis of M-RoPE its table
         return self._view.weights if cos.shape == shape else None
 
-    def _through_modules(self, hidden_states: Tensor, tables: Tables, cache: CompressedCache) -> Tensor:
+    def _by_modules(self, hidden_states: Tensor, tables: Tables, cache: CompressedCache) -> Tensor:
+        note_backend("decode_step", "host")
         adapter = self.adapter
         with routed_attention(adapter.text_config):
             for layer, kind, held in zip(adapter.layers, adapter.layer_kinds, cache.layers, strict=True):
@@ -87,7 +106,7 @@ class Decoder:
                     use_cache=False,
                     attend=partial(_attend, held),
                 )
-        return hidden_states
+        return adapter.logits(hidden_states)
 
 
 class LayersView:

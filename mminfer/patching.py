@@ -44,15 +44,16 @@ class PatchHandle:
         room: how many tokens to come the cache has room for from the start.
         first_token_at: `time.perf_counter()` at the end of the last prompt pass.
         step_ms: duration of each decoding step since then.
+        compile_ms: time of the steps in which something was compiled, since the patch was set; not among `step_ms`.
     """
 
-    def __init__(self, model: Any, config: InferenceConfig) -> None:
+    def __init__(self, model: Any, config: InferenceConfig, compile: bool = False) -> None:
         if isinstance(getattr(model.__dict__.get("forward"), "mminfer_handle", None), PatchHandle):
             raise ConfigError("the model is patched already: call undo() on that patch first")
         self.model, self.config = model, config
         self.adapter: ModelAdapter = adapter_for(model)
         config.check(self.adapter.spec)
-        self._decoder = Decoder(self.adapter, config)
+        self._decoder = Decoder(self.adapter, config, compile)
         self.records: list[PromptRecord] = []
         self.prompt_ms: list[float] = []
         self.first_token_at = 0.0
@@ -76,6 +77,10 @@ class PatchHandle:
         vars(forward)["mminfer_handle"] = self
         model.forward = forward
 
+    @property
+    def compile_ms(self) -> float:
+        return self._decoder.compile_ms
+
     def undo(self) -> None:
         """Gives the model back as it was. Calling it again does nothing."""
         if getattr(self.model.__dict__.get("forward"), "mminfer_handle", None) is not self:
@@ -92,8 +97,10 @@ class PatchHandle:
         cache = _cache_of(inputs)
         start = time.perf_counter()
         if cache.logical_length and _is_step(inputs):
+            compiled = self.compile_ms
             logits = self._step(inputs, cache)
-            self.step_ms.append(1e3 * (time.perf_counter() - start))
+            if self.compile_ms == compiled:
+                self.step_ms.append(1e3 * (time.perf_counter() - start))
         else:
             self._rows = None
             self._decoder.renew()
@@ -178,7 +185,7 @@ def _is_step(inputs: dict[str, Any]) -> bool:
     return like.shape[1] == 1 and not any(x is not None and (isinstance(x, Tensor) or len(x) > 0) for x in seen)
 
 
-def patch(model: Any, config: InferenceConfig) -> PatchHandle:
+def patch(model: Any, config: InferenceConfig, compile: bool = False) -> PatchHandle:
     """Makes a loaded Hugging Face vision-language model run with these techniques, in its own `generate`.
 
     `forward` of the instance is replaced, nothing else: no class, no weight, no global table. When rows leave the
@@ -187,6 +194,8 @@ def patch(model: Any, config: InferenceConfig) -> PatchHandle:
     Args:
         model: a `...ForConditionalGeneration` of a supported family.
         config: the techniques; `InferenceConfig()` changes nothing but the way it is computed.
+        compile: decode by the host's modules under torch.compile. The first token takes the time to compile, half a
+            minute or more; where it fails, decoding goes on as without.
 
     Returns:
         A handle; `undo()` gives the model back as it was.
@@ -195,13 +204,13 @@ def patch(model: Any, config: InferenceConfig) -> PatchHandle:
         UnsupportedModelError: the family has no adapter.
         ConfigError: a setting does not fit the model, or it is patched already.
     """
-    return PatchHandle(model, config)
+    return PatchHandle(model, config, compile)
 
 
 @contextmanager
-def patched(model: Any, config: InferenceConfig) -> Iterator[PatchHandle]:
+def patched(model: Any, config: InferenceConfig, compile: bool = False) -> Iterator[PatchHandle]:
     """`patch` for the time of a `with` block."""
-    handle = patch(model, config)
+    handle = patch(model, config, compile)
     try:
         yield handle
     finally:
