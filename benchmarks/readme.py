@@ -47,18 +47,46 @@ def needle() -> str:
 def prompt_pass() -> str:
     """FLOPs and time of the prompt pass."""
     rows = read_rows("prompt_pass")
-    header = ["model", "tokens", "setting", "GFLOP", "ms (p20 to p80)", "FLOPs ratio", "speed-up", "speed-up / ratio"]
+    header = ["model", "tokens", "setting", "GFLOP", "ms (p20 to p80)", "FLOPs ratio", "speed-up", "techniques' share"]
     table = []
     for r in rows:
         span = f"{float(r['median_ms']):,.0f} ({float(r['p20_ms']):,.0f} to {float(r['p80_ms']):,.0f})"
-        ratios = [f"{float(r[name]):.2f}" for name in ("flops_ratio", "speedup", "share_of_ratio")]
+        ratios = [f"{float(r[name]):.2f}" for name in ("flops_ratio", "speedup")]
+        ratios.append(f"{100 * float(r['techniques_share']):.1f} %")
         tokens = f"{int(r['tokens']):,}"
         table.append([r["model"], tokens, f"`{r['setting']}`", f"{float(r['gflops']):,.1f}", span, *ratios])
-    origin = rows[0]
+    return f"{_markdown(header, table)}\n\n{_origin(rows[0])}; medians of runs interleaved in one process."
+
+
+def kernels() -> str:
+    """Every op's native kernel beside what it is compared with."""
+    rows = read_rows("kernels")
+    header = ["op", "run", "ms (p20 to p80)", "of the first", "GFLOP/s", "GB/s", "extra MiB"]
+    table, before = [], ""
+    for r in rows:
+        span = f"{float(r['median_ms']):,.1f} ({float(r['p20_ms']):,.1f} to {float(r['p80_ms']):,.1f})"
+        name = "" if r["op"] == before else r["op"]
+        table.append([name, r["run"], span, f"{float(r['of_first']):.2f}", r["gflops_a_s"], r["gb_a_s"], r["extra_mib"]])
+        before = r["op"]
+    return f"{_markdown(header, table)}\n\n{_origin(rows[0])}; medians of runs interleaved in one process."
+
+
+def scores() -> str:
+    """Overlap of what sampled scores keep with what exact ones keep."""
+    rows = read_rows("scores")
+    cells = {(r["queries"], r["images"], r["budget"], r["text_prior"]): r["overlap"] for r in rows}
+    columns = list(dict.fromkeys(key[1:] for key in cells))
+    header = ["queries"]
+    header += [f"{n} pictures, {float(b):.0%}{'' if prior == 'True' else ', no text prior'}" for n, b, prior in columns]
+    table = [[name, *(cells[name, *c] for c in columns)] for name in dict.fromkeys(key[0] for key in cells)]
+    return _markdown(header, table)
+
+
+def _origin(r: dict[str, str]) -> str:
+    """Where a row comes from, for the line below a table."""
     return (
-        f"{_markdown(header, table)}\n\n{origin['device']}, {origin['threads']} threads, float32, torch "
-        f"{origin['torch']}, transformers {origin['transformers']}, commit `{origin['commit']}`; medians of runs "
-        "interleaved in one process."
+        f"{r['device']}, {r['threads']} threads, float32, torch {r['torch']}, transformers {r['transformers']}, commit "
+        f"`{r['commit']}`"
     )
 
 
@@ -116,7 +144,8 @@ def presets() -> str:
 
 
 SECTIONS: dict[str, Callable[[], str]] = {
-    section.__name__: section for section in (needle, prompt_pass, batch_decode, turns, families, support, presets)
+    section.__name__: section
+    for section in (needle, prompt_pass, kernels, scores, batch_decode, turns, families, support, presets)
 }
 
 

@@ -126,6 +126,7 @@ def doctor() -> None:
     import mminfer_kernels
     import torch
     import transformers
+    from mminfer_kernels import build, status
 
     from mminfer.config import PRESETS
     from mminfer.models.registry import supported_families
@@ -137,14 +138,21 @@ def doctor() -> None:
         "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
         "transformers": transformers.__version__,
         "gpu": gpu,
+        "triton": status.triton_status(),
+        "native kernels": build.status(),
         "families": ", ".join(supported_families()),
         "presets": ", ".join(PRESETS),
     }
-    for op in mminfer_kernels.OPS:
-        rows[op] = ", ".join(mminfer_kernels.available_backends(op))
     for name, value in rows.items():
         table.add_row(name, value)
     _out.print(table)
+    ops = Table(title="what each op runs with", title_justify="left")
+    for column in ("op", "device", "backend", "why"):
+        ops.add_column(column)
+    for op in mminfer_kernels.OPS:
+        for choice in status.choices(op):
+            ops.add_row(*choice)
+    _out.print(ops)
 
 
 def _answer(engine: Engine, messages: list[dict[str, Any]], kwargs: dict[str, Any]) -> GenerationOutput:

@@ -223,15 +223,18 @@ def prompt_pass(
             layers.append(CompressedLayer(attend.entries, attend.seen, cache))
             record.layers.append(attend.record(ffn))
             if attend.kept:
-                kept = torch.cat(attend.kept)
-                hidden, layout = hidden.index_select(1, kept), layout.select(kept)
-                tables = {
-                    kind: (cos.index_select(-2, kept), sin.index_select(-2, kept))
-                    for kind, (cos, sin) in tables.items()
-                }
+                hidden, layout, tables = keep_rows(torch.cat(attend.kept), hidden, layout, tables)
     taken_in = [a + b for a, b in zip(earlier, record.prompt, strict=True)]
     cache.commit(layers, columns, taken_in, next_position)
     return hidden[0], layout, record
+
+
+def keep_rows(
+    kept: Tensor, hidden: Tensor, layout: TokenLayout, tables: dict[str, tuple[Tensor, Tensor]]
+) -> tuple[Tensor, TokenLayout, dict[str, tuple[Tensor, Tensor]]]:
+    """Hidden states [1, T, C], layout and rotary tables of the rows in `kept` ([K] int64, ascending)."""
+    narrowed = {kind: (cos.index_select(-2, kept), sin.index_select(-2, kept)) for kind, (cos, sin) in tables.items()}
+    return hidden.index_select(1, kept), layout.select(kept), narrowed
 
 
 def _through_layer(

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import av
+import mminfer_kernels
 import numpy as np
 import pytest
 from PIL import Image
@@ -150,7 +151,7 @@ def test_an_image_of_ones_own_goes_in(sample):
 def test_doctor_lists_what_there_is():
     result = invoke("doctor")
     assert result.exit_code == 0
-    for name in (*supported_families(), *PRESETS, "best_match", "decode_attention", "reference"):
+    for name in (*supported_families(), *PRESETS, *mminfer_kernels.OPS, "reference", "native kernels"):
         assert name in result.stdout
 
 

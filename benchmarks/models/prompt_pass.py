@@ -3,25 +3,72 @@
     python -m benchmarks.models.prompt_pass --repeats 5
 
 FLOPs are counted while the pass runs (matrix products and attention), the language model alone: visual features are
-ready made. The speed-up is the time with everything off over the setting's.
+ready made. The speed-up is the host's time over the setting's; the share is the time that merging, scores, pruning and
+eviction themselves take of the setting's.
 """
 
 import argparse
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from statistics import median
 from typing import Any
+from unittest import mock
 
 import torch
 
 from benchmarks.common import interleaved, write_rows
 from benchmarks.models.geometries import llava_onevision_05b, nano_prompt, video_prompt
-from mminfer import InferenceConfig, patched
+from mminfer import AIMMerge, AIMPrune, InferenceConfig, LookM, patched, prefill
 from mminfer.metrics.flops import measured_flops
 
 PRESETS = ("off", "aim", "aim-merge", "aim-prune", "lookm-20", "skip-ffn", "balanced", "fast")
 
 
-def runs_of(model: Any, inputs: dict[str, Any]) -> dict[str, Callable[[], None]]:
-    """One call for the host and one for each preset."""
+class Stopwatch:
+    """Seconds spent in what it wraps."""
+
+    seconds = 0.0
+
+    def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.seconds += time.perf_counter() - start
+
+        return timed
+
+
+@contextmanager
+def techniques_timed() -> Iterator[Stopwatch]:
+    """Times what the techniques themselves do; the scores that come with an attention are in the attention's time."""
+    watch = Stopwatch()
+    wrapped = [(AIMMerge, "apply"), (AIMPrune, "apply"), (LookM, "apply"), (prefill, "keep_rows")]
+    patches = [mock.patch.object(owner, name, watch.around(getattr(owner, name))) for owner, name in wrapped]
+    for patch in patches:
+        patch.start()
+    try:
+        yield watch
+    finally:
+        for patch in patches:
+            patch.stop()
+
+
+def share_of_techniques(run: Callable[[], None], repeats: int = 3) -> float:
+    """Median over runs of the techniques' part of the time."""
+    shares = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        with techniques_timed() as watch:
+            run()
+        shares.append(watch.seconds / (time.perf_counter() - start))
+    return median(shares)
+
+
+def runs_of(model: Any, inputs: dict[str, Any], settings: list[str]) -> dict[str, Callable[[], None]]:
+    """One call for the host and one for each setting."""
 
     @torch.no_grad()
     def host() -> None:
@@ -36,12 +83,12 @@ def runs_of(model: Any, inputs: dict[str, Any]) -> dict[str, Callable[[], None]]
 
         return run
 
-    return {"host": host, **{name: ours(name) for name in PRESETS}}
+    return {"host": host, **{name: ours(name) for name in settings}}
 
 
-def measure(name: str, model: Any, inputs: dict[str, Any], repeats: int) -> list[dict[str, Any]]:
+def measure(name: str, model: Any, inputs: dict[str, Any], settings: list[str], repeats: int) -> list[dict[str, Any]]:
     """One row a run."""
-    runs = runs_of(model, inputs)
+    runs = runs_of(model, inputs, settings)
     flops = {}
     for run_name, run in runs.items():
         with measured_flops() as counter:
@@ -50,13 +97,15 @@ def measure(name: str, model: Any, inputs: dict[str, Any], repeats: int) -> list
     times = interleaved(runs, repeats)
     rows = []
     for run_name in runs:
-        flops_ratio = flops["off"] / flops[run_name]
-        speedup = times["off"]["median_ms"] / times[run_name]["median_ms"]
+        flops_ratio = flops["host"] / flops[run_name]
+        speedup = times["host"]["median_ms"] / times[run_name]["median_ms"]
+        share = 0.0 if run_name in ("host", "off") else share_of_techniques(runs[run_name])
         rows.append({
             "model": name, "tokens": inputs["input_ids"].shape[1], "setting": run_name,
             "gflops": round(flops[run_name] / 1e9, 2),
             **{key: round(value, 2) for key, value in times[run_name].items()}, "flops_ratio": round(flops_ratio, 3),
-            "speedup": round(speedup, 3), "share_of_ratio": round(speedup / flops_ratio, 3), "repeats": repeats,
+            "speedup": round(speedup, 3), "share_of_ratio": round(speedup / flops_ratio, 3), "techniques_share": round(share, 4),
+            "repeats": repeats,
         })  # fmt: skip
         print(rows[-1])
     return rows
@@ -65,20 +114,22 @@ def measure(name: str, model: Any, inputs: dict[str, Any], repeats: int) -> list
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--frames", type=int, default=8, help="frames of 196 tokens for LLaVA-OneVision-0.5B's geometry"
+        "--frames", type=int, nargs="+", default=[8, 32], help="of 196 tokens, for LLaVA-OneVision-0.5B's geometry"
     )
     parser.add_argument("--images", type=int, nargs="+", default=[32, 128], help="pictures of 64 tokens for nano")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--settings", nargs="+", default=list(PRESETS), choices=list(PRESETS))
     parser.add_argument("--models", nargs="+", default=["nano", "llava-onevision-0.5b"])
     parser.add_argument("--out", default="prompt_pass", help="name of the CSV file in benchmarks/results; '-' for none")
     args = parser.parse_args()
     rows = []
     if "nano" in args.models:
         for images in args.images:
-            rows += measure("nano", *nano_prompt(images), args.repeats * 2)
+            rows += measure("nano", *nano_prompt(images), args.settings, args.repeats * 2)
     if "llava-onevision-0.5b" in args.models:
         model = llava_onevision_05b()
-        rows += measure("llava-onevision-0.5b", model, video_prompt(model, args.frames), args.repeats)
+        for frames in args.frames:
+            rows += measure("llava-onevision-0.5b", model, video_prompt(model, frames), args.settings, args.repeats)
     if args.out != "-":
         print(write_rows(args.out, rows, key=("model", "tokens", "setting")))
 

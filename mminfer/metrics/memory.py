@@ -36,11 +36,23 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
         peak.bytes = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _resident_peak()
 
 
-def _resident_peak() -> int:
+def resident_bytes() -> int:
+    """Memory of the process that is in use now, where the system tells (Linux); else the highest so far."""
+    return _of_status("VmRSS:") or _resident_peak()
+
+
+def _of_status(name: str) -> int:
     with suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
+            if line.startswith(name):
                 return 1024 * int(line.split()[1])
+    return 0
+
+
+def _resident_peak() -> int:
+    peak = _of_status("VmHWM:")
+    if peak:
+        return peak
     usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return usage if sys.platform == "darwin" else 1024 * usage
 
