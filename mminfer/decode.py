@@ -36,13 +36,13 @@ class Decoder:
     """
 
     def __init__(self, adapter: ModelAdapter, config: InferenceConfig, compile: bool = False) -> None:
-        self.adapter = adapter
+        self.adapter, self._config = adapter, config
         self._compiled = CompiledStep(adapter) if compile else None
-        self._rotary = RotaryAhead(adapter, fractional(config))
-        self._view = LayersView(adapter)
+        self.renew()
 
     def renew(self) -> None:
-        """Looks at the host's layers afresh: between two prompts they may have been changed."""
+        """Looks at the host's modules afresh: between two prompts they may have been changed."""
+        self._rotary = RotaryAhead(self.adapter, fractional(self._config))
         self._view = LayersView(self.adapter)
 
     @torch.no_grad()

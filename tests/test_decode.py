@@ -241,6 +241,23 @@ def test_one_graph_serves_all_steps_and_lengths(traced, family):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+@native
+def test_one_layer_truly_compiled():
+    """By the real compiler, which takes long: so one layer, and no batch."""
+    model, inputs = copy.deepcopy(tiny_model("llava")), tiny_inputs("llava", [[3, IMAGE, 4]])
+    text = adapter_for(model).language_model
+    text.layers, text.config.num_hidden_layers = text.layers[:1], 1
+    host = model.generate(**inputs, **GREEDY)
+    torch._dynamo.reset()
+    with patched(model, OFF, compile=True) as handle, record_backends() as backends:
+        assert_same(model.generate(**inputs, **GREEDY), host)
+        assert handle.compile_ms > 0 and len(handle.step_ms) == GREEDY["max_new_tokens"] - 2
+        first = handle.compile_ms
+        assert_same(model.generate(**inputs, **GREEDY), host)
+    assert handle.compile_ms == first
+    assert backends["decode_step"] == "compiled"
+
+
 def test_a_compiler_that_fails_is_done_without(monkeypatch, caplog):
     def broken():
         raise RuntimeError("no compiler\nat all")
