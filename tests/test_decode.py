@@ -8,11 +8,13 @@ import torch
 from mminfer_kernels import record_backends
 from mminfer_kernels.backends import cpu_takes
 from torch import nn
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from mminfer import V2PE, AIMPrune, Engine, InferenceConfig, LookM, compiled, nano, patched
 from mminfer.decode import STEPS_AHEAD, RotaryAhead
 from mminfer.metrics.flops import measured_flops
 from mminfer.models.registry import adapter_for
+from tests import tiny_models
 from tests.tiny import FAMILIES, IMAGE, fitting, tiny_inputs, tiny_model
 
 native = pytest.mark.skipif(not cpu_takes(torch.empty(0)), reason="no C++ library here")
@@ -213,6 +215,21 @@ def test_rotary_tables_ahead_are_the_hosts():
         got = ahead.tables(x, position)["full_attention"]
         torch.testing.assert_close(got[0], want[0], rtol=0, atol=1e-7)
         torch.testing.assert_close(got[1], want[1], rtol=0, atol=1e-7)
+
+
+def test_rotary_frequencies_that_follow_the_length():
+    """The prompt ends just before the length from which every step has frequencies of its own."""
+    text = LlamaConfig(
+        **tiny_models.TEXT, max_position_embeddings=24,
+        rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
+    )  # fmt: skip
+    vision = CLIPVisionConfig(**tiny_models.VISION, image_size=16, patch_size=4, projection_dim=32)
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=tiny_models.IMAGE_ID)
+    model = LlavaForConditionalGeneration._from_config(config, attn_implementation="sdpa").eval()
+    inputs = tiny_inputs("llava", [[22]])
+    host = model.generate(**inputs, **GREEDY)
+    assert adapter_for(model).rotary_follows_length
+    assert_same(run(model, inputs)[0], host)
 
 
 @pytest.fixture
