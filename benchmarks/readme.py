@@ -66,7 +66,9 @@ def kernels() -> str:
     for r in rows:
         span = f"{float(r['median_ms']):,.1f} ({float(r['p20_ms']):,.1f} to {float(r['p80_ms']):,.1f})"
         name = "" if r["op"] == before else r["op"]
-        table.append([name, r["run"], span, f"{float(r['of_first']):.2f}", r["gflops_a_s"], r["gb_a_s"], r["extra_mib"]])
+        table.append(
+            [name, r["run"], span, f"{float(r['of_first']):.2f}", r["gflops_a_s"], r["gb_a_s"], r["extra_mib"]]
+        )
         before = r["op"]
     return f"{_markdown(header, table)}\n\n{_origin(rows[0])}; medians of runs interleaved in one process."
 

@@ -9,10 +9,17 @@ from mminfer_kernels.tracing import traceable
 
 __all__ = ["decode_attention"]
 
+LARGEST_CUDA_HEAD = 512
+
+
+def _native_takes(*tensors: torch.Tensor) -> bool:
+    return native_takes(*tensors) and (not on_cuda(*tensors) or tensors[0].shape[-1] <= LARGEST_CUDA_HEAD)
+
+
 _ROOM = "mminfer_kernels.decode_attention"
 register("decode_attention", "reference", reference.decode_attention)
 register("decode_attention", "triton", f"{_ROOM}.triton_kernel:decode_attention", triton_takes, on_cuda)
-register("decode_attention", "native", f"{_ROOM}.native:decode_attention", native_takes)
+register("decode_attention", "native", f"{_ROOM}.native:decode_attention", _native_takes)
 
 
 def _fake(q: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
