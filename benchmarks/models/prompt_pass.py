@@ -104,8 +104,8 @@ def measure(name: str, model: Any, inputs: dict[str, Any], settings: list[str], 
             "model": name, "tokens": inputs["input_ids"].shape[1], "setting": run_name,
             "gflops": round(flops[run_name] / 1e9, 2),
             **{key: round(value, 2) for key, value in times[run_name].items()}, "flops_ratio": round(flops_ratio, 3),
-            "speedup": round(speedup, 3), "share_of_ratio": round(speedup / flops_ratio, 3), "techniques_share": round(share, 4),
-            "repeats": repeats,
+            "speedup": round(speedup, 3), "share_of_ratio": round(speedup / flops_ratio, 3),
+            "techniques_share": round(share, 4), "repeats": repeats,
         })  # fmt: skip
         print(rows[-1])
     return rows

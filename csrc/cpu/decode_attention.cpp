@@ -30,7 +30,8 @@ struct DecodeScratch {
 template <class T>
 void decode_piece(const DecodeArgs& x, int64_t batch, int64_t group, int64_t piece, DecodeScratch& s) {
   const int64_t repeat = x.heads / x.groups, rows = repeat * x.queries, width = padded(x.head_dim);
-  const int64_t start = (x.starts ? x.starts[batch] : 0) + piece * x.piece_keys;
+  const int64_t given = x.starts ? x.starts[batch] : 0, last = x.entries - x.queries;
+  const int64_t start = (given < 0 ? 0 : given > last ? last : given) + piece * x.piece_keys;
   const int64_t end = start + x.piece_keys < x.entries ? start + x.piece_keys : x.entries;
   float* partial = x.partial + ((batch * x.groups + group) * x.pieces + piece) * rows * (width + 2);
   Softmax state{partial, partial + rows * width, partial + rows * (width + 1)};

@@ -24,6 +24,7 @@ from mminfer_kernels.build import cache_folder, sources
 logger = logging.getLogger(__name__)
 
 OLDEST_ARCH = 80  # bfloat16 conversions
+LARGEST_HEAD = 512  # of decode attention: elements that a warp keeps in registers
 SCALARS = {torch.float32: "float", torch.bfloat16: "Bf16", torch.float16: "Fp16"}
 OPS = ("decode_attention", "merge_rows")
 

@@ -41,6 +41,15 @@ def pointer(x: torch.Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if x is None else x.data_ptr())
 
 
+def check_range(index: torch.Tensor, rows: int) -> None:
+    """Raises `IndexError` unless all places are among `rows`: the kernels would write wherever they are sent."""
+    if index.numel() == 0:
+        return
+    least, most = (int(x) for x in index.aminmax())
+    if least < 0 or most >= rows:
+        raise IndexError(f"index runs from {least} to {most}, wanted places from 0 to {rows - 1}")
+
+
 def rows_contiguous(x: torch.Tensor) -> torch.Tensor:
     """`x`, copied only if its last dimension is not contiguous."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

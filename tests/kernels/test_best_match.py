@@ -2,6 +2,8 @@ import pytest
 import torch
 from mminfer_kernels import best_match
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 
 def dense(src, dst):
     src, dst = src.double(), dst.double()

@@ -7,6 +7,8 @@ import torch
 from mminfer_kernels import column_mass, power_iterate
 from mminfer_kernels.column_mass import reference
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 HEADS = [(4, 4), (6, 2), (3, 1)]  # H, G
 
 

@@ -4,6 +4,8 @@ import pytest
 import torch
 from mminfer_kernels import decode_attention
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 
 def dense(q, k, v, starts, scale=None):
     queries, entries = q.shape[2], k.shape[2]

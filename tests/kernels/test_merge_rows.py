@@ -4,6 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mminfer_kernels import merge_rows
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 
 def one_by_one(dst, src, index, dst_weight, src_weight):
     """[T, C] float64, one source after the other."""

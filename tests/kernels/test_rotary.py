@@ -10,6 +10,8 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 )
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 
 def inverse_frequencies(size=64, base=1e6):
     return 1 / base ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
@@ -100,6 +102,9 @@ def test_wrong_input_is_named():
         "add up to 30": lambda: rotary_table(position, inv_freq, sections=[10, 10, 10]),
         "one an axis": lambda: rotary_table(position, inv_freq, sections=[16, 16], interleaved=True),
         "wanted \\[A, ..., N\\]": lambda: rotary_table(position[0, 0], inv_freq, sections=[32]),
+        "one dtype": lambda: apply_rotary(
+            torch.ones(1, 5, 4), torch.ones(1, 5, 4), torch.ones(5, 4), torch.ones(5, 4).half()
+        ),
         "even D": lambda: apply_rotary(position, position, position[0, :, :3], position[0, :, :3]),
         "k is": lambda: apply_rotary(torch.ones(1, 5, 4), torch.ones(1, 6, 4), torch.ones(5, 4), torch.ones(5, 4)),
     }

@@ -1,6 +1,8 @@
 import pytest
 import torch
-from mminfer_kernels import add_rows, gather_rows
+from mminfer_kernels import add_rows, gather_rms_norm, gather_rows, swiglu
+
+pytestmark = pytest.mark.usefixtures("backend")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
@@ -58,6 +60,32 @@ def test_add_no_rows():
     assert torch.equal(add_rows(x, torch.zeros(0, dtype=torch.int64), x[:0]), x)
 
 
+@pytest.mark.parametrize("batched", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_gather_rms_norm_is_the_norm_of_the_gathered(dtype, batched):
+    x, weight = torch.randn(2, 3, 40, 24).to(dtype), torch.rand(24).to(dtype)
+    index = torch.randint(40, (2, 3, 9) if batched else (9,))
+    rows = gather_rows(x, index).double()
+    wanted = rows / (rows.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
+    found = gather_rms_norm(x, index, weight, 1e-5)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, wanted.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_swiglu(dtype):
+    gate, up = 5 * torch.randn(3, 40, 24).to(dtype), torch.randn(3, 40, 24).to(dtype)
+    wanted = gate.double() / (1 + (-gate.double()).exp()) * up.double()
+    assert swiglu(gate, up).dtype == dtype
+    torch.testing.assert_close(swiglu(gate, up), wanted.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_add_rows_of_integers(dtype):
+    x, index = torch.arange(12).view(4, 3).to(dtype), torch.tensor([1, 1])
+    assert add_rows(x, index, torch.ones(2, 3, dtype=dtype))[1].tolist() == [5, 6, 7]
+
+
 def test_wrong_input_is_named():
     x, index = torch.randn(2, 6, 4), torch.zeros(2, 3, dtype=torch.int64)
     wrong = {
@@ -66,6 +94,8 @@ def test_wrong_input_is_named():
         "wanted int64": lambda: gather_rows(x, index.int()),
         "wanted \\[K\\] or": lambda: gather_rows(x, index[:1]),
         "rows is": lambda: add_rows(x, index, torch.randn(2, 2, 4)),
+        "weight is": lambda: gather_rms_norm(x, index, torch.ones(5)),
+        "wanted the same": lambda: swiglu(x, x[:1]),
         "wanted torch.float32": lambda: add_rows(x, index, torch.randn(2, 3, 4).half()),
     }
     for message, call in wrong.items():

@@ -3,17 +3,16 @@
 import torch
 
 from mminfer_kernels.backends import native_takes, on_cuda, triton_takes
+from mminfer_kernels.cuda import LARGEST_HEAD
 from mminfer_kernels.decode_attention import reference
 from mminfer_kernels.dispatch import register, resolve
 from mminfer_kernels.tracing import traceable
 
 __all__ = ["decode_attention"]
 
-LARGEST_CUDA_HEAD = 512
-
 
 def _native_takes(*tensors: torch.Tensor) -> bool:
-    return native_takes(*tensors) and (not on_cuda(*tensors) or tensors[0].shape[-1] <= LARGEST_CUDA_HEAD)
+    return native_takes(*tensors) and (not on_cuda(*tensors) or tensors[0].shape[-1] <= LARGEST_HEAD)
 
 
 _ROOM = "mminfer_kernels.decode_attention"
@@ -47,7 +46,8 @@ def decode_attention(
         q: queries [B, H, S, D], S small, usually 1.
         k: keys [B, G, T, D], T >= S; query head h reads key head h // (H / G).
         v: values [B, G, T, D].
-        starts: [B] integers, at most T - S: the first valid entry of each row. None means all are valid.
+        starts: [B] integers from 0 to T - S: the first valid entry of each row; what lies outside counts as the
+            nearest of these, so that every query sees an entry. None means all are valid.
         scale: factor of the logits, `D ** -0.5` by default.
         backend: "auto", "native", "triton" or "reference".
 

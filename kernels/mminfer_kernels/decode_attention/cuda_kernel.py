@@ -7,8 +7,7 @@ import math
 import torch
 
 from mminfer_kernels import cuda
-from mminfer_kernels.cuda import SCALARS, Traffic, Variant, row_strides
-from mminfer_kernels.decode_attention import LARGEST_CUDA_HEAD
+from mminfer_kernels.cuda import LARGEST_HEAD, SCALARS, Traffic, Variant, row_strides
 
 THREADS = 128
 KEYS = 4  # of a thread at a time, as in the header
@@ -36,7 +35,7 @@ def decode_attention(
     """See `mminfer_kernels.decode_attention`.
 
     Raises:
-        ValueError: dtypes that differ, or heads larger than `LARGEST_CUDA_HEAD`.
+        ValueError: dtypes that differ, or heads larger than `LARGEST_HEAD`.
     """
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q is {q.dtype}, k {k.dtype}, v {v.dtype}, wanted one dtype")
@@ -111,8 +110,8 @@ def usual_variants() -> list[Variant]:
 @functools.cache
 def _variant(dtype: torch.dtype, size: int, rows: int, aligned: bool) -> Variant:
     """The instance for heads of `size` and `rows` query rows a group, in blocks of equal height."""
-    if size > LARGEST_CUDA_HEAD:
-        raise ValueError(f"heads of {size} elements, wanted at most {LARGEST_CUDA_HEAD}")
+    if size > LARGEST_HEAD:
+        raise ValueError(f"heads of {size} elements, wanted at most {LARGEST_HEAD}")
     padded = max(SMALLEST_SIZE, 1 << (size - 1).bit_length())
     lanes = min(32, padded * dtype.itemsize // 16)  # threads that share a key
     elements = padded // lanes  # of a row, in one thread

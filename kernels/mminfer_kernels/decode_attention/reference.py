@@ -27,7 +27,7 @@ def _visible(queries: int, entries: int, starts: torch.Tensor | None, device: to
     place = torch.arange(entries, device=device)
     mask = None
     if starts is not None:
-        mask = (place >= starts[:, None])[:, None, None]  # [B, 1, 1, T]
+        mask = (place >= starts.clamp_max(entries - queries)[:, None])[:, None, None]  # [B, 1, 1, T]
     if queries > 1:
         causal = place <= torch.arange(entries - queries, entries, device=device)[:, None]
         mask = causal[None, None] if mask is None else mask & causal

@@ -4,7 +4,8 @@ import ctypes
 
 import torch
 
-from mminfer_kernels.native import DTYPE_CODES, as_batch, call, pointer
+from mminfer_kernels.merge_rows import reference
+from mminfer_kernels.native import DTYPE_CODES, as_batch, call, check_range, pointer
 
 
 class MergeArgs(ctypes.Structure):
@@ -35,9 +36,10 @@ def merge_rows(
         return merged.to(dst.dtype), weight
     merged = torch.empty_like(dst, memory_format=torch.contiguous_format)
     weight = torch.empty(dst.shape[:-1], dtype=torch.float32)
-    into, rows = as_batch(dst), as_batch(src)
+    check_range(index, dst.shape[-2])
     if merged.numel() == 0:
-        return merged, torch.ones_like(weight) if dst_weight is None else dst_weight.float()
+        return reference.merge_rows(dst, src, index, dst_weight, src_weight)
+    into, rows = as_batch(dst), as_batch(src)
     index = index.contiguous()
     weights = [None if w is None else w.to(torch.float32).contiguous() for w in (dst_weight, src_weight)]
     args = MergeArgs(

@@ -18,14 +18,14 @@ for _op in ("prompt_attention", "prompt_attention_mass"):
 
 
 def _fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
-    return torch.empty_like(q)
+    return reference.rows_first(torch.empty_like(q))
 
 
 def _fake_mass(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: object, **kwargs: object
 ) -> tuple[torch.Tensor, torch.Tensor]:
     dtype = torch.promote_types(q.dtype, torch.float32)
-    return torch.empty_like(q), q.new_empty(*q.shape[:2], k.shape[2], dtype=dtype)
+    return reference.rows_first(torch.empty_like(q)), q.new_empty(*q.shape[:2], k.shape[2], dtype=dtype)
 
 
 def _flops(
@@ -79,7 +79,7 @@ def prompt_attention(
         backend: "auto", "native", "triton" or "reference".
 
     Returns:
-        [B, H, S, D] in q's dtype.
+        [B, H, S, D] in q's dtype, in memory [B, S, H, D] as the host's projection reads it.
 
     Raises:
         ValueError: shapes, dtypes or settings that do not fit.
@@ -116,7 +116,7 @@ def prompt_attention_mass(
         backend: "auto", "native", "triton" or "reference".
 
     Returns:
-        attention [B, H, S, D] in q's dtype; mass [B, H, N] float32 (float64 for float64 input).
+        attention [B, H, S, D] in q's dtype, in memory [B, S, H, D]; mass [B, H, N] float32 (float64 for float64 input).
 
     Raises:
         ValueError: shapes, dtypes or settings that do not fit.

@@ -63,7 +63,7 @@ def attend(
     out = rows_first.transpose(1, 2)
     args = attention_args(q, k, scale, query_index)
     blocks = -(-queries * (heads // k.shape[1]) // 16)
-    units = -(-UNITS_A_THREAD * args.threads // (batch * k.shape[1]))
+    units = -(-UNITS_A_THREAD * args.threads // max(1, batch * k.shape[1]))
     args.parts = max(1, min(units, blocks)) if with_mass else max(1, blocks)
     args.causal, args.window = causal, window or 0
     mass = q.new_zeros(args.parts if with_mass else 0, batch, heads, keys, dtype=torch.float32)
@@ -85,6 +85,7 @@ def attend(
 def attention_args(q: torch.Tensor, k: torch.Tensor, scale: float, query_index: torch.Tensor | None) -> AttentionArgs:
     """What every call needs; the tensors must live until it is over."""
     q, k = rows_contiguous(q), rows_contiguous(k)
+    query_index = None if query_index is None else query_index.contiguous()
     args = AttentionArgs(
         q=pointer(q), k=pointer(k), places=pointer(query_index), batch=q.shape[0], heads=q.shape[1],
         groups=k.shape[1], queries=q.shape[2], keys=k.shape[2], head_dim=q.shape[3], q_stride=Rows3.of(q),

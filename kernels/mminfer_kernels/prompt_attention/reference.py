@@ -21,7 +21,7 @@ def prompt_attention(
     """See `mminfer_kernels.prompt_attention`."""
     queries, keys = q.shape[2], k.shape[2]
     if query_index is None and queries == keys and (window is None or window >= keys):
-        return scaled_dot_product_attention(q, k, v, scale=scale, is_causal=True, enable_gqa=True)
+        return rows_first(scaled_dot_product_attention(q, k, v, scale=scale, is_causal=True, enable_gqa=True))
     if query_index is None:
         query_index = torch.arange(keys - queries, keys, device=q.device)
     return blocked_attention(q, k, v, scale, query_index, window, query_index)
@@ -63,7 +63,7 @@ def blocked_attention(
     blocks = []
     for q_block, places, ends in zip(q.split(rows, 2), query_index.split(rows), reach.split(rows), strict=True):
         if len(places) == 0:
-            return torch.empty_like(q)
+            return rows_first(torch.empty_like(q))
         first, last = int(places[0]), int(ends.max())
         start = 0 if window is None else max(0, first - window + 1)
         columns = torch.arange(start, last + 1, device=q.device)
@@ -71,5 +71,11 @@ def blocked_attention(
         if window is not None:
             mask &= columns > places[:, None] - window
         keys, values = k[:, :, start : last + 1], v[:, :, start : last + 1]
-        blocks.append(scaled_dot_product_attention(q_block, keys, values, attn_mask=mask, scale=scale, enable_gqa=True))
-    return torch.cat(blocks, 2)
+        block = scaled_dot_product_attention(q_block, keys, values, attn_mask=mask, scale=scale, enable_gqa=True)
+        blocks.append(block.transpose(1, 2))
+    return torch.cat(blocks, 1).transpose(1, 2)
+
+
+def rows_first(x: torch.Tensor) -> torch.Tensor:
+    """[B, H, S, D] laid out as [B, S, H, D], whichever of SDPA's kernels made it; most do so themselves."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)

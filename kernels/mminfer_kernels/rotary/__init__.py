@@ -78,7 +78,7 @@ def rotary_table(
     if inv_freq.dim() != 1:
         raise ValueError(f"inv_freq has shape {list(inv_freq.shape)}, wanted [D / 2]")
     axes = None if sections is None else _axis_of_frequency(position, inv_freq, sections, interleaved)
-    _, run = resolve("rotary_table", backend, position, inv_freq)
+    _, run = resolve("rotary_table", backend, position.new_empty(0, dtype=dtype), inv_freq)
     return run(position, inv_freq, attention_scaling, axes, dtype)
 
 
@@ -102,8 +102,11 @@ def apply_rotary(
         ValueError: shapes that do not fit.
         BackendError: an explicit backend that is not there.
     """
-    if cos.shape != sin.shape or cos.dim() < 2 or cos.shape[-1] % 2:
-        raise ValueError(f"cos is {list(cos.shape)} and sin {list(sin.shape)}, wanted [..., N, D] with an even D")
+    if cos.shape != sin.shape or cos.dtype != sin.dtype or cos.dim() < 2 or cos.shape[-1] % 2:
+        raise ValueError(
+            f"cos is {cos.dtype} {list(cos.shape)} and sin {sin.dtype} {list(sin.shape)}, wanted [..., N, D] with an "
+            "even D, one dtype"
+        )
     for name, x in (("q", q), ("k", k)):
         if x.dim() < 3 or x.shape[-2:] != cos.shape[-2:]:
             raise ValueError(f"{name} is {list(x.shape)}, wanted [..., heads, N, D] for cos {list(cos.shape)}")
@@ -182,7 +185,7 @@ def _rotate(
                 f"{name} is {list(x.shape)}, wanted [{batch}, heads, {tokens}, {2 * inv_freq.shape[0]}] "
                 "for this position and inv_freq"
             )
-    _, run = resolve("rotary", backend, q, k)
+    _, run = resolve("rotary", backend, q, k, inv_freq)
     run(q, k, position, inv_freq, attention_scaling, axes)
 
 

@@ -4,7 +4,7 @@ import ctypes
 
 import torch
 
-from mminfer_kernels.native import DTYPE_CODES, as_batch, call, pointer
+from mminfer_kernels.native import DTYPE_CODES, as_batch, call, check_range, pointer
 from mminfer_kernels.rows import reference
 
 
@@ -22,11 +22,11 @@ class RowsArgs(ctypes.Structure):
 @torch.no_grad()
 def add_rows(x: torch.Tensor, index: torch.Tensor, rows: torch.Tensor) -> None:
     """Write into `x`; see `mminfer_kernels.add_rows`."""
-    into = x[None] if x.dim() == 2 else x if x.dim() == 3 else x.view(-1, *x.shape[-2:]) if x.is_contiguous() else None
+    into = x[None] if x.dim() == 2 else x if x.dim() == 3 else x.flatten(0, -3) if x.is_contiguous() else None
     if into is None or into.stride(-1) != 1:
         reference.add_rows(x, index, rows)
     elif rows.numel():
-        _check_range(index, x.shape[-2])
+        check_range(index, x.shape[-2])
         args = _args(into, index)
         added = as_batch(rows)
         args.other, args.out, args.other_batch, args.other_row = pointer(added), args.x, *added.stride()[:2]
@@ -38,7 +38,7 @@ def gather_rms_norm(x: torch.Tensor, index: torch.Tensor, weight: torch.Tensor, 
     """See `mminfer_kernels.gather_rms_norm`."""
     out = x.new_empty(*x.shape[:-2], index.shape[-1], x.shape[-1])
     if out.numel():
-        _check_range(index, x.shape[-2])
+        check_range(index, x.shape[-2])
         weight, source = weight.contiguous(), as_batch(x)
         args = _args(source, index)
         args.other, args.out, args.eps = pointer(weight), pointer(out), eps
@@ -66,9 +66,3 @@ def _args(x: torch.Tensor, index: torch.Tensor) -> RowsArgs:
     )  # fmt: skip
     args.tensors = (x, index)
     return args
-
-
-def _check_range(index: torch.Tensor, rows: int) -> None:
-    least, most = (int(x) for x in index.aminmax())
-    if least < 0 or most >= rows:
-        raise IndexError(f"index runs from {least} to {most}, wanted places from 0 to {rows - 1}")

@@ -65,10 +65,11 @@ inline Vec shuffle(Vec a, Vec b, IntVec from) {
 #endif
 }
 
-// 2^x within 1e-7 of itself; exactly 0 below -126, so that no denormal slows the sums down.
+// 2^x within 1e-7 of itself; exactly 0 below -126, so that no denormal slows the sums down; infinite from 128.
 inline Vec exp2(Vec x) {
 #if !defined(__AVX512F__)
   x = max(x, broadcast(-127.f));
+  x = x < 128.f ? x : broadcast(128.f);  // beyond, the exponent below would run into the sign
 #endif
   const Vec whole = round_nearest(x), part = x - whole;  // part in [-1/2, 1/2]
   Vec y = broadcast(1.537070482e-4f);

@@ -1,0 +1,46 @@
+"""By how much two implementations may differ: flash-attention's rule, with the reference on float64 inputs as truth."""
+
+import torch
+from torch.utils._pytree import tree_leaves, tree_map
+
+# Where the reference happens to be exact, rounding the result once to the kernel's dtype must still be allowed: four
+# units in its last place, of the largest true value. In float32 eight times that, as sums are taken in another order
+# and 2^x, sine and cosine are polynomials within 1e-7.
+FLOOR_STEPS = {torch.float32: 32, torch.bfloat16: 4, torch.float16: 4}
+
+
+def as_double(inputs):
+    """Floating tensors of any nesting as float64, everything else as it is."""
+    return tree_map(lambda x: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x, inputs)
+
+
+def error(found, truth):
+    """Largest absolute difference; infinite if anything is not finite."""
+    if found.numel() == 0:
+        return 0.0
+    return float((found.double() - truth).abs().max().nan_to_num(torch.inf))
+
+
+def assert_agrees(found, reference, truth, least_size=0.0):
+    """`err(found) <= 2 * err(reference in the same dtype) + floor` for each tensor; integers are equal.
+
+    The floor is relative to the largest true value, or to `least_size` where that is larger.
+    """
+    for ours, theirs, exact in zip(*map(tree_leaves, (found, reference, truth)), strict=True):
+        assert ours.shape == exact.shape and ours.dtype == theirs.dtype
+        if not ours.is_floating_point():
+            assert torch.equal(ours, exact)
+            continue
+        size = max(least_size, float(exact.abs().max()) if exact.numel() else 0.0)
+        floor = FLOOR_STEPS[ours.dtype] * torch.finfo(ours.dtype).eps * size
+        assert error(ours, exact) <= 2 * error(theirs, exact) + floor
+    return found
+
+
+def agree(op, *inputs, least_size=0.0, **settings):
+    """Runs a public op natively, as the reference, and as the reference on float64 inputs; gives the native result."""
+    inputs, settings = list(inputs), dict(settings)
+    found = op(*inputs, **settings, backend="native")
+    reference = op(*inputs, **settings, backend="reference")
+    truth = op(*as_double(inputs), **as_double(settings), backend="reference")
+    return assert_agrees(found, reference, truth, least_size)

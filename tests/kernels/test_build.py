@@ -1,0 +1,316 @@
+"""How the C++ library is built, found again, and done without; each in a process of its own."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import threading
+import zipfile
+from pathlib import Path
+
+import pytest
+from mminfer_kernels import build
+
+ROOT = Path(__file__).parents[2]
+SWITCHES = ("CXX", "MMINFER_CACHE", "MMINFER_ISA", "MMINFER_NATIVE")
+
+# Warnings alone are printed to stderr, one a line. Most need no more of the package than `build.py`, and of torch no
+# more than what the processor runs: torch itself takes seconds to load.
+BUILD = """
+import importlib.util, logging, sys, types
+from pathlib import Path
+logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+torch = sys.modules["torch"] = types.ModuleType("torch")
+torch.backends = types.SimpleNamespace(cpu=types.SimpleNamespace(get_cpu_capability=lambda: "DEFAULT"))
+file = Path(sys.path[1]) / "mminfer_kernels" / "build.py"
+spec = importlib.util.spec_from_file_location("mminfer_kernels.build", file)
+build = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(build)
+"""
+LOAD = (
+    BUILD
+    + """
+for _ in range(3):
+    library = build.library()
+print("reference" if library is None else "native" if library.mminfer_stub() == 7 else "wrong")
+print(build.status())
+"""
+)
+NAME = (
+    BUILD
+    + """
+print(build.sources())
+print(build.cached_path("baseline").name)
+"""
+)
+WHOLE = """
+import logging
+logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+import torch, mminfer_kernels
+from mminfer_kernels import build
+x = torch.arange(6.0).view(2, 3)
+for _ in range(3):
+    assert mminfer_kernels.swiglu(x, x).shape == (2, 3)
+    mminfer_kernels.merge_rows(x, x, torch.tensor([0, 0]))
+print(mminfer_kernels.backends_used()["swiglu"])
+print(build.status())
+"""
+
+
+def start(program=LOAD, folder=ROOT / "kernels", **switches):
+    env = {k: v for k, v in os.environ.items() if k not in SWITCHES}
+    env |= {"PYTHONPATH": str(folder), **{k: str(v) for k, v in switches.items()}}
+    return subprocess.Popen(
+        [sys.executable, "-c", program], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finish(process):
+    """The lines on stdout and on stderr."""
+    out, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    return out.splitlines(), errors.splitlines()
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A package of `build.py` and one small source."""
+    package = tmp_path / "small" / "mminfer_kernels"
+    (package / "csrc" / "cpu").mkdir(parents=True)
+    (package / "build.py").write_bytes((ROOT / "kernels" / "mminfer_kernels" / "build.py").read_bytes())
+    (package / "csrc" / "cpu" / "stub.cpp").write_text('extern "C" int mminfer_stub() { return 7; }\n')
+    return tmp_path / "small"
+
+
+@pytest.fixture
+def compiler(native, tmp_path):
+    """A compiler that notes each call; also gives where it notes them."""
+    script, log = tmp_path / "compiler", tmp_path / "calls"
+    script.write_text(f'#!/bin/sh\necho called >> {log}\nexec {build._compiler()[0]} "$@"\n')
+    script.chmod(0o755)
+    log.touch()
+    return script, log
+
+
+def library_in(folder):
+    (path,) = folder.glob("cpu-*.so")
+    assert list(folder.iterdir()) == [path]  # no folder left behind
+    return path
+
+
+def calls_of(log):
+    return len(log.read_text().split())
+
+
+def test_built_once_and_found_again(small, compiler, tmp_path):
+    script, log = compiler
+    cache = tmp_path / "cache"
+    for _ in range(2):
+        out, errors = finish(start(folder=small, MMINFER_CACHE=cache, CXX=script))
+        assert out[0] == "native" and errors == []
+        assert out[1] == f"baseline, {library_in(cache)}"
+        assert calls_of(log) == 2  # one source, one link
+
+
+def test_found_again_where_there_is_no_compiler(small, native, tmp_path):
+    cache = tmp_path / "cache"
+    finish(start(folder=small, MMINFER_CACHE=cache))
+    out, errors = finish(start(folder=small, MMINFER_CACHE=cache, PATH="/nowhere"))
+    assert out[0] == "native" and errors == []
+
+
+def test_other_sources_are_another_library(small, compiler, tmp_path):
+    script, log = compiler
+    switches = {"folder": small, "MMINFER_CACHE": tmp_path / "cache", "CXX": script}
+    finish(start(**switches))
+    header = small / "mminfer_kernels" / "csrc" / "include" / "new.h"
+    header.parent.mkdir()
+    header.write_text("// changed\n")
+    finish(start(**switches))
+    assert len(list((tmp_path / "cache").glob("*.so"))) == 2 and calls_of(log) == 4
+    header.unlink()
+
+
+def test_two_processes_at_once_both_end_with_a_library(small, compiler, tmp_path):
+    script, log = compiler
+    cache = tmp_path / "cache"
+    processes = [start(folder=small, MMINFER_CACHE=cache, CXX=script) for _ in range(2)]
+    for process in processes:
+        out, errors = finish(process)
+        assert out[0] == "native" and errors == []
+    library_in(cache)
+    assert calls_of(log) in (2, 4)
+
+
+def damage(path, how):
+    code = path.read_bytes()
+    if how == "empty":
+        path.write_bytes(b"")
+    elif how == "cut short":
+        path.write_bytes(code[: len(code) // 2])
+    elif how == "text":
+        path.write_text("not a library")
+    else:
+        path.write_bytes(code[:5000] + bytes([code[5000] ^ 1]) + code[5001:])
+
+
+@pytest.mark.parametrize("how", ["empty", "cut short", "text", "a bit"])
+def test_a_damaged_library_is_built_again(small, compiler, tmp_path, how):
+    script, log = compiler
+    cache = tmp_path / "cache"
+    finish(start(folder=small, MMINFER_CACHE=cache, CXX=script))
+    whole = library_in(cache).stat().st_size
+    damage(library_in(cache), how)
+    out, errors = finish(start(folder=small, MMINFER_CACHE=cache, CXX=script))
+    assert out[0] == "native" and errors == [] and calls_of(log) == 4
+    assert library_in(cache).stat().st_size == whole
+
+
+def test_a_damaged_library_without_a_compiler_falls_back(small, native, tmp_path):
+    cache = tmp_path / "cache"
+    finish(start(folder=small, MMINFER_CACHE=cache))
+    damage(library_in(cache), "cut short")
+    out, errors = finish(start(folder=small, MMINFER_CACHE=cache, PATH="/nowhere"))
+    assert out[0] == "reference" and len(errors) == 1 and "no C++ compiler" in errors[0]
+
+
+def broken_compiler(tmp_path):
+    script = tmp_path / "broken"
+    script.write_text("#!/bin/sh\necho 'first line' >&2\necho 'internal error' >&2\nexit 1\n")
+    script.chmod(0o755)
+    return script
+
+
+FAILURES = {
+    "compiler fails": (lambda tmp_path: {"CXX": broken_compiler(tmp_path)}, "broken failed: first line internal error"),
+    "compiler named is missing": (lambda tmp_path: {"CXX": tmp_path / "missing"}, "no C++ compiler"),
+    "compiler named is nonsense": (lambda _: {"CXX": "'unclosed"}, "No closing quotation"),
+    "no compiler": (lambda _: {"PATH": "/nowhere"}, "no C++ compiler"),
+    "off": (lambda _: {"MMINFER_NATIVE": 0}, "MMINFER_NATIVE=0"),
+    "no cache": (lambda _: {"MMINFER_CACHE": "/dev/null/cache"}, "/dev/null"),
+}
+
+
+def assert_falls_back(process, reason):
+    out, errors = finish(process)
+    assert out[0] == "reference" and reason in out[1]
+    assert len(errors) == 1 and reason in errors[0] and "reference runs instead" in errors[0]
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_one_log_line_and_no_library(small, tmp_path, name):
+    switches, reason = FAILURES[name]
+    assert_falls_back(start(folder=small, **{"MMINFER_CACHE": tmp_path / "cache", **switches(tmp_path)}), reason)
+    assert not list(tmp_path.glob("cache/*"))
+
+
+def test_the_reference_runs_instead(tmp_path):
+    names = ("compiler fails", "off")
+    processes = [start(WHOLE, MMINFER_CACHE=tmp_path / "cache", **FAILURES[name][0](tmp_path)) for name in names]
+    for name, process in zip(names, processes, strict=True):
+        assert_falls_back(process, FAILURES[name][1])
+
+
+def test_missing_sources_are_said(small, tmp_path):
+    (small / "mminfer_kernels" / "csrc" / "cpu" / "stub.cpp").unlink()
+    assert_falls_back(start(folder=small, MMINFER_CACHE=tmp_path / "cache"), "no C++ sources")
+
+
+def test_an_instruction_set_that_cannot_be(monkeypatch):
+    monkeypatch.setenv("MMINFER_ISA", "avx3")
+    with pytest.raises(ValueError, match=r"MMINFER_ISA is 'avx3', wanted one of .*baseline"):
+        build.native_isa()
+    monkeypatch.setattr(build, "runnable_isas", lambda: ("avx2", "baseline"))
+    monkeypatch.setenv("MMINFER_ISA", "avx512")
+    with pytest.raises(ValueError, match="wanted one of avx2, baseline on this machine"):
+        build.native_isa()
+    monkeypatch.setenv("MMINFER_ISA", "")
+    assert build.native_isa() == "avx2"
+
+
+def test_threads_load_once(monkeypatch):
+    loads = []
+
+    def load(isa):
+        loads.append(isa)
+        arrived.wait(0.2)
+
+    arrived = threading.Event()
+    monkeypatch.setattr(build, "_loaded", {})
+    monkeypatch.setattr(build, "_load", load)
+    threads = [threading.Thread(target=build.library) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(loads) == 1
+
+
+def test_the_name_does_not_hang_on_where_the_sources_lie(small, tmp_path):
+    """Not even below a folder named like those that are left out; it does on what is in them, and on their names."""
+
+    def name(folder):
+        return finish(start(NAME, folder))[0][1]
+
+    there = tmp_path / "cuda" / "checkout"
+    shutil.copytree(small, there)
+    before = name(small)
+    assert name(there) == before
+    source = there / "mminfer_kernels" / "csrc" / "cpu" / "stub.cpp"
+    source.write_text("// other")
+    assert name(there) != before
+    (small / "mminfer_kernels" / "csrc" / "cpu" / "stub.cpp").rename(source.with_name("other.cpp"))
+    source.unlink()
+    assert name(there) != before
+
+
+WANTED = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cpp", ".h", ".cu"))
+
+
+@pytest.fixture(scope="module")
+def distributions(tmp_path_factory):
+    """A wheel and an sdist of a copy of the tree, as setuptools makes them; nothing is downloaded."""
+    pytest.importorskip("setuptools", minversion="77")
+    tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("dist")
+    for name in ("pyproject.toml", "README.md", "mminfer", "kernels", "csrc"):
+        subprocess.run(["cp", "-r", "-P", str(ROOT / name), str(tree)], check=True)
+    program = "import sys; from setuptools import build_meta; getattr(build_meta, sys.argv[1])(sys.argv[2])"
+    for what in ("build_wheel", "build_sdist"):
+        command = [sys.executable, "-c", program, what, str(out)]
+        run = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False)
+        assert run.returncode == 0, run.stderr
+    return out
+
+
+def test_the_wheel_has_the_sources(distributions):
+    (wheel,) = distributions.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert sorted(n for n in names if "/csrc/" in n) == [f"mminfer_kernels/{n}" for n in WANTED]
+    assert WANTED and not [n for n in names if n.startswith(("csrc", "kernels", "tests", "benchmarks"))]
+
+
+def test_an_installed_wheel_finds_its_sources(distributions, tmp_path):
+    """Also where the folder above has C++ sources of somebody else."""
+    (wheel,) = distributions.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(tmp_path / "project" / "vendor" / "installed")
+    (tmp_path / "project" / "csrc" / "cpu").mkdir(parents=True)
+    (tmp_path / "project" / "vendor" / "csrc" / "cpu").mkdir(parents=True)
+    (tmp_path / "project" / "vendor" / "csrc" / "cpu" / "theirs.cpp").write_text("#error\n")
+    folder = tmp_path / "project" / "vendor" / "installed"
+    out, _ = finish(start(NAME, folder))
+    assert out[0] == str(folder / "mminfer_kernels" / "csrc")
+    assert out[1] == build.cached_path("baseline").name  # the same sources: the same library
+
+
+def test_the_sdist_has_the_sources(distributions):
+    (sdist,) = distributions.glob("*.tar.gz")
+    with tarfile.open(sdist) as tar:
+        files = {m.name.split("/", 1)[1] for m in tar.getmembers() if m.isfile()}
+    assert {f"kernels/mminfer_kernels/{n}" for n in WANTED} <= files
+
+
+def test_a_checkout_links_to_its_sources():
+    link = ROOT / "kernels" / "mminfer_kernels" / "csrc"
+    assert link.is_symlink() and os.readlink(link) == "../../csrc"
+    assert build.sources() == ROOT / "csrc"

@@ -1,0 +1,92 @@
+import math
+
+import pytest
+import torch
+from mminfer_kernels import column_mass, prompt_attention, prompt_attention_mass
+
+pytestmark = pytest.mark.usefixtures("backend")
+
+HEADS = [(4, 4), (6, 2), (3, 1)]  # H, G
+
+
+def qkv(heads, groups, queries, keys, size=16, dtype=torch.float32):
+    shapes = (heads, queries), (groups, keys), (groups, keys)
+    return [torch.randn(2, *shape, size).to(dtype) for shape in shapes]
+
+
+def dense(q, k, v, index=None, window=None, scale=None):
+    """Attention and the matrix [B, H, S, N], both float64."""
+    queries, keys = q.shape[2], k.shape[2]
+    index = torch.arange(keys - queries, keys) if index is None else index
+    k, v = (x.double().repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    logits = q.double() @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    place = torch.arange(keys)
+    hidden = place > index[:, None]
+    if window is not None:
+        hidden |= place <= index[:, None] - window
+    matrix = logits.masked_fill(hidden, -math.inf).softmax(-1)
+    return matrix @ v, matrix
+
+
+@pytest.mark.parametrize(("heads", "groups"), HEADS)
+@pytest.mark.parametrize("tokens", [1, 63, 300])
+def test_equals_dense_attention(tokens, heads, groups):
+    q, k, v = qkv(heads, groups, tokens, tokens)
+    wanted, matrix = dense(q, k, v)
+    torch.testing.assert_close(prompt_attention(q, k, v).double(), wanted, rtol=1e-5, atol=1e-6)
+    found, mass = prompt_attention_mass(q, k, v)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(mass.double(), matrix.sum(2), rtol=1e-5, atol=1e-5)
+    assert mass.dtype == torch.float32
+
+
+@pytest.mark.parametrize("window", [None, 1, 7, 200, 900])
+@pytest.mark.parametrize("picked", [None, [0], [299], [0, 1, 2, 120, 250, 299], range(5, 300, 3)])
+def test_query_subsets_and_windows(picked, window):
+    index = None if picked is None else torch.tensor(list(picked))
+    q, k, v = qkv(6, 2, 40 if picked is None else len(index), 300)
+    wanted, matrix = dense(q, k, v, index, window, scale=0.3)
+    found = prompt_attention(q, k, v, scale=0.3, query_index=index, window=window)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-6)
+    if window is None:
+        weights = torch.rand(q.shape[:3])
+        found, mass = prompt_attention_mass(q, k, v, weights, 0.3, index)
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(mass.double(), (weights[..., None] * matrix).sum(2), rtol=1e-5, atol=1e-6)
+
+
+def test_masses_are_those_of_column_mass():
+    q, k, v = qkv(6, 2, 100, 100)
+    weights = torch.rand(2, 100)
+    torch.testing.assert_close(prompt_attention_mass(q, k, v, weights)[1], column_mass(q, k, weights))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_dtypes(dtype):
+    q, k, v = qkv(4, 2, 90, 90, dtype=dtype)
+    wanted, matrix = dense(q, k, v)
+    found, mass = prompt_attention_mass(q, k, v)
+    assert found.dtype == dtype and mass.dtype == torch.promote_types(dtype, torch.float32)
+    assert (found.double() - wanted).abs().max() <= 2 * torch.finfo(dtype).eps * wanted.abs().max()
+    torch.testing.assert_close(mass.double(), matrix.sum(2), rtol=1e-5, atol=1e-5)
+
+
+def test_no_queries_and_no_batch():
+    q, k, v = qkv(4, 2, 0, 9)
+    assert prompt_attention(q, k, v).shape == (2, 4, 0, 16)
+    assert torch.equal(prompt_attention_mass(q, k, v)[1], torch.zeros(2, 4, 9))
+    assert prompt_attention_mass(k[:0], k[:0], v[:0])[1].shape == (0, 2, 9)
+
+
+def test_wrong_input_is_named():
+    q, k, v = qkv(4, 2, 8, 8)
+    wrong = {
+        "window is 0": lambda: prompt_attention(q, k, v, window=0),
+        "wanted the same of both": lambda: prompt_attention(q, k, v[:, :, 1:]),
+        "at most one query a key": lambda: prompt_attention(q, k[:, :, 1:], v[:, :, 1:]),
+        "weights has shape": lambda: prompt_attention_mass(q, k, v, torch.ones(2, 7)),
+        "strictly ascending": lambda: prompt_attention(q, k, v, query_index=torch.zeros(8, dtype=torch.int64)),
+    }
+    for message, call in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            call()

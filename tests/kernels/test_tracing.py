@@ -1,0 +1,164 @@
+"""Ops as torch.library sees them: schemas, fakes, compilation in one graph, FLOPs by the registered formulas."""
+
+import mminfer_kernels
+import pytest
+import torch
+from mminfer_kernels import (
+    add_rows,
+    apply_rotary,
+    best_match,
+    column_mass,
+    decode_attention,
+    gather_rms_norm,
+    gather_rows,
+    merge_rows,
+    power_iterate,
+    prompt_attention,
+    prompt_attention_mass,
+    rotary,
+    rotary_,
+    rotary_table,
+    swiglu,
+    tracing,
+)
+from torch.utils.flop_counter import FlopCounterMode
+
+pytestmark = pytest.mark.usefixtures("backend")
+
+BATCH, HEADS, GROUPS, QUERIES, TOKENS, SIZE = 2, 6, 2, 9, 20, 8
+PAIRS = sum(range(TOKENS - QUERIES + 1, TOKENS + 1))  # of one head
+
+
+def inputs_of(name):
+    """Positional arguments of each op."""
+    q = torch.randn(BATCH, HEADS, QUERIES, SIZE)
+    k, v = torch.randn(BATCH, GROUPS, TOKENS, SIZE), torch.randn(BATCH, GROUPS, TOKENS, SIZE)
+    x, rows, index = torch.randn(BATCH, 7, SIZE), torch.randn(BATCH, 4, SIZE), torch.randint(7, (BATCH, 4))
+    position, inv_freq = torch.rand(BATCH, TOKENS).double(), torch.rand(SIZE // 2)
+    turned = torch.randn(BATCH, HEADS, TOKENS, SIZE)
+    return {
+        "prompt_attention": (q, k, v),
+        "prompt_attention_mass": (q, k, v),
+        "column_mass": (q, k),
+        "power_iterate": (q, k, 3),
+        "decode_attention": (q, k, v, torch.tensor([0, 5])),
+        "best_match": (rows, x),
+        "merge_rows": (x, rows, index),
+        "_add_rows_": (x, index, rows, "auto"),
+        "gather_rows": (x, index),
+        "gather_rms_norm": (x, index, x[0, 0]),
+        "swiglu": (x, x.flip(1)),
+        "rotary": (turned, k, position, inv_freq),
+        "rotary_": (turned, k, position, inv_freq),
+        "rotary_table": (position, inv_freq),
+        "apply_rotary": (turned, k, torch.rand(BATCH, TOKENS, SIZE), torch.rand(BATCH, TOKENS, SIZE)),
+    }[name]
+
+
+NAMES = [
+    "prompt_attention", "prompt_attention_mass", "column_mass", "power_iterate", "decode_attention", "best_match",
+    "merge_rows", "_add_rows_", "gather_rows", "gather_rms_norm", "swiglu", "rotary", "rotary_", "rotary_table",
+    "apply_rotary",
+]  # fmt: skip
+
+
+def test_every_op_is_here():
+    assert {op for op in torch._C._dispatch_get_all_op_names() if op.startswith("mminfer::")} == {
+        f"mminfer::{name}" for name in NAMES
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", NAMES)
+def test_schema_and_fake(name, dtype):
+    """The schema says what is written to, no output shares memory with an input, and the fake gives the same sizes,
+    strides and dtypes."""
+    inputs = tuple(
+        x.to(dtype) if isinstance(x, torch.Tensor) and x.dtype == torch.float32 else x for x in inputs_of(name)
+    )
+    op = getattr(torch.ops.mminfer, name).default
+    torch.library.opcheck(op, inputs, test_utils=("test_schema", "test_faketensor"))
+
+
+CALLS = {
+    "prompt_attention": lambda q, k, v: prompt_attention(q, k, v, window=4),
+    "prompt_attention_mass": prompt_attention_mass,
+    "column_mass": lambda q, k: column_mass(q, k, temperature=0.5),
+    "power_iterate": power_iterate,
+    "decode_attention": decode_attention,
+    "best_match": best_match,
+    "merge_rows": merge_rows,
+    "_add_rows_": lambda x, index, rows, backend: add_rows(x, index, rows, backend=backend),
+    "gather_rows": gather_rows,
+    "gather_rms_norm": gather_rms_norm,
+    "swiglu": swiglu,
+    "rotary": rotary,
+    "rotary_table": lambda position, inv_freq: rotary_table(position, inv_freq, 0.5, dtype=torch.bfloat16),
+    "apply_rotary": apply_rotary,
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_compile_sees_through(name):
+    inputs, call = inputs_of(name), CALLS[name]
+    wanted = call(*inputs)
+    graphs = []
+
+    def keep(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    found = torch.compile(call, backend=keep, fullgraph=True)(*inputs)
+    for ours, theirs in zip(*((x,) if isinstance(x, torch.Tensor) else x for x in (found, wanted)), strict=True):
+        assert torch.equal(ours, theirs) and ours.stride() == theirs.stride()
+    assert f"mminfer.{name}" in graphs[0].code
+
+
+def test_in_place_ops_compile():
+    inputs = inputs_of("rotary_")
+    wanted = rotary(*inputs)
+    torch._dynamo.reset()
+    torch.compile(rotary_, backend="eager", fullgraph=True)(*inputs)
+    assert all(torch.equal(x, y) for x, y in zip(inputs, wanted, strict=False))
+
+
+def counted(name, *extra):
+    with FlopCounterMode(display=False) as counter:
+        CALLS.get(name, getattr(mminfer_kernels, name))(*inputs_of(name), *extra)
+    return counter.get_flop_counts()["Global"], counter.get_total_flops()
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("prompt_attention", BATCH * HEADS * QUERIES * 4 * 4 * SIZE),  # each query sees the 4 keys of its window
+        ("column_mass", BATCH * HEADS * PAIRS * 2 * (SIZE + 1)),
+        ("power_iterate", BATCH * HEADS * PAIRS * 2 * (SIZE + 3)),
+        ("decode_attention", BATCH * HEADS * QUERIES * TOKENS * 4 * SIZE),
+        ("best_match", BATCH * 4 * 7 * 2 * SIZE),
+    ],
+)
+def test_flops_by_the_formula(name, wanted):
+    by_op, total = counted(name)
+    assert total == wanted
+    assert list(by_op) == [getattr(torch.ops.mminfer, name)]
+
+
+def test_flops_of_scores_shared_or_not(backend):
+    products = 2 if backend == "native" else 3
+    assert counted("prompt_attention_mass")[1] == BATCH * HEADS * PAIRS * 2 * (products * SIZE + 1)
+
+
+def test_flops_of_packed_sequences():
+    q, k = torch.randn(1, 4, 10, SIZE), torch.randn(1, 2, 10, SIZE)
+    with FlopCounterMode(display=False) as counter:
+        column_mass(q, k, cu_seqlens=torch.tensor([0, 4, 10]))
+    assert counter.get_total_flops() == 4 * (10 + 21) * 2 * (SIZE + 1)
+
+
+def test_a_plain_call_does_not_go_through_the_dispatcher():
+    assert not tracing.watched()
+    with FlopCounterMode(display=False):
+        assert tracing.watched()
+    assert not tracing.watched()
