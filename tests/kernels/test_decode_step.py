@@ -1,4 +1,4 @@
-"""The decode step in C++ against its reference on float64 inputs."""
+"""The decode step in C++ against its reference on float64 inputs; see `agreement` for the rule."""
 
 import importlib
 from dataclasses import replace
@@ -13,10 +13,21 @@ from mminfer_kernels import (
     decode_step,
     rotary_table,
 )
-from mminfer_kernels.backends import cpu_takes
 
-native = pytest.mark.skipif(not cpu_takes(torch.empty(0)), reason="no C++ library here")
+from tests.kernels.agreement import assert_agrees
+
+UNREAD = 1e9  # behind the end
 HIDDEN, INNER, LAYERS, VOCABULARY = 48, 80, 3, 101
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request, monkeypatch):
+    """Of the step, however small it is."""
+    monkeypatch.setattr(importlib.import_module("mminfer_kernels.decode_step.native"), "SERIAL_BYTES", 0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
 
 
 def weights_of(heads, groups, size, biased, normed, dtype=torch.float64):
@@ -47,7 +58,7 @@ def caches_of(batch, groups, size, entries, padded, dtype=torch.float64):
     out = []
     for layer in range(LAYERS):
         end = entries + 5 * layer
-        keys, values = torch.full((2, batch, groups, end + 7, size), 1e9, dtype=dtype)
+        keys, values = torch.full((2, batch, groups, end + 7, size), UNREAD, dtype=dtype)
         for buffer in (keys, values):
             buffer[:, :, :end] = torch.randn(batch, groups, end, size, dtype=dtype)
         starts = torch.arange(batch) * end // batch if padded else None
@@ -72,38 +83,37 @@ def cast(weights, caches, dtype):
     ]
 
 
-@native
-@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize(
     ("heads", "groups", "size", "biased", "normed"),
     [(4, 4, 16, False, False), (6, 2, 32, True, False), (3, 1, 64, False, True), (2, 1, 80, True, True)],
 )
 @pytest.mark.parametrize(("batch", "entries"), [(1, 0), (1, 63), (2, 300), (5, 129), (7, 1000), (16, 64)])
-def test_native_is_as_right_as_pytorch_in_float32(
-    monkeypatch, batch, entries, heads, groups, size, biased, normed, threads
-):
-    monkeypatch.setattr(importlib.import_module("mminfer_kernels.decode_step.native"), "SERIAL_BYTES", 0)
+def test_native_is_as_right_as_pytorch_in_float32(isa, threads, batch, entries, heads, groups, size, biased, normed):
     weights, caches = (
         weights_of(heads, groups, size, biased, normed),
         caches_of(batch, groups, size, entries, batch > 1),
     )
-    x, (cos, sin) = torch.randn(batch, HIDDEN, dtype=torch.float64), tables(batch, size)
-    results = {}
-    for dtype, backend in ((torch.float64, "reference"), (torch.float32, "reference"), (torch.float32, "native")):
+    agrees(torch.randn(batch, HIDDEN, dtype=torch.float64), weights, caches)
+
+
+def test_gates_far_from_zero(isa, threads):
+    """SiLU of minus a thousand is 0, of plus a thousand itself."""
+    weights = weights_of(4, 2, 16, False, False)
+    steep = tuple(layer._replace(gate=1000 * layer.gate) for layer in weights.layers)
+    agrees(torch.randn(2, HIDDEN, dtype=torch.float64), replace(weights, layers=steep), caches_of(2, 2, 16, 70, True))
+
+
+def agrees(x, weights, caches):
+    """Runs the step on float64, and in float32 both ways: logits and caches follow the rule of `agreement`."""
+    (cos, sin), results = tables(len(x), weights.head_dim), []
+    for dtype, backend in ((torch.float32, "native"), (torch.float32, "reference"), (torch.float64, "reference")):
         w, c = cast(weights, caches, dtype)
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        try:
-            out = decode_step(x.to(dtype), cos.to(dtype), sin.to(dtype), w, c, backend=backend)
-        finally:
-            torch.set_num_threads(before)
-        results[dtype, backend] = [out, *(t for cache in c for t in cache[:2])]
-    truth = results[torch.float64, "reference"]
-    for want, other, got in zip(
-        truth, results[torch.float32, "reference"], results[torch.float32, "native"], strict=True
-    ):
-        floor = 4 * torch.finfo(torch.float32).eps * want[want < 1e9].abs().max()
-        assert (got - want).abs().max() <= 2 * (other - want).abs().max() + floor
+        logits = decode_step(x.to(dtype), cos.to(dtype), sin.to(dtype), w, c, backend=backend)
+        for cache in c:
+            assert (cache.keys[:, :, cache.end + 1 :] == UNREAD).all()
+        held = [(cache.keys[:, :, : cache.end + 1], cache.values[:, :, : cache.end + 1]) for cache in c]
+        results.append((logits, held))
+    assert_agrees(*results)
 
 
 def small(dtype=torch.float32):
@@ -146,8 +156,7 @@ def test_what_does_not_fit_is_named():
         replace(weights, layers=(weights.layers[0], layer, weights.layers[2]))
 
 
-@native
-def test_the_native_step_refuses_what_it_cannot_read():
+def test_the_native_step_refuses_what_it_cannot_read(native):
     halved = small() | {"weights": small(torch.bfloat16)["weights"]}
     with pytest.raises(BackendError, match="dense float32 weights"):
         decode_step(**halved, backend="native")
