@@ -2,18 +2,21 @@
 
     python -m benchmarks.models.decode --repeats 5
 
-`generate`: time from one token to the next in the host's own `generate`, patched with everything off and unpatched.
-`cache`: one step over caches of random entries, as a prompt of so many tokens leaves them in full, at 20 % and at 5 %;
-a model with as many key heads as query heads, where the cache outweighs the weights.
+nano: from one token to the next in the host's own `generate`, unpatched and patched with everything off.
+llava-onevision-0.5b: single steps over caches of random entries, of the host and of ours with everything off.
+cache: the same over a long prompt's whole cache, 20 % and 5 % of it, in a model with as many key heads as query heads,
+where the cache outweighs the weights; the speed-up is over the whole cache.
 """
 
 import argparse
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
+import torch._inductor.config
 from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
@@ -87,26 +90,22 @@ def host_cache(model: Any, tokens: int) -> DynamicCache:
     return cache
 
 
-def cache_rows(tokens: int, repeats: int) -> list[Any]:
-    """One step over caches of the whole prompt, of a fifth and of a twentieth."""
-    model, ids = llava_onevision_mha(), torch.tensor([[7]])
-    shares = {"full cache": 1.0, "cache 20 %": 0.2, "cache 5 %": 0.05}
+def step_rows(name: str, model: Any, tokens: int, shares: dict[str, float], base: str, repeats: int) -> list[Any]:
+    """Single steps in turn: the host over its own cache, ours over caches that hold these shares of the prompt."""
+    ids = torch.tensor([[7]])
 
     def step(cache: Any, ours: bool) -> Callable[[], None]:
         @torch.no_grad()
         def run() -> None:
-            if not ours:
-                model(input_ids=ids, **{CACHE_NAME: cache}, use_cache=True)
-                return
-            with patched(model, OFF):
+            with patched(model, OFF) if ours else nullcontext():
                 model(input_ids=ids, **{CACHE_NAME: cache}, use_cache=True)
 
         return run
 
     runs = {"host": step(host_cache(model, tokens), False)}
-    runs |= {name: step(random_cache(model, round(share * tokens), tokens), True) for name, share in shares.items()}
+    runs |= {held: step(random_cache(model, round(share * tokens), tokens), True) for held, share in shares.items()}
     found = interleaved(runs, repeats)
-    return [row("8 layers, 16/16 heads", tokens, name, found[name], found["full cache"], repeats, 0.0) for name in runs]
+    return [row(name, tokens, setting, found[setting], found[base], repeats) for setting in runs]
 
 
 def row(
@@ -116,7 +115,7 @@ def row(
     times: dict[str, float],
     base: dict[str, float],
     repeats: int,
-    compile_ms: float,
+    compile_ms: float = 0.0,
 ) -> dict[str, Any]:
     """One line of the results; the speed-up is over `base`."""
     out = {
@@ -138,6 +137,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="nano compiled too; the first use takes a minute or so")
     parser.add_argument("--out", default="decode", help="name of the CSV in benchmarks/results; '-' for none")
     args = parser.parse_args()
+    torch._inductor.config.force_disable_caches = True  # or a second run would compile in no time
     torch.set_num_threads(args.threads or torch.get_num_threads())
     rows = []
     if "nano" in args.models:
@@ -145,11 +145,11 @@ def main() -> None:
         inputs = {k: v for k, v in inputs.items() if k not in ("logits_to_keep", "use_cache")}
         rows += generate_rows("nano", model, inputs, 64, args.repeats, args.compile)
     if "llava-onevision-0.5b" in args.models:
-        ids = torch.randint(0, 150_000, (1, 200), generator=torch.Generator().manual_seed(0))
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        rows += generate_rows("llava-onevision-0.5b", llava_onevision_05b(), inputs, 12, args.repeats, False)
+        rows += step_rows("llava-onevision-0.5b", llava_onevision_05b(), 1000, {"off": 1.0}, "host", 6 * args.repeats)
     if "cache" in args.models:
-        rows += cache_rows(args.tokens, 3 * args.repeats)
+        shares = {"full cache": 1.0, "cache 20 %": 0.2, "cache 5 %": 0.05}
+        model = llava_onevision_mha()
+        rows += step_rows("8 layers, 16/16 heads", model, args.tokens, shares, "full cache", 3 * args.repeats)
     if args.out != "-":
         print(write_rows(args.out, rows, key=("model", "prompt_tokens", "setting")))
 
