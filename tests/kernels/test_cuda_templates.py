@@ -172,10 +172,10 @@ def test_entries_before_a_row_starts_are_not_read(emulator):
     torch.testing.assert_close(decode.decode_attention(q, k, v, starts, None), wanted)
 
 
-def test_rows_without_entries_give_zeros(emulator):
+def test_starts_outside_the_cache_are_the_nearest_within(emulator):
     q, k = torch.randn(2, 4, 1, 64), torch.randn(2, 2, 600, 64)
-    found = decode.decode_attention(q, k, k, torch.tensor([600, 0]), None)
-    assert not found[0].any() and found[1].any()
+    found = decode.decode_attention(q, k, k, torch.tensor([600, -3]), None)
+    assert torch.equal(found, decode.decode_attention(q, k, k, torch.tensor([599, 0]), None))
     assert decode.decode_attention(q[:0], k[:0], k[:0], None, None).shape == (0, 4, 1, 64)
 
 

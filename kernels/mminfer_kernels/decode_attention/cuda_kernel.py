@@ -52,7 +52,7 @@ def decode_attention(
     rows = batch * heads * queries
     partial = q.new_empty((rows, splits, size + 2) if splits > 1 else 0, dtype=torch.float32)
     if starts is not None:
-        starts = starts.to(q.device, torch.int64).contiguous()
+        starts = starts.to(q.device, torch.int64).clamp(0, k.shape[2] - q.shape[2]).contiguous()
     arguments = Arguments(
         *(x.data_ptr() for x in (q, k, v)),
         None if starts is None else starts.data_ptr(),

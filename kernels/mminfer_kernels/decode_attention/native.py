@@ -29,9 +29,9 @@ def decode_attention(
 ) -> torch.Tensor:
     """See `mminfer_kernels.decode_attention`."""
     if q.is_cuda:
-        from mminfer_kernels.decode_attention import cuda_kernel
+        from mminfer_kernels.decode_attention.cuda_kernel import decode_attention as on_gpu
 
-        return cuda_kernel.decode_attention(q, k, v, starts, scale)
+        return on_gpu(q, k, v, starts, scale)
     batch, heads, queries, size = q.shape
     groups, entries = k.shape[1:3]
     out = q.new_empty(batch, heads, queries, size)

@@ -28,9 +28,9 @@ def merge_rows(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `mminfer_kernels.merge_rows`."""
     if dst.is_cuda:
-        from mminfer_kernels.merge_rows import cuda_kernel
+        from mminfer_kernels.merge_rows.cuda_kernel import merge_rows as on_gpu
 
-        return cuda_kernel.merge_rows(dst, src, index, dst_weight, src_weight)
+        return on_gpu(dst, src, index, dst_weight, src_weight)
     if src.dtype != dst.dtype:
         merged, weight = merge_rows(dst.float(), src.float(), index, dst_weight, src_weight)
         return merged.to(dst.dtype), weight
