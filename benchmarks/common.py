@@ -40,7 +40,8 @@ def write_rows(name: str, rows: Iterable[Mapping[str, Any]], key: Sequence[str] 
         rows: one mapping a row, all with the same columns.
         key: columns that tell rows apart: rows of an earlier run that are not replaced stay. Without it none stays.
     """
-    complete = [{k: str(v) for k, v in {**row, **ORIGIN}.items()} for row in rows]
+    now = {**ORIGIN, "threads": torch.get_num_threads()}  # a script may have set another number
+    complete = [{k: str(v) for k, v in {**row, **now}.items()} for row in rows]
     path = RESULTS / f"{name}.csv"
     if key and path.exists():
         new = {tuple(row[k] for k in key): row for row in complete}
@@ -70,7 +71,7 @@ def interleaved(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str
     for _ in range(repeats):
         for name, run in runs.items():
             times[name].append(_time_ms(run))
-    return {name: {"warmup_ms": warmup[name], **_quantiles(values)} for name, values in times.items()}
+    return {name: {"warmup_ms": warmup[name], **quantiles(values)} for name, values in times.items()}
 
 
 def _time_ms(run: Callable[[], Any]) -> float:
@@ -79,7 +80,8 @@ def _time_ms(run: Callable[[], Any]) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
-def _quantiles(values: list[float]) -> dict[str, float]:
+def quantiles(values: list[float]) -> dict[str, float]:
+    """p20_ms, median_ms and p80_ms of times in milliseconds."""
     if len(values) == 1:
         return {"p20_ms": values[0], "median_ms": values[0], "p80_ms": values[0]}
     p20, _, _, p80 = statistics.quantiles(values, n=5, method="inclusive")

@@ -1,48 +1,170 @@
-"""One step of decoding over the compressed cache."""
+"""Steps of decoding over the compressed cache, by the quickest way that the host's layers allow."""
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cached_property, partial
+from typing import Any
 
 import torch
-from mminfer_kernels import decode_attention
+from mminfer_kernels import DecoderWeights, LayerCache, backend_for, decode_attention, note_backend
+from mminfer_kernels import decode_step as fused_step
+from mminfer_kernels.decode_step import MAX_ROWS
+from mminfer_kernels.tracing import watched
 from torch import Tensor
 
 from mminfer.attention import routed_attention
 from mminfer.cache.kv_cache import CompressedCache, CompressedLayer
+from mminfer.compiled import CompiledStep, Tables
 from mminfer.config import InferenceConfig
+from mminfer.fused import fused_weights, hooks_of
 from mminfer.models.base import ModelAdapter
 from mminfer.prefill import fractional
 
+STEPS_AHEAD = 64
 
-@torch.no_grad()
-def decode_step(
-    adapter: ModelAdapter, config: InferenceConfig, hidden_states: Tensor, cache: CompressedCache
-) -> Tensor:
-    """Runs one new token of each sequence; if anything raises, the cache is as it was.
+
+class Decoder:
+    """Runs decoding steps of one host model.
+
+    Standard layers of float32 on the CPU that nobody has hooked or changed take the fused step in C++; all others
+    run as the host's own modules.
 
     Args:
         adapter: the host model.
         config: the techniques (only positions matter here).
-        hidden_states: [B, 1, C], the tokens' embeddings.
-        cache: grows by one column.
-
-    Returns:
-        [B, 1, C], before the final norm.
+        compile: run the host's modules under torch.compile instead, where that works.
     """
-    position = cache.next_position.to(hidden_states.device)[:, None].expand(adapter.position_axes, -1, 1)
-    tables = adapter.rotary(hidden_states, position, fractional(config))
-    with routed_attention(adapter.text_config):
-        for layer, kind, held in zip(adapter.layers, adapter.layer_kinds, cache.layers, strict=True):
-            hidden_states = layer(
-                hidden_states,
-                position_embeddings=tables[kind],
-                attention_mask=None,
-                use_cache=False,
-                attend=partial(_attend, held),
-            )
-    cache.advance(1)
-    return hidden_states
+
+    def __init__(self, adapter: ModelAdapter, config: InferenceConfig, compile: bool = False) -> None:
+        self.adapter, self._config = adapter, config
+        self._compiled = CompiledStep(adapter) if compile else None
+        self.renew()
+
+    def renew(self) -> None:
+        """Looks at the host's modules afresh: between two prompts they may have been changed."""
+        self._rotary = RotaryAhead(self.adapter, fractional(self._config))
+        self._view = LayersView(self.adapter)
+
+    @torch.no_grad()
+    def step(self, hidden_states: Tensor, cache: CompressedCache) -> Tensor:
+        """Runs one new token of each sequence; if anything raises, the cache is as it was.
+
+        Args:
+            hidden_states: [B, 1, C], the tokens' embeddings.
+            cache: grows by one column.
+
+        Returns:
+            Logits [B, 1, vocabulary].
+        """
+        tables = self._rotary.tables(hidden_states, cache.next_position)
+        logits = self._by_compiled(hidden_states, tables, cache)
+        if logits is None:
+            logits = self._by_fused(hidden_states, tables, cache)
+        if logits is None:
+            logits = self._by_modules(hidden_states, tables, cache)
+        cache.advance(1)
+        return logits
+
+    @property
+    def compile_ms(self) -> float:
+        """Time of the steps so far in which something was compiled."""
+        return 0.0 if self._compiled is None else self._compiled.compile_ms
+
+    def _by_compiled(self, hidden_states: Tensor, tables: Tables, cache: CompressedCache) -> Tensor | None:
+        if self._compiled is None or not self._compiled.ready or self._view.hooked or watched():
+            return None
+        note_backend("decode_step", "compiled")
+        return self._compiled(hidden_states, tables, cache)
+
+    def _by_fused(self, hidden_states: Tensor, tables: Tables, cache: CompressedCache) -> Tensor | None:
+        weights = self._fused_weights(hidden_states, tables)
+        if weights is None:
+            return None
+        cos, sin = tables[self.adapter.layer_kinds[0]]
+        caches = [LayerCache(*held.reserve(1), held.starts, held.end) for held in cache.layers]
+        return fused_step(hidden_states[:, 0], cos[:, 0], sin[:, 0], weights, caches, "native")[:, None]
+
+    def _fused_weights(self, hidden_states: Tensor, tables: Tables) -> DecoderWeights | None:
+        """The layers' weights, if the fused step may run this time."""
+        if len(hidden_states) > MAX_ROWS or hidden_states.dtype != torch.float32 or hidden_states.device.type != "cpu":
+            return None
+        if self._view.hooked or watched() or torch.is_autocast_enabled("cpu"):
+            return None
+        cos = tables[self.adapter.layer_kinds[0]][0]
+        shape = (len(hidden_states), 1, self.adapter.spec.head_dim)  # older hosts give each axis of M-RoPE its table
+        return self._view.weights if cos.shape == shape else None
+
+    def _by_modules(self, hidden_states: Tensor, tables: Tables, cache: CompressedCache) -> Tensor:
+        note_backend("decode_step", "host")
+        adapter = self.adapter
+        with routed_attention(adapter.text_config):
+            for layer, kind, held in zip(adapter.layers, adapter.layer_kinds, cache.layers, strict=True):
+                hidden_states = layer(
+                    hidden_states,
+                    position_embeddings=tables[kind],
+                    attention_mask=None,
+                    use_cache=False,
+                    attend=partial(_attend, held),
+                )
+        return adapter.logits(hidden_states)
+
+
+class LayersView:
+    """What was seen of the host's layers at one time."""
+
+    def __init__(self, adapter: ModelAdapter) -> None:
+        self._adapter = adapter
+
+    @cached_property
+    def weights(self) -> DecoderWeights | None:
+        """For the fused step, if it exists here and may stand in for these layers."""
+        weights = fused_weights(self._adapter)
+        there = weights is not None and backend_for("decode_step", weights.tensors[0]) == "native"
+        return weights if there else None
+
+    @cached_property
+    def _hooks(self) -> list[Any]:
+        return hooks_of(self._adapter)
+
+    @property
+    def hooked(self) -> bool:
+        """Whether somebody looks at one of their modules right now."""
+        return any(self._hooks)
+
+
+class RotaryAhead:
+    """Rotary tables of the steps to come, made by the host's module for many steps at once.
+
+    Args:
+        adapter: the host model.
+        precise: form angles in float64; see `ModelAdapter.rotary`.
+    """
+
+    def __init__(self, adapter: ModelAdapter, precise: bool) -> None:
+        self._adapter, self._precise = adapter, precise
+        # Frequencies that follow the length are only right for the length of the moment.
+        self._steps = 1 if adapter.rotary_follows_length else STEPS_AHEAD
+        self._tables: Tables = {}
+        self._like: tuple[torch.dtype, torch.device] | None = None  # what the tables are in
+        self._positions: list[Tensor] = []  # [B] each, what the tables that are left are for
+
+    def tables(self, hidden_states: Tensor, position: Tensor) -> Tables:
+        """For each kind of layer cos and sin, [..., B, 1, D] each.
+
+        Args:
+            hidden_states: gives dtype and device.
+            position: [B] float64.
+        """
+        like = (hidden_states.dtype, hidden_states.device)
+        if not self._positions or self._like != like or not torch.equal(self._positions[-1], position):
+            self._like = like
+            ahead = position[:, None] + torch.arange(self._steps, dtype=position.dtype, device=position.device)
+            self._positions = list(ahead.unbind(1))[::-1]
+            axes = ahead.to(hidden_states.device).expand(self._adapter.position_axes, *ahead.shape)
+            self._tables = self._adapter.rotary(hidden_states, axes, self._precise)
+        step = self._steps - len(self._positions)
+        self._positions.pop()
+        return {kind: (c.narrow(-2, step, 1), s.narrow(-2, step, 1)) for kind, (c, s) in self._tables.items()}
 
 
 def _attend(held: CompressedLayer, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from mminfer import nano
-from mminfer.cache.kv_cache import CACHE_NAME, CompressedCache
+from mminfer.cache.kv_cache import CACHE_NAME, ROOM, CompressedCache
 from mminfer.chat import Chat
 from mminfer.config import InferenceConfig
 from mminfer.errors import InputError, UnsupportedModelError
@@ -26,6 +26,7 @@ from mminfer.patching import PatchHandle, patched
 from mminfer.request import GenerationOutput, build_inputs, cap_video, is_batch, normalise_messages
 from mminfer.streaming import TextStream
 
+MOST_ROOM = 1024  # beyond, a cache grows when the tokens come
 MEDIA_OPTIONS = ("allow_remote", "num_frames", "fps", "max_video_tokens")
 _locks: WeakKeyDictionary[nn.Module, Lock] = WeakKeyDictionary()  # engines may share a model
 
@@ -37,18 +38,22 @@ class Engine:
         model: a `...ForConditionalGeneration` of a supported family.
         processor: its processor.
         config: the techniques; None: all off.
+        compile: decode by the host's modules under torch.compile; see `mminfer.patch`.
 
     Raises:
         UnsupportedModelError: the family has no adapter.
         ConfigError: a setting does not fit the model.
     """
 
-    def __init__(self, model: nn.Module, processor: Any, config: InferenceConfig | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, processor: Any, config: InferenceConfig | None = None, compile: bool = False
+    ) -> None:
         self.model: Any = model.eval()
         self.processor = processor
         self.adapter = adapter_for(model)
         self.config = config if config is not None else InferenceConfig()
         self.config.check(self.adapter.spec)
+        self.compile = compile
         self._lock = _locks.setdefault(self.model, Lock())
 
     @classmethod
@@ -58,6 +63,7 @@ class Engine:
         config: InferenceConfig | None = None,
         device: str | torch.device | None = None,
         dtype: torch.dtype | str | None = None,
+        compile: bool = False,
         **hf_kwargs: Any,
     ) -> Engine:
         """Loads a model and its processor by the host library; safetensors only.
@@ -67,6 +73,7 @@ class Engine:
             config: the techniques; None: all off.
             device: default the GPU if there is one, else the CPU.
             dtype: default float32 on the CPU, the checkpoint's own on a GPU.
+            compile: decode by the host's modules under torch.compile; see `mminfer.patch`.
             hf_kwargs: passed on to the host's `from_pretrained` (`device_map`, `revision`, `trust_remote_code`, ...).
 
         Raises:
@@ -90,7 +97,7 @@ class Engine:
             raise InputError(f"no model, or no whole one, at {name_or_path!r}: {error}") from error
         except KeyError as error:
             raise UnsupportedModelError(f"{name_or_path}: {error}") from error
-        return cls(model if "device_map" in hf_kwargs else model.to(device=device), processor, config)
+        return cls(model if "device_map" in hf_kwargs else model.to(device=device), processor, config, compile)
 
     @property
     def device(self) -> torch.device:
@@ -205,7 +212,8 @@ class Engine:
         if "stop_strings" in generation_kwargs:
             generation_kwargs.setdefault("tokenizer", self.processor.tokenizer)
         generation_kwargs["return_dict_in_generate"] = True
-        with self._lock, patched(self.model, self.config) as handle:
+        with self._lock, patched(self.model, self.config, self.compile) as handle:
+            handle.room = min(max(ROOM, generation_kwargs.get("max_new_tokens") or 0), MOST_ROOM)
             handle.end_ids = set() if generation_kwargs.get("num_beams", 1) > 1 else self._end_ids(generation_kwargs)
             with record_backends() as backends, peak_memory(self.device) as peak:
                 result = self.model.generate(**inputs, **generation_kwargs)
@@ -225,8 +233,8 @@ class Engine:
         backends: dict[str, str],
     ) -> CallTimes:
         first = handle.first_token_at
-        tpot = 1e3 * (end - first) / (new - 1) if new > 1 else None
-        return CallTimes(1e3 * (first - start), handle.prompt_ms[-1], tpot, peak_bytes, backends)
+        tpot = (1e3 * (end - first) - handle.compile_ms) / (new - 1) if new > 1 else None
+        return CallTimes(1e3 * (first - start), handle.prompt_ms[-1], tpot, handle.compile_ms, peak_bytes, backends)
 
     def _output(
         self,

@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from mminfer.cache.kv_cache import CACHE_NAME, CompressedCache
+from mminfer.cache.kv_cache import CACHE_NAME, ROOM, CompressedCache
 from mminfer.config import InferenceConfig
-from mminfer.decode import decode_step
+from mminfer.decode import Decoder
 from mminfer.errors import ConfigError, InputError
 from mminfer.metrics.records import PromptRecord
 from mminfer.models.base import ModelAdapter
@@ -41,20 +41,24 @@ class PatchHandle:
         prompt_ms: duration of each of those passes.
         end_ids: tokens that end a turn; rows of a batch that got one are computed no further. Empty by default, since
             only the caller knows that generation stops there; not for beams.
+        room: how many tokens to come the cache has room for from the start.
         first_token_at: `time.perf_counter()` at the end of the last prompt pass.
         step_ms: duration of each decoding step since then.
+        compile_ms: time of the steps in which something was compiled, since the patch was set; not among `step_ms`.
     """
 
-    def __init__(self, model: Any, config: InferenceConfig) -> None:
+    def __init__(self, model: Any, config: InferenceConfig, compile: bool = False) -> None:
         if isinstance(getattr(model.__dict__.get("forward"), "mminfer_handle", None), PatchHandle):
             raise ConfigError("the model is patched already: call undo() on that patch first")
         self.model, self.config = model, config
         self.adapter: ModelAdapter = adapter_for(model)
         config.check(self.adapter.spec)
+        self._decoder = Decoder(self.adapter, config, compile)
         self.records: list[PromptRecord] = []
         self.prompt_ms: list[float] = []
         self.first_token_at = 0.0
         self.end_ids: set[int] = set()
+        self.room = ROOM
         self._rows: Tensor | None = None
         self.step_ms: list[float] = []
         self._state = {name: getattr(self.adapter.base, name) for name in self.adapter.host_state}
@@ -65,11 +69,17 @@ class PatchHandle:
 
         @functools.wraps(original)
         def forward(*args: Any, **kwargs: Any) -> Any:
+            if not args and others:  # as `generate` calls; binding takes long for one token
+                return self._forward(kwargs)
             bound = signature.bind(*args, **kwargs).arguments
             return self._forward({**bound.pop(others, {}), **bound})
 
         vars(forward)["mminfer_handle"] = self
         model.forward = forward
+
+    @property
+    def compile_ms(self) -> float:
+        return self._decoder.compile_ms
 
     def undo(self) -> None:
         """Gives the model back as it was. Calling it again does nothing."""
@@ -87,10 +97,14 @@ class PatchHandle:
         cache = _cache_of(inputs)
         start = time.perf_counter()
         if cache.logical_length and _is_step(inputs):
+            compiled = self.compile_ms
             logits = self._step(inputs, cache)
-            self.step_ms.append(1e3 * (time.perf_counter() - start))
+            if self.compile_ms == compiled:
+                self.step_ms.append(1e3 * (time.perf_counter() - start))
         else:
             self._rows = None
+            self._decoder.renew()
+            cache.room = self.room
             logits = self._prompt(inputs, cache)
             self.first_token_at = time.perf_counter()
             self.prompt_ms.append(1e3 * (self.first_token_at - start))
@@ -105,21 +119,21 @@ class PatchHandle:
             embeds = self.model.get_input_embeddings()(inputs["input_ids"])
         rows = self._unfinished(inputs, cache)
         if rows is None:
-            return self.adapter.logits(decode_step(self.adapter, self.config, embeds, cache))
-        logits = self.adapter.logits(decode_step(self.adapter, self.config, embeds[rows], cache))
+            return self._decoder.step(embeds, cache)
+        logits = self._decoder.step(embeds[rows], cache)
         return logits.new_zeros(len(embeds), *logits.shape[1:]).index_copy_(0, rows, logits)
 
     def _unfinished(self, inputs: dict[str, Any], cache: CompressedCache) -> Tensor | None:
         """Rows of the batch that still generate; None: all. Those whose turn has ended leave the cache for good."""
         if not self.end_ids or inputs.get("input_ids") is None:
             return None
-        ids = inputs["input_ids"][:, 0]
-        rows = torch.arange(len(ids), device=ids.device) if self._rows is None else self._rows
-        going = ~torch.isin(ids[rows], torch.tensor(sorted(self.end_ids), device=ids.device))
-        if bool(going.all()) or not bool(going.any()):
-            return self._rows
-        cache.reorder_cache(going.nonzero()[:, 0])
-        self._rows = rows[going]
+        ids = inputs["input_ids"][:, 0].tolist()
+        rows = range(len(ids)) if self._rows is None else self._rows.tolist()
+        going = [place for place, row in enumerate(rows) if ids[row] not in self.end_ids]
+        if 0 < len(going) < len(rows):
+            device = inputs["input_ids"].device
+            cache.reorder_cache(torch.tensor(going, device=device))
+            self._rows = torch.tensor([rows[place] for place in going], device=device)
         return self._rows
 
     def _prompt(self, inputs: dict[str, Any], cache: CompressedCache) -> Tensor:
@@ -171,7 +185,7 @@ def _is_step(inputs: dict[str, Any]) -> bool:
     return like.shape[1] == 1 and not any(x is not None and (isinstance(x, Tensor) or len(x) > 0) for x in seen)
 
 
-def patch(model: Any, config: InferenceConfig) -> PatchHandle:
+def patch(model: Any, config: InferenceConfig, compile: bool = False) -> PatchHandle:
     """Makes a loaded Hugging Face vision-language model run with these techniques, in its own `generate`.
 
     `forward` of the instance is replaced, nothing else: no class, no weight, no global table. When rows leave the
@@ -180,6 +194,8 @@ def patch(model: Any, config: InferenceConfig) -> PatchHandle:
     Args:
         model: a `...ForConditionalGeneration` of a supported family.
         config: the techniques; `InferenceConfig()` changes nothing but the way it is computed.
+        compile: decode by the host's modules under torch.compile. The first token takes the time to compile, half a
+            minute or more; where it fails, decoding goes on as without.
 
     Returns:
         A handle; `undo()` gives the model back as it was.
@@ -188,13 +204,13 @@ def patch(model: Any, config: InferenceConfig) -> PatchHandle:
         UnsupportedModelError: the family has no adapter.
         ConfigError: a setting does not fit the model, or it is patched already.
     """
-    return PatchHandle(model, config)
+    return PatchHandle(model, config, compile)
 
 
 @contextmanager
-def patched(model: Any, config: InferenceConfig) -> Iterator[PatchHandle]:
+def patched(model: Any, config: InferenceConfig, compile: bool = False) -> Iterator[PatchHandle]:
     """`patch` for the time of a `with` block."""
-    handle = patch(model, config)
+    handle = patch(model, config, compile)
     try:
         yield handle
     finally:

@@ -77,7 +77,7 @@ def test_with_no_arguments_it_answers_and_says_what_that_took():
     for name in ("time to first token", "prompt pass", "time per token"):
         assert float(rows[name][0].removesuffix(" ms")) > 0
     assert rows["peak memory"][0].endswith("iB")
-    assert "decode_attention" in rows["backends"][0]
+    assert "decode_step" in rows["backends"][0]
 
 
 def test_json_with_compare_holds_both_runs(sample):

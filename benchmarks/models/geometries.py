@@ -19,21 +19,29 @@ TOKENS_PER_FRAME = 196
 
 def llava_onevision_05b() -> Any:
     """The language model of LLaVA-OneVision-0.5B, weights random, behind a token tower: features come ready made."""
-    vision = SiglipVisionConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2, image_size=384, patch_size=14
-    )  # fmt: skip
     text = Qwen2Config(
         hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
         vocab_size=152_000, max_position_embeddings=32_768, rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         tie_word_embeddings=True,
     )  # fmt: skip
-    config = LlavaOnevisionConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_id=151_646,
-        video_token_id=151_647,
+    return _behind_a_token_tower(text, image_token_id=151_646, video_token_id=151_647)
+
+
+def llava_onevision_mha() -> Any:
+    """A language model of 100 million weights with as many key heads as query heads, and next to no vocabulary."""
+    text = Qwen2Config(
+        hidden_size=1024, intermediate_size=2816, num_hidden_layers=8, num_attention_heads=16, num_key_value_heads=16,
+        vocab_size=2048, max_position_embeddings=65_536, rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         tie_word_embeddings=True,
-    )
+    )  # fmt: skip
+    return _behind_a_token_tower(text, image_token_id=2046, video_token_id=2047)
+
+
+def _behind_a_token_tower(text: Qwen2Config, **ids: int) -> Any:
+    vision = SiglipVisionConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2, image_size=384, patch_size=14
+    )  # fmt: skip
+    config = LlavaOnevisionConfig(vision_config=vision, text_config=text, tie_word_embeddings=True, **ids)
     torch.manual_seed(0)
     return LlavaOnevisionForConditionalGeneration._from_config(config, attn_implementation="sdpa").eval()
 

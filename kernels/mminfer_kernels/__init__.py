@@ -3,6 +3,7 @@
 from mminfer_kernels.best_match import best_match
 from mminfer_kernels.column_mass import column_mass, power_iterate
 from mminfer_kernels.decode_attention import decode_attention
+from mminfer_kernels.decode_step import DecoderWeights, LayerCache, LayerWeights, decode_step
 from mminfer_kernels.dispatch import (
     BackendError,
     available_backends,
@@ -22,6 +23,9 @@ OPS = registered_ops()
 __all__ = [
     "OPS",
     "BackendError",
+    "DecoderWeights",
+    "LayerCache",
+    "LayerWeights",
     "add_rows",
     "apply_rotary",
     "available_backends",
@@ -30,6 +34,7 @@ __all__ = [
     "best_match",
     "column_mass",
     "decode_attention",
+    "decode_step",
     "gather_rms_norm",
     "gather_rows",
     "merge_rows",

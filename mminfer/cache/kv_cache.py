@@ -12,7 +12,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mminfer.errors import InputError
 
-SPARE_ENTRIES = 64
+ROOM = 64
 # What the host calls a cache, as an argument and in its outputs: it has changed the name.
 CACHE_NAME = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
 
@@ -74,8 +74,8 @@ class CompressedLayer(CacheLayerMixin):
     def __init__(self, entries: Sequence[CacheEntries], seen: Sequence[int], cache: CompressedCache) -> None:
         self.cache = cache
         self.seen = tuple(seen)
-        self.end = max(len(e) for e in entries)
         lengths = [len(e) for e in entries]
+        self.end = max(lengths)
         self.starts = None
         if len(set(lengths)) > 1:
             self.starts = torch.tensor([self.end - n for n in lengths], device=entries[0].keys.device)
@@ -84,16 +84,21 @@ class CompressedLayer(CacheLayerMixin):
         self.dtype, self.device = entries[0].keys.dtype, entries[0].keys.device
 
     def _pad(self, parts: Sequence[Tensor | None]) -> Tensor | None:
-        """[1, G, S_b, ...] each -> [B, G, end, ...], right-aligned."""
+        """[1, G, S_b, ...] each -> [B, G, end + room, ...], right-aligned at the end.
+
+        Always one copy: what attention hands over lies in the order of its projection, and with the room made here the
+        first step copies nothing.
+        """
         tensors = [p for p in parts if p is not None]
         if not tensors:
             return None
-        if len(tensors) == 1:
-            return tensors[0].contiguous()
-        shape = list(tensors[0].shape)
-        out = tensors[0].new_zeros(len(tensors), shape[1], self.end, *shape[3:])
+        first = tensors[0]
+        out = first.new_empty(len(tensors), first.shape[1], self.end + self.cache.room, *first.shape[3:])
+        out[:, :, self.end :] = 0
         for row, part in zip(out, tensors, strict=True):
-            row[:, self.end - part.shape[2] :] = part[0]
+            start = self.end - part.shape[2]
+            row[:, :start] = 0
+            row[:, start : self.end] = part[0]
         return out
 
     @property
@@ -135,18 +140,27 @@ class CompressedLayer(CacheLayerMixin):
             All keys and all values, the new ones included.
         """
         stop = self.end + k.shape[2]
-        if stop > self._buffers[0].shape[2]:  # type: ignore[union-attr]
-            self._grow(stop)
-        for buffer, new in zip(self._buffers[:2], (k, v), strict=True):
-            buffer[:, :, self.end : stop] = new  # type: ignore[index]
-        return self._buffers[0][:, :, :stop], self._buffers[1][:, :, :stop]  # type: ignore[index]
+        keys, values = self.reserve(k.shape[2])
+        keys[:, :, self.end : stop], values[:, :, self.end : stop] = k, v
+        return keys[:, :, :stop], values[:, :, :stop]
+
+    def reserve(self, columns: int) -> tuple[Tensor, Tensor]:
+        """The buffers of keys and values, [B, G, capacity, D], with room for so many columns behind the last."""
+        keys, values = self._buffers[:2]
+        if keys is None or values is None:
+            raise ValueError("a layer without keys or values")
+        if self.end + columns > keys.shape[2]:
+            self._grow(self.end + columns)
+            return self.reserve(columns)
+        return keys, values
 
     def _grow(self, columns: int) -> None:
-        capacity = columns + max(SPARE_ENTRIES, columns // 8)
+        capacity = columns + max(self.cache.room, columns // 8)
         for i, old in enumerate(self._buffers):
             if old is not None:
-                new = old.new_zeros(*old.shape[:2], capacity, *old.shape[3:])
+                new = old.new_empty(*old.shape[:2], capacity, *old.shape[3:])
                 new[:, :, : self.end] = old[:, :, : self.end]
+                new[:, :, self.end :] = 0
                 self._buffers[i] = new
 
     def advance(self, columns: int) -> None:
@@ -156,6 +170,8 @@ class CompressedLayer(CacheLayerMixin):
 
     def map_rows(self, change: torch.Tensor) -> None:
         """Takes row `change[i]` as row i, as beams and repeats do."""
+        if change.tolist() == list(range(self.batch_size)):
+            return
         self._buffers = [None if x is None else x[change.to(x.device)] for x in self._buffers]
         self.starts = None if self.starts is None else self.starts[change.to(self.starts.device)]
         self.seen = tuple(self.seen[i] for i in change.tolist())
@@ -196,6 +212,7 @@ class CompressedCache(Cache):
         logical_length: the length the host believes in.
         tokens: tokens of each sequence taken in so far, padding not counted.
         next_position: [B] float64, where each sequence's next text token goes.
+        room: columns that a prompt pass leaves free behind its entries, for the tokens to come.
     """
 
     layers: list[CompressedLayer]  # type: ignore[assignment]
@@ -205,6 +222,7 @@ class CompressedCache(Cache):
         self.logical_length = 0
         self.tokens: tuple[int, ...] = ()
         self.next_position = torch.empty(0, dtype=torch.float64)
+        self.room = ROOM
 
     def commit(self, layers: list[CompressedLayer], columns: int, tokens: Sequence[int], next_position: Tensor) -> None:
         """Takes over what a whole pass made, at once: before this call nothing of the cache has changed."""
@@ -246,9 +264,9 @@ class CompressedCache(Cache):
     def clone(self) -> CompressedCache:
         """An independent copy: several questions can go on from one context."""
         out = CompressedCache()
+        out.room = self.room
         layers = [
-            CompressedLayer([_copy(layer.row(b)) for b in range(layer.batch_size)], layer.seen, out)
-            for layer in self.layers
+            CompressedLayer([layer.row(b) for b in range(layer.batch_size)], layer.seen, out) for layer in self.layers
         ]
         out.commit(layers, self.logical_length, self.tokens, self.next_position)
         return out
@@ -269,7 +287,3 @@ class CompressedCache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove != 0:
             raise InputError("a compressed cache cannot be rolled back: assisted decoding is not supported")
-
-
-def _copy(entries: CacheEntries) -> CacheEntries:
-    return CacheEntries.of([None if x is None else x.clone() for x in entries.columns])

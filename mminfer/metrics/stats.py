@@ -32,7 +32,8 @@ class GenerationStats:
         new_tokens: tokens generated.
         ttft_ms: from the call to the first token: preprocessing, vision tower and prompt pass.
         prompt_ms: the prompt pass alone.
-        tpot_ms: mean time per token after the first; None with one token.
+        tpot_ms: mean time per token after the first, compiling left out; None with one token.
+        compile_ms: time of the decoding steps in which something was compiled.
         peak_bytes: highest memory in use during the call.
         backends: which implementation each op ran with.
     """
@@ -50,6 +51,7 @@ class GenerationStats:
     ttft_ms: float
     prompt_ms: float
     tpot_ms: float | None
+    compile_ms: float
     peak_bytes: int
     backends: dict[str, str]
 
@@ -65,6 +67,7 @@ class CallTimes:
     ttft_ms: float
     prompt_ms: float
     tpot_ms: float | None
+    compile_ms: float
     peak_bytes: int
     backends: dict[str, str]
 

@@ -180,13 +180,20 @@ class ModelAdapter:
         )
         return dict.fromkeys(self.layer_kinds, table)
 
+    @property
+    def rotary_follows_length(self) -> bool:
+        """Whether the host's rotary frequencies depend on the longest position of a call."""
+        found = self.language_model.rotary_emb.rope_type
+        kinds = found.values() if isinstance(found, dict) else [found]
+        return any("dynamic" in kind or kind == "longrope" for kind in kinds)
+
     def _host_axes(self, position: Tensor) -> Tensor:
         return position if self.position_axes > 1 else position[0]
 
     def _current_rotary(self, hidden_states: Tensor, position: Tensor) -> Any:
         """The host's rotary module, its frequencies brought up to date if they depend on the length."""
         rotary: Any = self.language_model.rotary_emb
-        if "dynamic" in rotary.rope_type or rotary.rope_type == "longrope":
+        if self.rotary_follows_length:
             rotary(hidden_states[:1, :1], self._host_axes(position.amax().expand(self.position_axes, 1, 1)))
         return rotary
 
