@@ -23,8 +23,10 @@ from mminfer_kernels import cuda
 from mminfer_kernels.backends import interpreted
 from mminfer_kernels.cases import HEAD_SIZES, Case, cases
 from mminfer_kernels.counts import COUNTS
+from mminfer_kernels.decode_attention import cuda_kernel as decoding
 from mminfer_kernels.dispatch import registered_ops
 from mminfer_kernels.launching import Launch
+from mminfer_kernels.merge_rows import cuda_kernel as merging
 from mminfer_kernels.resources import CHIPS, amd_resources, occupancy, resources
 
 MOST_BYTES_RATIO = 1.15
@@ -177,34 +179,46 @@ def triton_rows(found: Iterator[Case], targets: tuple[str, ...], tried: int | No
 
 
 def cuda_rows(ops: tuple[str, ...] | None, targets: tuple[str, ...]) -> Iterator[Row]:
-    """The hand-written CUDA kernels, where this package has any."""
-    compile_kernels: Any = getattr(cuda, "compile_kernels", None)
-    if compile_kernels is None:
-        return
+    """The hand-written CUDA kernels; their bytes are those of a whole call, so a part of one has none."""
     for target in (x for x in targets if x.startswith("sm_")):
         start = time.perf_counter()
-        kernels = [x for x in compile_kernels(int(target.removeprefix("sm_"))) if ops is None or x.op in ops]
+        kernels = [x for x in cuda.compile_kernels(int(target.removeprefix("sm_"))) if ops is None or x.op in ops]
         seconds = time.perf_counter() - start
         for kernel in kernels:
             taken, warps = resources(kernel.cubin), -(-kernel.threads // 32)
             shared = max(kernel.shared_bytes, taken.shared_bytes)
+            ratio = cuda_bytes_ratio(kernel)
             yield Row(
                 op=kernel.op,
                 kernel=kernel.kernel,
                 case="CUDA C++",
-                dtype=getattr(kernel, "dtype", ""),
-                size=getattr(kernel, "size", None),
+                dtype=kernel.dtype,
+                size=kernel.size,
                 target=target,
                 config=f"{kernel.threads} threads",
                 registers=taken.registers,
                 spill_bytes=taken.spill_bytes,
                 shared_bytes=shared,
                 occupancy=occupancy(target, taken.registers, shared, warps),
-                bytes_ratio=None,
-                asked_bytes_ratio=None,
+                bytes_ratio=ratio,
+                asked_bytes_ratio=ratio,
                 flops_ratio=None,
                 compile_seconds=seconds / len(kernels),
             )
+
+
+def cuda_bytes_ratio(kernel: cuda.CompiledKernel) -> float | None:
+    """Bytes that a call moves over the least: 32,768 keys in 8 groups of 4 heads, or 3,136 rows of 3,584 merged."""
+    dtype = getattr(torch, kernel.dtype)
+    if kernel.op == "merge_rows":
+        x = torch.empty(3136, 3584, dtype=dtype, device="meta")
+        traffic = merging.traffic(x, x)
+    elif kernel.size is not None:
+        q = torch.empty(4, 32, 1, kernel.size, dtype=dtype, device="meta")
+        traffic = decoding.traffic(q, torch.empty(4, 8, 32_768, kernel.size, dtype=dtype, device="meta"))
+    else:
+        return None
+    return traffic.moved_bytes / traffic.least_bytes
 
 
 HEADINGS = {

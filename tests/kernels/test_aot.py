@@ -47,7 +47,10 @@ def test_nothing_spills_and_little_is_moved_twice(subset):
     assert len(rows) >= 3
     for row in rows:
         assert row["spill_bytes"] == 0 or row["target"] == "gfx942", row
-        assert 1 <= row["bytes_ratio"] <= 1.15 and row["asked_bytes_ratio"] >= row["bytes_ratio"], row
+        if row["kernel"].startswith("decode_attention_combine"):
+            assert row["bytes_ratio"] is None  # its bytes are in those of the call that it is a part of
+        else:
+            assert 1 <= row["bytes_ratio"] <= 1.15 and row["asked_bytes_ratio"] >= row["bytes_ratio"], row
         assert row["registers"] > 0 and 0 < row["occupancy"] <= 1 and row["compile_seconds"] > 0.01, row
         assert row["flops_ratio"] is None or row["flops_ratio"] >= 1, row
         assert row["faults"] == []
@@ -59,7 +62,8 @@ def test_nothing_spills_and_little_is_moved_twice(subset):
 def test_every_op_is_compiled():
     """Some launches of an op are those of an earlier one, so that not all have a row of their own."""
     sizes = {case.op: len(case.launches) for case in cases(dtypes=("float16",))}
-    assert set(sizes) == set(dispatch.registered_ops()) and all(sizes.values())
+    assert set(sizes) == {op for op in dispatch.registered_ops() if "triton" in dispatch.available_backends(op)}
+    assert all(sizes.values())
 
 
 def test_interpreted_kernels_cannot_be_compiled():

@@ -119,6 +119,7 @@ def decode_attention(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if out.numel() == 0:
         return out
+    starts = None if starts is None else starts.clamp(0, entries - queries)
     dtype, scale = q.dtype, size**-0.5 if scale is None else scale
     q, k, v, out = (dense_rows(x) for x in interpretable(q, k, v, out))
     rows = heads // groups * queries

@@ -8,6 +8,7 @@ import triton.language as tl
 
 from mminfer_kernels.column_mass.triton_kernel import mass_of
 from mminfer_kernels.launching import autotuned, dense_rows, interpretable, launch, strides, tile_fits
+from mminfer_kernels.prompt_attention.reference import rows_first
 from mminfer_kernels.tiles.triton_kernel import (
     LOG2_E,
     Ranges,
@@ -110,7 +111,7 @@ def _attention(
     ranges: Ranges,
 ) -> torch.Tensor:
     """[B, H, S, D] in q's dtype; writes the rows' base-2 log-sum-exp into `lse` [B, H, S]."""
-    out = torch.empty_like(q)
+    out = rows_first(torch.empty_like(q))
     launch(
         prompt_attention_fwd_kernel,
         lambda meta: (triton.cdiv(q.shape[2], meta["BLOCK_S"]), q.shape[0] * q.shape[1]),
@@ -135,14 +136,14 @@ def prompt_attention(
 ) -> torch.Tensor:
     """See `mminfer_kernels.prompt_attention`."""
     if q.numel() == 0:
-        return torch.empty_like(q)
+        return rows_first(torch.empty_like(q))
     queries, keys, given = q.shape[2], k.shape[2], q
     lo, hi = None, None if query_index is None else query_index + 1
     if window is not None and window < keys:
         hi = torch.arange(keys - queries + 1, keys + 1, device=q.device) if hi is None else hi
         lo = (hi - window).clamp_min(0)
     q, k, v = (dense_rows(x) for x in interpretable(q, k, v))
-    return _laid_out(_attention(q, k, v, None, scale, ranges_of(keys, lo, hi)), given)
+    return _attention(q, k, v, None, scale, ranges_of(keys, lo, hi)).to(given.dtype)
 
 
 @torch.no_grad()
@@ -157,16 +158,9 @@ def prompt_attention_mass(
     """See `mminfer_kernels.prompt_attention_mass`: the attention, then one pass over columns from its log-sum-exp."""
     keys, given = k.shape[2], q
     if q.numel() == 0:
-        return torch.empty_like(q), torch.zeros(*q.shape[:2], keys, dtype=torch.float32, device=q.device)
+        return rows_first(torch.empty_like(q)), torch.zeros(*q.shape[:2], keys, dtype=torch.float32, device=q.device)
     ranges = ranges_of(keys, None, None if query_index is None else query_index + 1)
     q, k, v = (dense_rows(x) for x in interpretable(q, k, v))
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     out = _attention(q, k, v, lse, scale, ranges)
-    return _laid_out(out, given), mass_of(q, k, lse, weights, scale, True, ranges)
-
-
-def _laid_out(out: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """`out` in the dtype and the memory layout of the queries given, as the op's fake promises torch.compile."""
-    if out.dtype == q.dtype and q.stride(-1) == 1:
-        return out
-    return torch.empty_like(q).copy_(out)
+    return out.to(given.dtype), mass_of(q, k, lse, weights, scale, True, ranges)
