@@ -53,6 +53,7 @@ class LayerAttention:
         self.prune = config.prune if prunes else None
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+        k, v = k.to(q.dtype), v.to(q.dtype)  # under autocast the host rotates in float32 and projects in less
         # Rows before heads in memory, as the host reads it next.
         out = q.new_empty(1, q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)
         for sequence, (start, stop) in enumerate(self.layout.spans):

@@ -84,3 +84,15 @@ def test_bfloat16(family):
         out = model(**inputs, use_cache=True)
     assert out.logits.isfinite().all()
     assert out.past_key_values.layers[0].keys.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_autocast(family):
+    """Projections come in bfloat16, rotated queries and keys in float32."""
+    model, inputs = tiny_model(family), tiny_inputs(family, PROMPTS)
+    with torch.autocast("cpu", torch.bfloat16):
+        host = model(**inputs).logits[:, -1]
+        with patched(model, InferenceConfig()):
+            torch.testing.assert_close(model(**inputs).logits[:, -1], host, rtol=0, atol=0.1)
+        with patched(model, fitting(family, ALL)):
+            assert model.generate(**inputs, **GREEDY).logits[-1].isfinite().all()

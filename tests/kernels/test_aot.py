@@ -51,7 +51,9 @@ def test_nothing_spills_and_little_is_moved_twice(subset):
             assert row["bytes_ratio"] is None  # its bytes are in those of the call that it is a part of
         else:
             assert 1 <= row["bytes_ratio"] <= 1.15 and row["asked_bytes_ratio"] >= row["bytes_ratio"], row
-        assert row["registers"] > 0 and 0 < row["occupancy"] <= 1 and row["compile_seconds"] > 0.01, row
+        assert row["registers"] > 0 and 0 < row["occupancy"] <= 1 and row["compile_seconds"] > 0, (
+            row
+        )  # CUDA binaries are cached
         assert row["flops_ratio"] is None or row["flops_ratio"] >= 1, row
         assert row["faults"] == []
     if subset == "every kernel":
