@@ -38,14 +38,16 @@ def write_rows(name: str, rows: Iterable[Mapping[str, Any]], key: Sequence[str] 
     Args:
         name: of the file.
         rows: one mapping a row, all with the same columns.
-        key: columns that tell rows apart: rows of an earlier run that are not replaced stay. Without it none stays.
+        key: columns that tell rows apart: rows of an earlier run that are not replaced stay, if they
+            have the same columns. Without it none stays.
     """
     now = {**ORIGIN, "threads": torch.get_num_threads()}  # a script may have set another number
     complete = [{k: str(v) for k, v in {**row, **now}.items()} for row in rows]
     path = RESULTS / f"{name}.csv"
     if key and path.exists():
         new = {tuple(row[k] for k in key): row for row in complete}
-        kept = [new.pop(tuple(row[k] for k in key), row) for row in read_rows(name)]
+        same = [row for row in read_rows(name) if row.keys() == complete[0].keys()]
+        kept = [new.pop(tuple(row[k] for k in key), row) for row in same]
         complete = [*kept, *new.values()]
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, complete[0], lineterminator="\n")

@@ -92,6 +92,28 @@ def _origin(r: dict[str, str]) -> str:
     )
 
 
+def decode() -> str:
+    """What a decoded token takes."""
+    rows = read_rows("decode")
+    header = ["model", "prompt tokens", "setting", "ms a token (p20 to p80)", "tokens/s", "speed-up"]
+    table = []
+    for r in rows:
+        span = f"{float(r['median_ms']):,.2f} ({float(r['p20_ms']):,.2f} to {float(r['p80_ms']):,.2f})"
+        table.append(
+            [
+                r["model"],
+                f"{int(r['prompt_tokens']):,}",
+                r["setting"],
+                span,
+                r["tokens_per_s"],
+                f"{float(r['speedup']):.2f}",
+            ]
+        )
+    compiled = [f"{float(r['compile_ms']) / 1e3:.0f} s" for r in rows if r["compile_ms"] != "0"]
+    told = f" First use of the compiled step: {', '.join(compiled)}, apart from these times." if compiled else ""
+    return f"{_markdown(header, table)}\n\n{_origin(rows[0])}; medians of runs interleaved in one process.{told}"
+
+
 def batch_decode() -> str:
     """Tokens per second of a batch against one by one."""
     (r,) = read_rows("batch_decode")
@@ -147,7 +169,7 @@ def presets() -> str:
 
 SECTIONS: dict[str, Callable[[], str]] = {
     section.__name__: section
-    for section in (needle, prompt_pass, kernels, scores, batch_decode, turns, families, support, presets)
+    for section in (needle, prompt_pass, kernels, scores, decode, batch_decode, turns, families, support, presets)
 }
 
 

@@ -30,7 +30,7 @@ class Case:
 
     Args:
         runs: by name; the first is what the others are compared with.
-        flops: of one call.
+        flops: of one call; of the attention alone where runs do more.
         moved: bytes that must move, at least.
         copied: bytes that a run named "copy" reads and writes.
     """
@@ -164,7 +164,7 @@ def measure(name: str, repeats: int) -> list[dict[str, Any]]:
         rows.append({
             "op": name, "run": run, **{k: round(v, 3) for k, v in t.items()},
             "of_first": round(t["median_ms"] / times[first]["median_ms"], 3),
-            "gflops_a_s": round(case.flops / seconds / 1e9, 1) if case.flops else "",
+            "gflops_a_s": round(case.flops / seconds / 1e9, 1) if case.flops and "importance" not in run else "",
             "gb_a_s": round(moved / seconds / 1e9, 2) if moved else "",
             "extra_mib": "" if run == "copy" else round(extra_mib(name, run), 1), "repeats": repeats,
         })  # fmt: skip

@@ -113,14 +113,15 @@ int gather_rms_norm(const RowsArgs& x) {
 // out[index] += rows, in the order of the rows.
 template <class T>
 int add_rows(const RowsArgs& x) {
-  const int64_t wide = 256, chunks = (x.columns + wide - 1) / wide;
-  return parallel_for(x.batch * chunks, x.threads, [] { return None{}; }, [&](int64_t i, None&) {
-    const int64_t batch = i / chunks, from = i % chunks * wide;
-    const int64_t columns = x.columns - from < wide ? x.columns - from : wide;
+  const int64_t parts = 2 * x.threads;  // of the places: each unit adds what falls into its own
+  return parallel_for(x.batch * parts, x.threads, [] { return None{}; }, [&](int64_t i, None&) {
+    const int64_t batch = i / parts, begin = i % parts * x.rows / parts, end = (i % parts + 1) * x.rows / parts;
+    const int64_t* index = x.index + batch * x.index_batch;
     for (int64_t k = 0; k < x.picked; ++k) {
-      T* to = static_cast<T*>(x.out) + batch * x.x_batch + x.index[batch * x.index_batch + k] * x.x_row + from;
-      const T* row = static_cast<const T*>(x.other) + batch * x.other_batch + k * x.other_row + from;
-      each(columns, to, [&](int64_t d, int some) { return get(to, d, some) + get(row, d, some); });
+      if (index[k] < begin || index[k] >= end) continue;
+      T* to = static_cast<T*>(x.out) + batch * x.x_batch + index[k] * x.x_row;
+      const T* row = static_cast<const T*>(x.other) + batch * x.other_batch + k * x.other_row;
+      each(x.columns, to, [&](int64_t d, int some) { return get(to, d, some) + get(row, d, some); });
     }
   });
 }

@@ -22,20 +22,28 @@ inline Vec load_row(const T* row, int64_t d, int64_t size) {
   return d + kLanes <= size ? load(row + d) : load_some(row + d, (int)(size - d));
 }
 
+// Asks for a row that will be read soon: the next phase's memory comes in while this one computes.
+template <class T>
+inline void fetch_row(const T* row, int64_t size) {
+  for (int64_t d = 0; d < size; d += 64 / (int64_t)sizeof(T)) __builtin_prefetch(row + d);
+}
+
 // scores[r][j] = q[r] . k[j] for R rows and `count` keys; q is [R, padded D], zero behind D.
-template <int R, class T>
-inline void score_rows(const float* q, const T* k, int64_t k_row, int64_t count, int64_t size, float* scores) {
+template <int R, bool Whole, class T>
+inline void score_rows(const float* q, const T* k, int64_t k_row, int64_t count, int64_t size, const T* next,
+                       int64_t next_row, float* scores) {
   const int64_t width = padded(size);
   for (int64_t j = 0; j < count; j += kLanes) {
     const int some = count - j < kLanes ? (int)(count - j) : kLanes;
     Vec part[R][kLanes];
     for (int i = 0; i < some; ++i) {
       const T* key = k + (j + i) * k_row;
+      fetch_row(next + (j + i) * next_row, size);
       Vec acc[R];
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) acc[r] = zero();
       for (int64_t d = 0; d < width; d += kLanes) {
-        const Vec x = load_row(key, d, size);
+        const Vec x = Whole ? load(key + d) : load_row(key, d, size);
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) acc[r] += x * load(q + r * width + d);
       }
@@ -51,8 +59,8 @@ inline void score_rows(const float* q, const T* k, int64_t k_row, int64_t count,
 // out[r] = out[r] * shrink[r] + sum over j of p[r][j] * v[j].
 template <int R, class T>
 inline void weigh_rows(const float* p, const T* v, int64_t v_row, int64_t count, int64_t size, const float* shrink,
-                       float* out) {
-  constexpr int kWide = kAccumulators / R < 1 ? 1 : kAccumulators / R > 4 ? 4 : kAccumulators / R;
+                       const T* next, int64_t next_row, float* out) {
+  constexpr int kWide = R * 4 <= kAccumulators ? 4 : R * 2 <= kAccumulators ? 2 : 1;  // of 64 elements no remainder
   const int64_t width = padded(size);
   for (int64_t d = 0; d < width; d += kWide * kLanes) {
     const int vectors = (width - d) / kLanes < kWide ? (int)((width - d) / kLanes) : kWide;
@@ -64,6 +72,7 @@ inline void weigh_rows(const float* p, const T* v, int64_t v_row, int64_t count,
         acc[r][n] = n < vectors ? load(out + r * width + d + n * kLanes) * broadcast(shrink[r]) : zero();
     if (vectors == kWide && d + kWide * kLanes <= size) {
       for (int64_t j = 0; j < count; ++j) {
+        if (d == 0) fetch_row(next + j * next_row, size);
         Vec x[kWide];
 #pragma GCC unroll 4
         for (int n = 0; n < kWide; ++n) x[n] = load(v + j * v_row + d + n * kLanes);
@@ -92,7 +101,8 @@ template <int R, class T>
 inline void take_in(const float* q, const T* k, int64_t k_row, const T* v, int64_t v_row, int64_t count, int64_t size,
                     const int64_t* visible, Softmax& s) {
   float scores[R * kStretchKeys], shrink[R];
-  score_rows<R>(q, k, k_row, count, size, scores);
+  if (size % kLanes == 0) score_rows<R, true>(q, k, k_row, count, size, v, v_row, scores);
+  else score_rows<R, false>(q, k, k_row, count, size, v, v_row, scores);
   for (int r = 0; r < R; ++r) {
     float* row = scores + r * kStretchKeys;
     const int64_t whole = (count + kLanes - 1) / kLanes * kLanes, seen = visible[r] < count ? visible[r] : count;
@@ -110,7 +120,7 @@ inline void take_in(const float* q, const T* k, int64_t k_row, const T* v, int64
     s.top[r] = top;
     s.total[r] = s.total[r] * shrink[r] + sum(total);
   }
-  weigh_rows<R>(scores, v, v_row, count, size, shrink, s.out);
+  weigh_rows<R>(scores, v, v_row, count, size, shrink, k + count * k_row, k_row, s.out);
 }
 
 template <class T, int R = kMaxRows>

@@ -138,6 +138,9 @@ inline float sum(Vec v) {
 }
 
 inline float largest(Vec v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)v);
+#endif
   float best = v[0];
   for (int i = 1; i < kLanes; ++i) best = v[i] > best ? v[i] : best;
   return best;
