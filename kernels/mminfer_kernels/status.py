@@ -35,7 +35,8 @@ def _why(op: str, device: str, backend: str) -> str:
         return "Triton, tuned when first run"
     if device == "cuda":
         return "Triton is not installed" if not has_triton() else "no kernel for this device"
-    return build.status() if "native" in available_backends(op) else "torch's own is as fast"
+    chosen = "native" in available_backends(op) and build.library() is None
+    return build.status() if chosen else "torch's own is as fast"
 
 
 def triton_status() -> str:

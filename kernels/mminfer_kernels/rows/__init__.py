@@ -9,12 +9,18 @@ from mminfer_kernels.tracing import traceable
 
 __all__ = ["add_rows", "gather_rms_norm", "gather_rows", "swiglu"]
 
+
+def _never(*tensors: torch.Tensor) -> bool:
+    """On the CPU torch's own gathers and adds whole rows as fast as memory allows."""
+    return False
+
+
 _ROOM = "mminfer_kernels.rows"
 for _op in ("gather_rows", "add_rows", "gather_rms_norm", "swiglu"):
     register(_op, "reference", getattr(reference, _op))
     register(_op, "triton", f"{_ROOM}.triton_kernel:{_op}", triton_takes, on_cuda)
-    if _op != "gather_rows":  # on the CPU torch's own copies whole rows as fast as memory allows
-        register(_op, "native", f"{_ROOM}.native:{_op}", cpu_takes)
+    if _op != "gather_rows":
+        register(_op, "native", f"{_ROOM}.native:{_op}", cpu_takes, _never if _op == "add_rows" else None)
 
 
 def _fake_gather(x: torch.Tensor, index: torch.Tensor, dim: int = -2, *args: object, **kwargs: object) -> torch.Tensor:
