@@ -140,12 +140,12 @@ int swiglu(const T* gate, const T* up, T* out, int64_t count, int64_t threads) {
 }
 
 // Of each row of similarities [S, T]: whether its best, each times the scale of its column, beats the best so far.
-// The first of equals stays, so columns must come in order.
-void keep_best(const float* similarity, const float* scale, int64_t rows, int64_t columns, int64_t row_stride,
+// The first of equals stays, so columns must come in order. Every `rows_a_scale` rows have scales of their own.
+void keep_best(const float* similarity, const float* scales, int64_t rows, int64_t columns, int64_t rows_a_scale,
                int64_t first_column, float* best, int64_t* index, int64_t threads) {
   parallel_for((rows + 63) / 64, threads, [] { return None{}; }, [&](int64_t i, None&) {
     for (int64_t r = i * 64; r < (i + 1) * 64 && r < rows; ++r) {
-      const float* row = similarity + r * row_stride;
+      const float *row = similarity + r * columns, *scale = scales + r / rows_a_scale * columns;
       Vec high = broadcast(-INFINITY);
       IntVec place = IntVec{} - 1;
       IntVec here;
@@ -187,8 +187,8 @@ extern "C" int mminfer_swiglu(const void* gate, const void* up, void* out, int64
 }
 
 extern "C" int mminfer_keep_best(const float* similarity, const float* scale, int64_t rows, int64_t columns,
-                                 int64_t row_stride, int64_t first_column, float* best, int64_t* index,
+                                 int64_t rows_a_scale, int64_t first_column, float* best, int64_t* index,
                                  int64_t threads) {
-  keep_best(similarity, scale, rows, columns, row_stride, first_column, best, index, threads);
+  keep_best(similarity, scale, rows, columns, rows_a_scale, first_column, best, index, threads);
   return 0;
 }

@@ -22,27 +22,64 @@ def best_match(src: torch.Tensor, dst: torch.Tensor) -> tuple[torch.Tensor, torc
     sources, targets = src.reshape(-1, *src.shape[-2:]), dst.reshape(-1, *dst.shape[-2:])
     best = torch.full(sources.shape[:-1], -torch.inf)
     index = torch.zeros(sources.shape[:-1], dtype=torch.int64)
-    scratch = torch.empty(min(TILE_ROWS, sources.shape[1]) * min(TILE_COLUMNS, targets.shape[1]))
-    for rows, columns, top, place in zip(sources, targets, best, index, strict=True):
-        _one(rows, columns, top, place, scratch)
+    scales = _inverse_lengths(targets)
+    pairs = sources.shape[1] * targets.shape[1]
+    scratch = torch.empty(min(TILE_ROWS * TILE_COLUMNS, len(sources) * pairs))
+    if pairs <= len(scratch):
+        _many(sources, targets, scales, best, index, scratch)
+    else:
+        for rows, columns, scale, top, place in zip(sources, targets, scales, best, index, strict=True):
+            _one(rows, columns, scale, top, place, scratch)
     best *= _inverse_lengths(sources)
     return best.view(leading), index.view(leading)
 
 
-def _one(src: torch.Tensor, dst: torch.Tensor, best: torch.Tensor, index: torch.Tensor, scratch: torch.Tensor) -> None:
-    """Fills `best` (still times the sources' lengths) and `index` of one [S, C] against one [T, C]."""
-    scale = _inverse_lengths(dst)
+def _many(
+    src: torch.Tensor,
+    dst: torch.Tensor,
+    scales: torch.Tensor,
+    best: torch.Tensor,
+    index: torch.Tensor,
+    scratch: torch.Tensor,
+) -> None:
+    """Fills `best` (still times the sources' lengths) and `index` of [B, S, C] against [B, T, C], by parts of B."""
+    rows, columns = src.shape[1], dst.shape[1]
+    step = len(scratch) // (rows * columns)
+    for part in (slice(start, start + step) for start in range(0, len(src), step)):
+        sources, targets = src[part].float(), dst[part].float()
+        tile = scratch[: len(sources) * rows * columns].view(len(sources), rows, columns)
+        torch.bmm(sources, targets.mT, out=tile)
+        _keep_best(tile, scales[part], 0, best[part], index[part])
+
+
+def _one(
+    src: torch.Tensor,
+    dst: torch.Tensor,
+    scale: torch.Tensor,
+    best: torch.Tensor,
+    index: torch.Tensor,
+    scratch: torch.Tensor,
+) -> None:
+    """The same for one [S, C] against one [T, C], by tiles."""
     for column in range(0, dst.shape[0], TILE_COLUMNS):
         targets = dst[column : column + TILE_COLUMNS].float()
         for row in range(0, src.shape[0], TILE_ROWS):
             sources = src[row : row + TILE_ROWS].float()
-            tile = scratch[: len(sources) * len(targets)].view(len(sources), len(targets))
-            torch.mm(sources, targets.T, out=tile)
-            sizes = (len(sources), len(targets), len(targets), column)
-            call(
-                "keep_best", pointer(tile), pointer(scale[column:]), *map(ctypes.c_int64, sizes),
-                pointer(best[row:]), pointer(index[row:]), ctypes.c_int64(torch.get_num_threads()),
-            )  # fmt: skip
+            tile = scratch[: len(sources) * len(targets)].view(1, len(sources), len(targets))
+            torch.mm(sources, targets.T, out=tile[0])
+            _keep_best(tile, scale[column:], column, best[row:], index[row:])
+
+
+def _keep_best(
+    tile: torch.Tensor, scales: torch.Tensor, first_column: int, best: torch.Tensor, index: torch.Tensor
+) -> None:
+    """Takes similarities [B, S, T] of columns from `first_column` on into the best so far of each row."""
+    batch, rows, columns = tile.shape
+    sizes = (batch * rows, columns, rows, first_column)
+    call(
+        "keep_best", pointer(tile), pointer(scales), *map(ctypes.c_int64, sizes), pointer(best), pointer(index),
+        ctypes.c_int64(torch.get_num_threads()),
+    )  # fmt: skip
 
 
 def _inverse_lengths(x: torch.Tensor) -> torch.Tensor:
