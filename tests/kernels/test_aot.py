@@ -6,7 +6,6 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -99,20 +98,21 @@ def test_the_exit_status_tells_of_faults(monkeypatch, capsys, change, status):
 
 def test_cuda_kernels_are_rows_too(monkeypatch):
     def compile_kernels(arch):
-        kernel = SimpleNamespace(op="merge_rows", kernel="merge", cubin=b"x", threads=96, shared_bytes=2048)
-        return [kernel, replace_op(kernel)] if arch == 90 else [kernel]
+        kernel = cuda.CompiledKernel("merge_rows", "merge", b"x", 96, 2048, "bfloat16", None)
+        others = [kernel._replace(op="decode_attention", size=128), kernel._replace(op="decode_attention")]
+        return [kernel, *others] if arch == 90 else [kernel]
 
-    def replace_op(kernel):
-        return SimpleNamespace(**{**vars(kernel), "op": "decode_attention"})
-
-    monkeypatch.setattr(cuda, "compile_kernels", compile_kernels, raising=False)
+    monkeypatch.setattr(cuda, "compile_kernels", compile_kernels)
     monkeypatch.setattr(aot, "resources", lambda cubin: Resources(64, 0, 512))
     rows = list(aot.cuda_rows(None, ("sm_80", "sm_90", "gfx942")))
     assert [(row.op, row.target) for row in rows] == [
         ("merge_rows", "sm_80"),
         ("merge_rows", "sm_90"),
         ("decode_attention", "sm_90"),
+        ("decode_attention", "sm_90"),
     ]
+    assert 1 < rows[0].bytes_ratio < 1.15 and 1 < rows[2].bytes_ratio < 1.15
+    assert rows[3].bytes_ratio is None  # a part of a call, without a head size
     assert rows[0].shared_bytes == 2048 and rows[0].registers == 64
     assert [row.op for row in aot.cuda_rows(("merge_rows",), ("sm_90",))] == ["merge_rows"]
 

@@ -55,7 +55,7 @@ LAYOUTS = ["transposed", "last", "reversed", "every other"]
 def test_auto_takes_native_but_for_float64():
     for op in mminfer_kernels.OPS:
         if "native" in available_backends(op):
-            assert backend_for(op, torch.zeros(2)) == "native"
+            assert (backend_for(op, torch.zeros(2)) == "native") == (op != "add_rows")  # torch's own is faster there
             assert backend_for(op, torch.zeros(2).double()) == "reference"
             assert backend_for(op, torch.zeros(2, dtype=torch.int64)) != "native"
     assert {op for op in mminfer_kernels.OPS if "native" not in available_backends(op)} == {"gather_rows"}
