@@ -55,7 +55,7 @@ class LookM(CacheTechnique):
     text_prior: bool = True
     budget: int | None = None
     queries: str = "all"
-    stride: int = 4
+    stride: int = 8
     window: int = 64
 
     def __post_init__(self) -> None:
