@@ -55,7 +55,7 @@ def prompt_pass() -> str:
         ratios.append(f"{100 * float(r['techniques_share']):.1f} %")
         tokens = f"{int(r['tokens']):,}"
         table.append([r["model"], tokens, f"`{r['setting']}`", f"{float(r['gflops']):,.1f}", span, *ratios])
-    return f"{_markdown(header, table)}\n\n{_origin(rows[0])}; medians of runs interleaved in one process."
+    return f"{_markdown(header, table)}\n\n{_origin(rows)}; medians of runs interleaved in one process."
 
 
 def kernels() -> str:
@@ -70,7 +70,7 @@ def kernels() -> str:
             [name, r["run"], span, f"{float(r['of_first']):.2f}", r["gflops_a_s"], r["gb_a_s"], r["extra_mib"]]
         )
         before = r["op"]
-    return f"{_markdown(header, table)}\n\n{_origin(rows[0])}; medians of runs interleaved in one process."
+    return f"{_markdown(header, table)}\n\n{_origin(rows)}; medians of runs interleaved in one process."
 
 
 def scores() -> str:
@@ -84,11 +84,13 @@ def scores() -> str:
     return _markdown(header, table)
 
 
-def _origin(r: dict[str, str]) -> str:
-    """Where a row comes from, for the line below a table."""
+def _origin(rows: list[dict[str, str]]) -> str:
+    """Where rows come from, for the line below a table; all of one machine, maybe of several commits."""
+    r, commits = rows[0], dict.fromkeys(row["commit"] for row in rows)
+    told = ", ".join(f"`{commit}`" for commit in commits)
     return (
         f"{r['device']}, {r['threads']} threads, float32, torch {r['torch']}, transformers {r['transformers']}, commit "
-        f"`{r['commit']}`"
+        f"{told}"
     )
 
 
@@ -111,7 +113,7 @@ def decode() -> str:
         )
     compiled = [f"{float(r['compile_ms']) / 1e3:.0f} s" for r in rows if r["compile_ms"] != "0"]
     told = f" First use of the compiled step: {', '.join(compiled)}, apart from these times." if compiled else ""
-    return f"{_markdown(header, table)}\n\n{_origin(rows[0])}; medians of runs interleaved in one process.{told}"
+    return f"{_markdown(header, table)}\n\n{_origin(rows)}; medians of runs interleaved in one process.{told}"
 
 
 def batch_decode() -> str:
