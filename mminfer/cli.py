@@ -77,10 +77,10 @@ def generate(
     settings = _settings(preset, config)
     messages = _messages(model, prompt, image or [], video or [])
     from mminfer.engine import Engine  # the heavy imports come after the cheap checks
-    from mminfer.request import normalise_messages
+    from mminfer.messages import MediaOptions, normalise_messages
 
     media: dict[str, Any] = {"num_frames": num_frames, "fps": fps, "allow_remote": allow_remote}
-    normalise_messages(messages, **media)  # before weights are loaded
+    normalise_messages(messages, MediaOptions(**media))  # before weights are loaded
     engine = Engine.from_pretrained(model, settings, device, dtype)
     kwargs: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,

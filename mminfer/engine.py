@@ -3,32 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from threading import Lock
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
-from mminfer_kernels import record_backends
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from mminfer import nano
-from mminfer.cache.kv_cache import CACHE_NAME, ROOM, CompressedCache
+from mminfer.cache.kv_cache import CompressedCache
 from mminfer.chat import Chat
 from mminfer.config import InferenceConfig
-from mminfer.errors import InputError, UnsupportedModelError
-from mminfer.metrics.memory import peak_memory
-from mminfer.metrics.stats import CallTimes, stats_of
+from mminfer.errors import ConfigError, InputError, UnsupportedModelError
+from mminfer.messages import MediaOptions, is_batch, load_parts, normalise_messages
 from mminfer.models.registry import adapter_for, check_family
-from mminfer.patching import PatchHandle, patched
-from mminfer.request import GenerationOutput, build_inputs, cap_video, is_batch, normalise_messages
+from mminfer.reading import Reading, bare
+from mminfer.request import GenerationOutput, build_inputs, cap_video
+from mminfer.running import Runner, RunOptions
 from mminfer.streaming import TextStream
+from mminfer.technique import is_whole
 
-MOST_ROOM = 1024  # beyond, a cache grows when the tokens come
 MEDIA_OPTIONS = ("allow_remote", "num_frames", "fps", "max_video_tokens")
-_locks: WeakKeyDictionary[nn.Module, Lock] = WeakKeyDictionary()  # engines may share a model
 
 
 class Engine:
@@ -53,8 +49,7 @@ class Engine:
         self.adapter = adapter_for(model)
         self.config = config if config is not None else InferenceConfig()
         self.config.check(self.adapter.spec)
-        self.compile = compile
-        self._lock = _locks.setdefault(self.model, Lock())
+        self.runner = Runner(self.model, processor, self.adapter, self.config, compile)
 
     @classmethod
     def from_pretrained(
@@ -117,17 +112,24 @@ class Engine:
         num_frames: int = 8,
         fps: float | None = None,
         max_video_tokens: int | None = None,
+        prefill_chunk_size: int | None = None,
+        progress: bool = False,
         **generation_kwargs: Any,
     ) -> GenerationOutput | list[GenerationOutput]:
         """Answers one chat, or a list of chats in one batch.
 
         Args:
             messages: a chat (a list of messages with text, image and video parts, or just a string) or a list of chats.
+                The parts of a message may come from any iterable.
             max_new_tokens: tokens to generate at most.
             allow_remote: whether image URLs may be fetched.
             num_frames: frames taken of each video file, evenly spread.
             fps: take so many frames a second instead.
             max_video_tokens: visual tokens of one video at most; frames are left out, evenly, until they fit.
+            prefill_chunk_size: tokens of a chat that go through the model at a time, images never split. The parts of
+                the last message are then loaded, encoded and compressed piece by piece, so memory follows from chunk
+                and cache budget, not from the prompt. None: the prompt at once.
+            progress: show a bar of the tokens read.
             generation_kwargs: the host's: `do_sample`, `temperature`, `stop_strings`, `num_beams`, `streamer`, ...
 
         Returns:
@@ -138,9 +140,14 @@ class Engine:
         """
         start = time.perf_counter()
         chats = messages if is_batch(messages) else [messages]
-        media: dict[str, Any] = {"allow_remote": allow_remote, "num_frames": num_frames, "fps": fps}
-        inputs = self.prepare(chats, max_video_tokens=max_video_tokens, **media)
-        outputs = self.run(inputs, start, max_new_tokens=max_new_tokens, **generation_kwargs)
+        options = RunOptions(prefill_chunk_size, progress)
+        media: dict[str, Any] = {
+            "allow_remote": allow_remote,
+            "num_frames": num_frames,
+            "fps": fps,
+            "max_video_tokens": max_video_tokens,
+        }
+        outputs = self._answering(chats, media, options, start)(max_new_tokens=max_new_tokens, **generation_kwargs)
         return outputs if is_batch(messages) or len(outputs) > 1 else outputs[0]
 
     def stream(self, messages: Any, max_new_tokens: int = 64, **kwargs: Any) -> TextStream:
@@ -151,17 +158,18 @@ class Engine:
         start = time.perf_counter()
         if is_batch(messages):
             raise InputError(f"stream() takes one chat, found a list of {len(messages)}: use generate() for a batch")
-        media = {k: kwargs.pop(k) for k in MEDIA_OPTIONS if k in kwargs}
-        inputs = self.prepare([messages], **media)
+        media, options = _split(kwargs)
+        answer = self._answering([messages], media, options, start)
         return TextStream(
             self.processor.tokenizer,
-            lambda **control: self.run(inputs, start, max_new_tokens=max_new_tokens, **control, **kwargs)[0],
+            lambda **control: answer(max_new_tokens=max_new_tokens, **control, **kwargs)[0],
         )
 
     def chat(self, **kwargs: Any) -> Chat:
         """A conversation whose turns share the compressed cache; arguments as for `generate`."""
-        media = {k: kwargs.pop(k) for k in MEDIA_OPTIONS if k in kwargs}
-        return Chat(self, media, **kwargs)
+        media, options = _split(kwargs)
+        self._check_options(options)
+        return Chat(self, media, options, **kwargs)
 
     def load_chat(self, path: str | Path, **kwargs: Any) -> Chat:
         """A chat that `chat.save(path)` wrote, ready for its next turn; arguments as for `chat`.
@@ -176,85 +184,73 @@ class Engine:
         """Tells models apart whose caches do not fit each other: geometry and dtype, not weights."""
         return f"{self.adapter.spec} {self.model.dtype}"
 
-    def check(self, messages: Any, *, max_video_tokens: int | None = None, **media: Any) -> list[dict[str, Any]]:
-        """One chat, checked, its media loaded; arguments as for `generate`."""
-        checked = normalise_messages(messages, supports_video=self.supports_video, **media)
-        if max_video_tokens is None:
-            return checked
-        if not self.supports_video:
-            raise InputError("max_video_tokens: this model takes a video as single images; use num_frames")
+    def check(self, messages: Any, *, lazy: bool = False, **media: Any) -> list[dict[str, Any]]:
+        """One chat, checked, its media loaded; with `lazy` those of the last message later. See `generate`."""
+        options = self._media_options(media)
+        checked = normalise_messages(messages, options, lazy=lazy)
         for message in checked:
-            message["content"] = [
-                cap_video(self.processor, part, max_video_tokens) if part["type"] == "video" else part
-                for part in message["content"]
-            ]
+            capped = (self._capped(part, media) for part in message["content"])
+            message["content"] = capped if lazy and message is checked[-1] else list(capped)
         return checked
+
+    def load(self, content: Any, media: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """The parts of a turn, each loaded when it is asked for; media: as for `generate`."""
+        parts = load_parts(content, "message 0", self._media_options(media))
+        return (self._capped(part, media) for part in parts)
+
+    def _media_options(self, media: dict[str, Any]) -> MediaOptions:
+        given = {name: value for name, value in media.items() if name != "max_video_tokens"}
+        if media.get("max_video_tokens") is not None and not self.supports_video:
+            raise InputError("max_video_tokens: this model takes a video as single images; use num_frames")
+        return MediaOptions(**given, supports_video=self.supports_video)
+
+    def _capped(self, part: dict[str, Any], media: dict[str, Any]) -> dict[str, Any]:
+        limit = media.get("max_video_tokens")
+        return part if limit is None or part["type"] != "video" else cap_video(self.processor, part, limit)
 
     def prepare(self, chats: Sequence[Any], **media: Any) -> dict[str, Any]:
         """Checks chats and turns them into the model's inputs, left-padded to one batch."""
         checked = [self.check(chat, **media) for chat in chats]
         return dict(build_inputs(self.processor, checked, device=self.device, dtype=self.model.dtype))
 
-    def read(self, inputs: dict[str, Any], cache: CompressedCache) -> None:
-        """Takes prepared inputs into a cache, without generating; if anything raises, the cache is as it was."""
-        inputs = {**inputs, "attention_mask": None}  # of one chat, which is not padded
-        with self._lock, patched(self.model, self.config):
-            self.model(**inputs, **{CACHE_NAME: cache}, logits_to_keep=1, use_cache=True)
+    def _answering(
+        self, chats: Sequence[Any], media: dict[str, Any], options: RunOptions, start: float
+    ) -> Callable[..., list[GenerationOutput]]:
+        """Checks a request; what comes back answers it, given the host's generation arguments."""
+        if options.chunk_size is None:
+            inputs = self.prepare(chats, **media)
+            return lambda **kwargs: self.runner.run(inputs, start, **kwargs)
+        self._check_options(options)
+        readings = [self._whole_reading(self.check(chat, lazy=True, **media), options) for chat in chats]
+        caches = [CompressedCache() for _ in chats]
+        return lambda **kwargs: self.runner.answer(readings, caches, start, options, **kwargs)
 
-    def run(self, inputs: dict[str, Any], start: float, **generation_kwargs: Any) -> list[GenerationOutput]:
-        """Generates from prepared inputs.
+    def _whole_reading(self, messages: list[dict[str, Any]], options: RunOptions) -> Reading:
+        """A chat that nothing was read of."""
+        earlier = [{**m, "content": [bare(part) for part in m["content"]]} for m in messages[:-1]]
+        media = [part for m in messages[:-1] for part in m["content"] if part["type"] != "text"]
+        last = {**messages[-1], "content": []}
+        parts = messages[-1]["content"]
+        return Reading(self.runner.host, [*earlier, last], parts, media=media, piece_size=options.chunk_size)
 
-        Args:
-            inputs: what `prepare` made.
-            start: `time.perf_counter()` when the request came in.
-            generation_kwargs: the host's.
-        """
-        if "stop_strings" in generation_kwargs:
-            generation_kwargs.setdefault("tokenizer", self.processor.tokenizer)
-        generation_kwargs["return_dict_in_generate"] = True
-        with self._lock, patched(self.model, self.config, self.compile) as handle:
-            handle.room = min(max(ROOM, generation_kwargs.get("max_new_tokens") or 0), MOST_ROOM)
-            handle.end_ids = set() if generation_kwargs.get("num_beams", 1) > 1 else self._end_ids(generation_kwargs)
-            with record_backends() as backends, peak_memory(self.device) as peak:
-                result = self.model.generate(**inputs, **generation_kwargs)
-            end = time.perf_counter()
-        new = result.sequences[:, inputs["input_ids"].shape[1] :]
-        times = self._times(handle, start, end, new.shape[1], peak.bytes, backends)
-        logits = None if result.get("logits") is None else torch.stack(result.logits, 1)
-        return [self._output(handle, row, ids, times, logits, generation_kwargs) for row, ids in enumerate(new)]
+    def _check_options(self, options: RunOptions) -> None:
+        if options.chunk_size is None:
+            return
+        if not is_whole(options.chunk_size, least=1):
+            raise ConfigError(
+                f"prefill_chunk_size={options.chunk_size!r}, wanted 1 or more tokens, or None for the prompt at once"
+            )
+        for technique in self.config.techniques:
+            if technique.needs_whole_prompt:
+                raise ConfigError(
+                    f"the prompt comes in piece by piece, but the whole is needed by {technique.needs_whole_prompt}"
+                )
 
-    def _times(
-        self,
-        handle: PatchHandle,
-        start: float,
-        end: float,
-        new: int,
-        peak_bytes: int,
-        backends: dict[str, str],
-    ) -> CallTimes:
-        first = handle.first_token_at
-        tpot = (1e3 * (end - first) - handle.compile_ms) / (new - 1) if new > 1 else None
-        return CallTimes(1e3 * (first - start), handle.prompt_ms[-1], tpot, handle.compile_ms, peak_bytes, backends)
 
-    def _output(
-        self,
-        handle: PatchHandle,
-        row: int,
-        ids: Tensor,
-        times: CallTimes,
-        logits: Tensor | None,
-        generation_kwargs: dict[str, Any],
-    ) -> GenerationOutput:
-        token_ids = _until_end(ids.tolist(), self._end_ids(generation_kwargs))
-        element_size = self.model.dtype.itemsize
-        stats = stats_of(self.adapter.spec, handle.records[-1], row, len(token_ids), element_size, times)
-        text = self.processor.tokenizer.decode(token_ids, skip_special_tokens=True).strip()
-        return GenerationOutput(text, token_ids, stats, None if logits is None else logits[row, : len(token_ids)])
-
-    def _end_ids(self, generation_kwargs: dict[str, Any]) -> set[int]:
-        given = generation_kwargs.get("generation_config") or self.model.generation_config
-        end = generation_kwargs.get("eos_token_id", given.eos_token_id)
-        return set() if end is None else set(end) if isinstance(end, (list, tuple)) else {end}
+def _split(kwargs: dict[str, Any]) -> tuple[dict[str, Any], RunOptions]:
+    """Takes the engine's own arguments out of a call's: how media are taken, and how the prompt goes in."""
+    media = {k: kwargs.pop(k) for k in MEDIA_OPTIONS if k in kwargs}
+    return media, RunOptions(kwargs.pop("prefill_chunk_size", None), kwargs.pop("progress", False))
 
 
 def _device(device: str | torch.device | None) -> torch.device:
@@ -281,11 +277,3 @@ def _check_before_loading(model_config: Any, config: InferenceConfig | None) -> 
     with torch.device("meta"):
         skeleton = AutoModelForImageTextToText.from_config(model_config)
     (config or InferenceConfig()).check(adapter_for(skeleton).spec)
-
-
-def _until_end(ids: list[int], end_ids: set[int]) -> list[int]:
-    """The ids up to the first end of turn, which is kept; what follows in a batch is padding."""
-    for i, token in enumerate(ids):
-        if token in end_ids:
-            return ids[: i + 1]
-    return ids

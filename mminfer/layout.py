@@ -10,6 +10,8 @@ import torch
 from mminfer_kernels import merge_rows
 from torch import Tensor
 
+from mminfer.errors import InputError
+
 
 class Modality(IntEnum):
     """Where a token came from."""
@@ -36,6 +38,8 @@ class TokenLayout:
             (DeepStack), in the rows' order; None where the model has no such features.
         block: [T] int64: tokens in a row with one number see each other in both directions, -1 looks back only; None
             where all do.
+        run_before: [B] float64: where the last token before these rows stands, if it is visual, so that a run of
+            visual tokens goes on; nan behind text. None where nothing came before.
     """
 
     sequence: Tensor
@@ -47,6 +51,7 @@ class TokenLayout:
     next_position: Tensor
     companions: Tensor | None = None
     block: Tensor | None = None
+    run_before: Tensor | None = None
 
     def __len__(self) -> int:
         return self.sequence.shape[0]
@@ -99,6 +104,45 @@ class TokenLayout:
         """First row and one past the last row of each sequence (the pairs of `cu_seqlens`)."""
         ends = torch.tensor(self.lengths).cumsum(0).tolist()
         return tuple(zip([0, *ends[:-1]], ends, strict=True))
+
+    @cached_property
+    def last_in_run(self) -> Tensor:
+        """[B] float64: where each sequence's last row stands if it is visual; nan if it is text."""
+        last = [stop - 1 for _, stop in self.spans]
+        return self.position[0, last].where(self.is_visual[last], torch.nan)
+
+    def chunks(self, size: int | None) -> list[Tensor]:
+        """Rows ([K] int64, ascending) that go through the layers together, at most `size` of each sequence.
+
+        All sequences end in the last chunk; a shorter one has no rows in the first ones. Images are never split.
+
+        Raises:
+            InputError: an image has more than `size` tokens.
+        """
+        rows = torch.arange(len(self), device=self.sequence.device)
+        if size is None or max(self.lengths) <= size:
+            return [rows]
+        cuts = [self._cuts(start, stop, size) for start, stop in self.spans]
+        count = max(map(len, cuts)) - 1
+        padded = [[c[0]] * (count + 1 - len(c)) + c for c in cuts]
+        return [torch.cat([rows[c[i] : c[i + 1]] for c in padded]) for i in range(count)]
+
+    def _cuts(self, start: int, stop: int, size: int) -> list[int]:
+        """Ascending rows, `start` and `stop` among them, at most `size` apart and none inside an image."""
+        owner = self.image_id[start:stop]
+        inside = (owner[1:] == owner[:-1]) & (owner[1:] >= 0)
+        free = torch.cat([(~inside).nonzero()[:, 0] + 1 + start, torch.tensor([stop], device=owner.device)])
+        cuts = [start]
+        while cuts[-1] < stop:
+            place = int(torch.searchsorted(free, cuts[-1] + size, right=True)) - 1
+            if place < 0 or int(free[place]) <= cuts[-1]:
+                tokens = int(free[place + 1]) - cuts[-1]
+                raise InputError(
+                    f"prefill_chunk_size={size}, but an image has {tokens} tokens and is never split: "
+                    f"pass at least {tokens}"
+                )
+            cuts.append(int(free[place]))
+        return cuts
 
     def select(self, index: Tensor) -> TokenLayout:
         """The layout of the rows in `index` ([K] int64, ascending)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +22,7 @@ from mminfer.metrics.records import PromptRecord
 from mminfer.models.base import ModelAdapter
 from mminfer.models.registry import adapter_for
 from mminfer.prefill import prompt_pass
+from mminfer.technique import is_whole
 
 _REFUSED = {
     "labels": "a loss",
@@ -42,12 +43,18 @@ class PatchHandle:
         end_ids: tokens that end a turn; rows of a batch that got one are computed no further. Empty by default, since
             only the caller knows that generation stops there; not for beams.
         room: how many tokens to come the cache has room for from the start.
+        chunk_size: tokens of a prompt that go through the layers at a time; None: all.
+        progress: told after each chunk how many tokens of the prompt it was.
         first_token_at: `time.perf_counter()` at the end of the last prompt pass.
         step_ms: duration of each decoding step since then.
         compile_ms: time of the steps in which something was compiled, since the patch was set; not among `step_ms`.
     """
 
-    def __init__(self, model: Any, config: InferenceConfig, compile: bool = False) -> None:
+    def __init__(
+        self, model: Any, config: InferenceConfig, compile: bool = False, prefill_chunk_size: int | None = None
+    ) -> None:
+        if prefill_chunk_size is not None and not is_whole(prefill_chunk_size, least=1):
+            raise ConfigError(f"prefill_chunk_size={prefill_chunk_size!r}, wanted 1 or more tokens, or None for all")
         if isinstance(getattr(model.__dict__.get("forward"), "mminfer_handle", None), PatchHandle):
             raise ConfigError("the model is patched already: call undo() on that patch first")
         self.model, self.config = model, config
@@ -59,7 +66,10 @@ class PatchHandle:
         self.first_token_at = 0.0
         self.end_ids: set[int] = set()
         self.room = ROOM
+        self.chunk_size = prefill_chunk_size
+        self.progress: Callable[[int], object] | None = None
         self._rows: Tensor | None = None
+        self._resumed: Tensor | None = None
         self.step_ms: list[float] = []
         self._state = {name: getattr(self.adapter.base, name) for name in self.adapter.host_state}
         self._instance_forward = model.__dict__.get("forward")
@@ -81,6 +91,18 @@ class PatchHandle:
     def compile_ms(self) -> float:
         return self._decoder.compile_ms
 
+    def resume(self, cache: CompressedCache, logits: Tensor) -> None:
+        """Lets `generate` go on from a prompt that is in the cache already.
+
+        The host asks for the logits of the last token once more; it gets these.
+
+        Args:
+            cache: holds the whole prompt.
+            logits: [B, 1, vocabulary] of its last token.
+        """
+        self._resumed = logits
+        cache.logical_length -= 1
+
     def undo(self) -> None:
         """Gives the model back as it was. Calling it again does nothing."""
         if getattr(self.model.__dict__.get("forward"), "mminfer_handle", None) is not self:
@@ -96,7 +118,11 @@ class PatchHandle:
     def _forward(self, inputs: dict[str, Any]) -> Any:
         cache = _cache_of(inputs)
         start = time.perf_counter()
-        if cache.logical_length and _is_step(inputs):
+        if self._resumed is not None:
+            logits, self._resumed = self._resumed, None
+            cache.logical_length += 1
+            self._rows = None
+        elif cache.logical_length and _is_step(inputs):
             compiled = self.compile_ms
             logits = self._step(inputs, cache)
             if self.compile_ms == compiled:
@@ -142,12 +168,22 @@ class PatchHandle:
                 raise InputError(f"{name}: a patched model gives no {what}; undo() the patch for this call")
         embeds, layout = self.adapter.embed(inputs)
         like = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
-        hidden, left, record = prompt_pass(self.adapter, self.config, embeds, layout, cache, like.shape[1])
-        self.records.append(record)
         keep = inputs.get("logits_to_keep", 0)
-        if self.config.removes_rows or (isinstance(keep, int) and keep == 1):
-            return self.adapter.logits(hidden[[stop - 1 for _, stop in left.spans]][:, None])
-        return self._all_logits(inputs, hidden, like.shape[:2])
+        out = prompt_pass(
+            self.adapter,
+            self.config,
+            embeds,
+            layout,
+            cache,
+            like.shape[1],
+            chunk_size=self.chunk_size,
+            last_only=isinstance(keep, int) and keep == 1,
+            progress=self.progress,
+        )
+        self.records.append(out.record)
+        if out.hidden is None:
+            return self.adapter.logits(out.last[:, None])
+        return self._all_logits(inputs, out.hidden, like.shape[:2])
 
     def _all_logits(self, inputs: dict[str, Any], hidden: Tensor, shape: tuple[int, int]) -> Tensor:
         """[B, N, vocabulary] (or the columns of `logits_to_keep`), in the padded places the rows came from."""
@@ -185,7 +221,9 @@ def _is_step(inputs: dict[str, Any]) -> bool:
     return like.shape[1] == 1 and not any(x is not None and (isinstance(x, Tensor) or len(x) > 0) for x in seen)
 
 
-def patch(model: Any, config: InferenceConfig, compile: bool = False) -> PatchHandle:
+def patch(
+    model: Any, config: InferenceConfig, compile: bool = False, prefill_chunk_size: int | None = None
+) -> PatchHandle:
     """Makes a loaded Hugging Face vision-language model run with these techniques, in its own `generate`.
 
     `forward` of the instance is replaced, nothing else: no class, no weight, no global table. When rows leave the
@@ -196,6 +234,9 @@ def patch(model: Any, config: InferenceConfig, compile: bool = False) -> PatchHa
         config: the techniques; `InferenceConfig()` changes nothing but the way it is computed.
         compile: decode by the host's modules under torch.compile. The first token takes the time to compile, half a
             minute or more; where it fails, decoding goes on as without.
+        prefill_chunk_size: tokens of each chat that go through the layers at a time, images never split; the cache is
+            compressed behind each chunk. None: the whole prompt at once. Pixels are encoded as they come in the call;
+            `Engine.generate` also takes them piece by piece.
 
     Returns:
         A handle; `undo()` gives the model back as it was.
@@ -204,13 +245,15 @@ def patch(model: Any, config: InferenceConfig, compile: bool = False) -> PatchHa
         UnsupportedModelError: the family has no adapter.
         ConfigError: a setting does not fit the model, or it is patched already.
     """
-    return PatchHandle(model, config, compile)
+    return PatchHandle(model, config, compile, prefill_chunk_size)
 
 
 @contextmanager
-def patched(model: Any, config: InferenceConfig, compile: bool = False) -> Iterator[PatchHandle]:
+def patched(
+    model: Any, config: InferenceConfig, compile: bool = False, prefill_chunk_size: int | None = None
+) -> Iterator[PatchHandle]:
     """`patch` for the time of a `with` block."""
-    handle = patch(model, config, compile)
+    handle = patch(model, config, compile, prefill_chunk_size)
     try:
         yield handle
     finally:

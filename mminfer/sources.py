@@ -37,31 +37,61 @@ def open_source(source: Any, kind: str, *, allow_remote: bool) -> Iterator[tuple
     if not isinstance(source, (str, Path)):
         found = type(source).__name__
         raise InputError(f"the {kind} is a {found}: wanted a path, a URL, a PIL image or uint8 pixels")
-    scheme = source.partition("://")[0].lower() if isinstance(source, str) and "://" in source[:32] else None
+    check_source(source, kind, allow_remote=allow_remote)
+    scheme = _scheme(source)
     if isinstance(source, str) and source[:5].lower() == "data:":
         yield BytesIO(_decode_data_url(source, kind)), "the data: URL"
     elif scheme in ("http", "https"):
-        yield BytesIO(_fetch(str(source), allow_remote)), str(source)
-    elif scheme is not None:
-        raise InputError(f"{source}: {scheme}:// is not allowed: pass a plain path, http(s) or data: URL")
+        yield BytesIO(_fetch(str(source))), str(source)
     else:
         name = str(source)
         with _open_local(Path(source), name, kind) as file:
             yield file, name
 
 
+def check_source(source: Any, kind: str, *, allow_remote: bool) -> None:
+    """Raises `InputError` if it can be seen without opening it that `open_source` would refuse a path or URL."""
+    if not isinstance(source, (str, Path)):
+        return  # pixels
+    if isinstance(source, str) and source[:5].lower() == "data:":
+        return
+    scheme = _scheme(source)
+    if scheme is None:
+        _check_local(Path(source), str(source), kind)
+    elif scheme not in ("http", "https"):
+        raise InputError(f"{source}: {scheme}:// is not allowed: pass a plain path, http(s) or data: URL")
+    elif not allow_remote:
+        raise _remote_off(str(source))
+
+
+def _scheme(source: str | Path) -> str | None:
+    return source.partition("://")[0].lower() if isinstance(source, str) and "://" in source[:32] else None
+
+
 def _open_local(path: Path, name: str, kind: str) -> IO[bytes]:
     try:
-        mode = path.stat().st_mode
-        if not stat.S_ISREG(mode):  # also keeps us from pipes and devices, which may never end
-            found = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
-            raise InputError(f"{name}: {found}: wanted the path of one {kind} file")
         return path.open("rb")
+    except OSError as error:
+        raise _unreadable(name, kind, error) from error
+
+
+def _check_local(path: Path, name: str, kind: str) -> None:
+    try:
+        mode = path.stat().st_mode
     except (OSError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{name}: {reason}: wanted the path of a readable {kind} file") from error
+        raise _unreadable(name, kind, error) from error
+    if not stat.S_ISREG(mode):  # also keeps us from pipes and devices, which may never end
+        found = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
+        raise InputError(f"{name}: {found}: wanted the path of one {kind} file")
+
+
+def _unreadable(name: str, kind: str, error: Exception) -> InputError:
+    reason = getattr(error, "strerror", None) or error
+    return InputError(f"{name}: {reason}: wanted the path of a readable {kind} file")
+
+
+def _remote_off(url: str) -> InputError:
+    return InputError(f"{url}: remote sources are off: pass allow_remote=True, or download it first")
 
 
 def _decode_data_url(url: str, kind: str) -> bytes:
@@ -74,9 +104,7 @@ def _decode_data_url(url: str, kind: str) -> bytes:
         raise InputError(f"the data: URL is not base64: {error}") from error
 
 
-def _fetch(url: str, allow_remote: bool) -> bytes:
-    if not allow_remote:
-        raise InputError(f"{url}: remote sources are off: pass allow_remote=True, or download it first")
+def _fetch(url: str) -> bytes:
     request = urllib.request.Request(url, headers={"User-Agent": "mminfer"})
     try:
         with urllib.request.urlopen(request, timeout=REMOTE_TIMEOUT_S) as response:

@@ -39,6 +39,11 @@ class Technique(ABC):
     def check(self, spec: ModelSpec) -> None:
         """Raises `ConfigError` if these settings do not fit the model."""
 
+    @property
+    def needs_whole_prompt(self) -> str | None:
+        """The setting that must see the whole prompt, and the way out, for prompts that come in piece by piece."""
+        return None
+
     def cost(self, spec: ModelSpec, lengths: Sequence[int]) -> int:
         """FLOPs that the technique itself spends, once or in one layer; lengths: what its stage works on."""
         return 0

@@ -182,8 +182,8 @@ def test_token_types_cover_what_is_read_of_the_answer(engine, monkeypatch, name)
         piece = build_piece(*args, **kwargs)
         return piece | {name: torch.ones_like(piece["input_ids"])}
 
-    monkeypatch.setattr("mminfer.chat.build_piece", with_types)
-    monkeypatch.setattr(engine, "read", lambda piece, cache: seen.update(piece))
+    monkeypatch.setattr("mminfer.reading.build_piece", with_types)
+    monkeypatch.setattr(engine.runner, "read", lambda readings, *_: seen.update(next(iter(readings[0]))))
     chat.read(QUESTION)
     assert seen[name].shape == seen["input_ids"].shape
     assert seen[name][0].tolist() == [0] + [1] * (seen["input_ids"].shape[1] - 1)

@@ -19,7 +19,8 @@ from transformers import (
 
 from mminfer import nano
 from mminfer.errors import InputError
-from mminfer.request import GenerationOutput, build_inputs, build_piece, is_batch, normalise_messages
+from mminfer.messages import MediaOptions, is_batch, normalise_messages
+from mminfer.request import GenerationOutput, build_inputs, build_piece
 
 TOKENS_PER_IMAGE = 64
 PICTURE = np.full((32, 32, 3), 90, np.uint8)
@@ -71,12 +72,12 @@ def test_media_are_loaded_from_every_key(tmp_path):
         np.testing.assert_array_equal(np.asarray(part["image"]), PICTURE)
     for key in ("video", "path", "url"):
         part = {"type": "video", key: FRAMES}
-        (loaded,) = normalise_messages(user(part), num_frames=2)[0]["content"]
+        (loaded,) = normalise_messages(user(part), MediaOptions(num_frames=2))[0]["content"]
         np.testing.assert_array_equal(loaded["video"], FRAMES)
 
 
 def test_a_video_becomes_images_where_videos_are_not_supported():
-    (message,) = normalise_messages(user("a", VIDEO, "b"), supports_video=False)
+    (message,) = normalise_messages(user("a", VIDEO, "b"), MediaOptions(supports_video=False))
     assert [part["type"] for part in message["content"]] == ["text"] + ["image"] * 4 + ["text"]
     for part, frame in zip(message["content"][1:5], FRAMES, strict=True):
         np.testing.assert_array_equal(np.asarray(part["image"]), frame)
@@ -255,7 +256,7 @@ def test_a_videos_times_reach_the_processor(tmp_path):
     )
     images, videos = Qwen2VLImageProcessor(), Qwen3VLVideoProcessor()
     processor = Qwen3VLProcessor(images, tokenizer, videos, chat_template=template)
-    chat = normalise_messages(user({"type": "video", "path": path}, "What happens?"), num_frames=4)
+    chat = normalise_messages(user({"type": "video", "path": path}, "What happens?"), MediaOptions(num_frames=4))
     inputs = build_inputs(processor, [chat], device="cpu", dtype=None)
     text = tokenizer.decode(inputs["input_ids"][0])
     assert inputs["video_grid_thw"][0, 0] == 2  # two frames a step

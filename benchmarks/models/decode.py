@@ -77,7 +77,8 @@ def random_cache(model: Any, entries: int, tokens: int) -> CompressedCache:
         CompressedLayer([CacheEntries(torch.randn(shape), torch.randn(shape))], [tokens], cache)
         for _ in range(text.num_hidden_layers)
     ]
-    cache.commit(layers, tokens, [tokens], torch.tensor([float(tokens)], dtype=torch.float64))
+    end = torch.tensor([float(tokens)], dtype=torch.float64)
+    cache.commit(layers, tokens, [tokens], end, torch.full_like(end, torch.nan))
     return cache
 
 

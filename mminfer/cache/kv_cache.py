@@ -212,6 +212,7 @@ class CompressedCache(Cache):
         logical_length: the length the host believes in.
         tokens: tokens of each sequence taken in so far, padding not counted.
         next_position: [B] float64, where each sequence's next text token goes.
+        run_position: [B] float64, where its last token stands if that is visual, so that a run may go on; else nan.
         room: columns that a prompt pass leaves free behind its entries, for the tokens to come.
     """
 
@@ -222,22 +223,30 @@ class CompressedCache(Cache):
         self.logical_length = 0
         self.tokens: tuple[int, ...] = ()
         self.next_position = torch.empty(0, dtype=torch.float64)
+        self.run_position = torch.empty(0, dtype=torch.float64)
         self.room = ROOM
 
-    def commit(self, layers: list[CompressedLayer], columns: int, tokens: Sequence[int], next_position: Tensor) -> None:
-        """Takes over what a whole pass made, at once: before this call nothing of the cache has changed."""
+    def commit(
+        self,
+        layers: list[CompressedLayer],
+        columns: int,
+        tokens: Sequence[int],
+        next_position: Tensor,
+        run_position: Tensor,
+    ) -> None:
+        """Takes over what a whole pass made."""
         self.layers = layers
         self.logical_length += columns
         self.tokens = tuple(tokens)
-        self.next_position = next_position
+        self.next_position, self.run_position = next_position, run_position
 
     def snapshot(self) -> Callable[[], None]:
         """A function that puts the cache back as it is now; it costs no copy, since entries are never overwritten."""
-        state = (self.layers, self.logical_length, self.tokens, self.next_position)
+        state = (self.layers, self.logical_length, self.tokens, self.next_position, self.run_position)
         ends = [(layer, layer.end, layer.seen) for layer in self.layers]
 
         def restore() -> None:
-            self.layers, self.logical_length, self.tokens, self.next_position = state
+            self.layers, self.logical_length, self.tokens, self.next_position, self.run_position = state
             for layer, end, seen in ends:
                 layer.end, layer.seen = end, seen
 
@@ -250,6 +259,7 @@ class CompressedCache(Cache):
         self.logical_length += columns
         self.tokens = tuple(n + columns for n in self.tokens)
         self.next_position = self.next_position + columns
+        self.run_position = torch.full_like(self.next_position, torch.nan)
 
     @property
     def lengths(self) -> list[list[int]]:
@@ -268,14 +278,35 @@ class CompressedCache(Cache):
         layers = [
             CompressedLayer([layer.row(b) for b in range(layer.batch_size)], layer.seen, out) for layer in self.layers
         ]
-        out.commit(layers, self.logical_length, self.tokens, self.next_position)
+        out.commit(layers, self.logical_length, self.tokens, self.next_position, self.run_position)
+        return out
+
+    @classmethod
+    def stack(cls, caches: Sequence[CompressedCache]) -> CompressedCache:
+        """Caches of single sequences as one of their batch; the host believes it as long as the longest."""
+        if len(caches) == 1:
+            return caches[0]
+        out = cls()
+        out.room = caches[0].room
+        layers = [
+            CompressedLayer([layer.row(0) for layer in of_all], [layer.seen[0] for layer in of_all], out)
+            for of_all in zip(*(c.layers for c in caches), strict=True)
+        ]
+        out.commit(
+            layers,
+            max(c.logical_length for c in caches),
+            [c.tokens[0] for c in caches],
+            torch.cat([c.next_position for c in caches]),
+            torch.cat([c.run_position for c in caches]),
+        )
         return out
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows in the order of the beams they go on from."""
         for layer in self.layers:
             layer.map_rows(beam_idx)
-        self.next_position = self.next_position[beam_idx.to(self.next_position.device)]
+        rows = beam_idx.to(self.next_position.device)
+        self.next_position, self.run_position = self.next_position[rows], self.run_position[rows]
         self.tokens = tuple(self.tokens[i] for i in beam_idx.tolist())
 
     def batch_select_indices(self, indices: Tensor) -> None:

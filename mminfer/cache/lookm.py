@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 MERGES = ("average", "weighted", "pivot", "none")
 QUERIES = ("all", "strided", "last")
+OVERFLOWS = ("evict", "keep")
 SINKS = 4  # first tokens, always kept where text has no priority
 
 
@@ -27,7 +29,9 @@ SINKS = 4  # first tokens, always kept where text has no priority
 class LookM(CacheTechnique):
     """LOOK-M: text and recent entries stay, and what is looked at most; the rest is merged into what stays.
 
-    The cache ends at `recent + max(important, text before the recent window)` entries a head.
+    The cache ends at `recent + max(important, text before the recent window)` entries a head; with a `budget`, at no
+    more than that. When a prompt comes in chunks, the attention that entries receive is added up over them and the
+    cache is compressed behind each.
 
     Args:
         important_ratio: entries before the recent window, as a fraction of the tokens a layer took in, in (0, 1];
@@ -36,6 +40,10 @@ class LookM(CacheTechnique):
         merge: "average", "weighted", "pivot", or "none" to evict only.
         text_prior: whether every text entry stays.
         budget: entries a head in place of ratios, shared out between important and recent as the ratios are.
+        recent: how many of the budget are recent ones, in place of that share.
+        text_overflow: what gives way when text alone, which comes first, is more than the budget leaves it. "evict":
+            the text that is looked at least, as visual entries do, so that a budget is a bound; "keep": the budget, so
+            that every text entry stays, as published. Without a budget all text always stays.
         queries: whose attention counts: "all" (the paper's), "strided" (every `stride`-th query, the last one among
             them) or "last" (the last `window` queries).
         stride: of strided queries.
@@ -54,6 +62,8 @@ class LookM(CacheTechnique):
     merge: str = "pivot"
     text_prior: bool = True
     budget: int | None = None
+    recent: int | None = None
+    text_overflow: str = "evict"
     queries: str = "all"
     stride: int = 8
     window: int = 64
@@ -71,6 +81,15 @@ class LookM(CacheTechnique):
             raise ConfigError(f"LookM.text_prior={self.text_prior!r}, wanted True or False")
         if self.budget is not None and not is_whole(self.budget, least=1):
             raise ConfigError(f"LookM.budget={self.budget!r}, wanted 1 or more entries, or None for the ratios")
+        if self.recent is not None and (self.budget is None or not is_whole(self.recent, least=0)):
+            raise ConfigError(f"LookM.recent={self.recent!r}, wanted a whole number of entries beside a budget")
+        if self.budget is not None and self.recent is not None and self.budget <= self.recent:
+            raise ConfigError(
+                f"LookM.budget={self.budget} leaves nothing beside the recent window of {self.recent} entries: wanted "
+                f"{self.recent + 1} or more, or a smaller LookM.recent"
+            )
+        if self.text_overflow not in OVERFLOWS:
+            raise ConfigError(f"LookM.text_overflow={self.text_overflow!r}, wanted one of {', '.join(OVERFLOWS)}")
         if self.queries not in QUERIES:
             raise ConfigError(f"LookM.queries={self.queries!r}, wanted one of {', '.join(QUERIES)}")
         for name in ("stride", "window"):
@@ -110,11 +129,26 @@ class LookM(CacheTechnique):
         entries = replace(entries, score=score if entries.score is None else entries.score + score)
         if len(entries) <= important + recent or entries.score is None or entries.is_visual is None:
             return entries
-        kept = lookm_keep(entries.score, entries.is_visual, important, recent, self.text_prior)
+        bounded = self.budget is not None and self.text_overflow == "evict"
+        if self.budget is not None and self.text_prior:
+            self._warn_of_overflow(entries.is_visual, important, recent)
+        kept = lookm_keep(entries.score, entries.is_visual, important, recent, self.text_prior, bounded)
         if kept.shape[-1] == len(entries):
             return entries
         keys, values = lookm_merge(entries.keys, entries.values, kept, self.merge)
         return CacheEntries(keys, values, entries.is_visual.gather(2, kept), entries.score.gather(2, kept))
+
+    def _warn_of_overflow(self, is_visual: Tensor, important: int, recent: int) -> None:
+        """Once in a process for each setting: the same words again are not shown."""
+        text = int((~is_visual[:, :, : is_visual.shape[2] - recent]).sum(2).amax())
+        if text <= important:
+            return
+        does = "the text that is looked at least leaves" if self.text_overflow == "evict" else "the cache grows"
+        warnings.warn(
+            f"LookM: text alone is more than the {important} entries that a budget of {self.budget} leaves it beside "
+            f'{recent} recent ones; with text_overflow="{self.text_overflow}" {does}, a larger budget keeps all text',
+            stacklevel=2,
+        )
 
     def wants_mass(self, seen: int, layer_idx: int) -> bool:
         return self.queries == "all" and not self._keeps_all(seen, layer_idx)
@@ -131,7 +165,7 @@ class LookM(CacheTechnique):
         if self.budget is not None:
             if self.budget >= seen:
                 return seen, 0
-            window = int(self.budget * recent / (important + recent))
+            window = int(self.budget * recent / (important + recent)) if self.recent is None else self.recent
             return self.budget - window, window
         return (seen, 0) if important + recent >= 1 else (int(seen * important), int(seen * recent))
 
@@ -220,6 +254,7 @@ def lookm_keep(
     num_important: int,
     num_recent: int,
     text_prior: bool = True,
+    bounded: bool = False,
 ) -> torch.Tensor:
     """Places that stay: the last `num_recent`, all text, and the best visual entries up to `num_important`.
 
@@ -231,6 +266,7 @@ def lookm_keep(
         num_recent: R, entries kept at the end.
         text_prior: False keeps the first four entries instead of text, within K, and the best scores of the
             rest.
+        bounded: whether K holds for text, too: then of more text than that the best scores stay.
 
     Returns:
         [B, G, S] int64, ascending; S is at least 1.
@@ -256,10 +292,17 @@ def lookm_keep(
         certain = ~visual[:, :, :older]
     else:
         certain = (places < SINKS)[:older].expand(batch, 1, older)
-    quotas = certain.sum(-1).amax(1).clamp(min=max(num_important, 1 - num_recent)).tolist()
+    least = max(num_important, 1 - num_recent)
+    quotas = [least] * batch if bounded else certain.sum(-1).amax(1).clamp(min=least).tolist()
     if len(set(quotas)) > 1:
         raise ValueError(f"sequences keep {quotas} entries before the window: compress them one at a time")
-    ranked = score[:, :, :older].masked_fill(certain, torch.inf)
+    ranked = score[:, :, :older]
+    if bounded:  # certain ones by score among themselves
+        ranked = torch.where(
+            certain, ranked + (ranked.amax(-1, keepdim=True) - ranked.amin(-1, keepdim=True) + 1), ranked
+        )
+    else:
+        ranked = ranked.masked_fill(certain, torch.inf)
     chosen = ranked.topk(quotas[0], -1).indices.sort(-1).values
     return torch.cat((chosen, places[older:].expand(batch, groups, -1)), -1)
 

@@ -14,7 +14,7 @@ COLUMNS = ("keys", "values", "is_visual", "score")
 
 def cache_tensors(cache: CompressedCache) -> dict[str, Tensor]:
     """Every sequence's entries in every layer, named `layer.sequence.column`, and where the sequences go on."""
-    tensors = {"next_position": cache.next_position}
+    tensors = {"next_position": cache.next_position, "run_position": cache.run_position}
     for i, layer in enumerate(cache.layers):
         for b in range(layer.batch_size):
             for name, column in zip(COLUMNS, layer.row(b).columns, strict=True):
@@ -45,5 +45,6 @@ def restore_cache(tensors: dict[str, Tensor], facts: dict[str, Any], device: tor
                 raise KeyError(f"{i}.{b}.keys")
             rows.append(CacheEntries.of([None if x is None else x.to(device) for x in columns.values()]))
         layers.append(CompressedLayer(rows, seen, cache))
-    cache.commit(layers, facts["logical_length"], facts["tokens"], tensors["next_position"].to(device))
+    next_position, run_position = (tensors[name].to(device) for name in ("next_position", "run_position"))
+    cache.commit(layers, facts["logical_length"], facts["tokens"], next_position, run_position)
     return cache

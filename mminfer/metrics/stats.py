@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mminfer.metrics.flops import full_prompt_flops, prompt_flops
 from mminfer.metrics.memory import full_cache_bytes
-from mminfer.metrics.records import LayerRecord, PromptRecord
+from mminfer.metrics.records import PER_SEQUENCE, LayerRecord, PromptRecord
 
 if TYPE_CHECKING:
     from mminfer.models.base import ModelSpec
@@ -109,8 +109,7 @@ def _own_record(record: PromptRecord, sequence: int) -> PromptRecord:
 
 
 def _own_layer(layer: LayerRecord, sequence: int) -> LayerRecord:
-    names = ("rows", "queries", "ffn", "pairs", "entries")
-    own = {name: (getattr(layer, name)[sequence],) for name in names}
+    own = {name: (getattr(layer, name)[sequence],) for name in PER_SEQUENCE}
     return LayerRecord(**own, overhead_flops=_share(layer.overhead_flops, layer.pairs, sequence))
 
 

@@ -47,6 +47,10 @@ class V2PE(PositionTechnique):
         """Any rotary model will do."""
 
     @property
+    def needs_whole_prompt(self) -> str | None:
+        return 'V2PE.delta="auto": give a number, such as 1/256' if self.delta == "auto" else None
+
+    @property
     def fractional(self) -> bool:
         return self.delta != 1
 
@@ -71,11 +75,20 @@ class V2PE(PositionTechnique):
 
 def _line(layout: TokenLayout, start: int, stop: int, delta: float) -> torch.Tensor:
     first, visual = layout.position[:, start], layout.is_visual[None, start:stop]
-    if not bool(first > 0):
+    sequence = layout.sequence[start]
+    last = first.new_tensor(torch.nan) if layout.run_before is None else layout.run_before[sequence]
+    if layout.run_before is None and not bool(first > 0):
         return first + v2pe_positions(visual, delta)
-    # A later turn: text (or a whole number in place of it) stands before whatever comes first.
+    # A later stretch: text (or a whole number in place of it) stands before whatever comes first.
     before = torch.cat([visual.new_zeros(1, 1), visual], 1)
-    return first - 1 + v2pe_positions(before, delta)[:, 1:]
+    position = first - 1 + v2pe_positions(before, delta)[:, 1:]
+    if not bool(visual[0, 0]) or bool(last.isnan()):
+        return position
+    # A run that goes on: the text behind it restarts at a whole number all the same.
+    lead = int(visual[0].long().cumprod(0).sum())
+    run = last + delta * torch.arange(1, lead + 1, dtype=position.dtype, device=position.device)
+    saved = _ceil(position[:, lead - 1]) - _ceil(run[-1])
+    return torch.cat([run[None], position[:, lead:] - saved], 1)
 
 
 def _grid(layout: TokenLayout, start: int, stop: int, delta: float) -> torch.Tensor:

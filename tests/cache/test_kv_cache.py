@@ -20,7 +20,8 @@ def entries(length: int, tracked: bool = True) -> CacheEntries:
 def layer_of(rows: list[CacheEntries]) -> CompressedLayer:
     cache = CompressedCache()
     layer = CompressedLayer(rows, [len(r) for r in rows], cache)
-    cache.commit([layer], max(map(len, rows)), [len(r) for r in rows], torch.tensor([float(len(r)) for r in rows]))
+    ends = torch.tensor([float(len(r)) for r in rows])
+    cache.commit([layer], max(map(len, rows)), [len(r) for r in rows], ends, torch.full_like(ends, torch.nan))
     return layer
 
 

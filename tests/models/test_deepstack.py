@@ -59,8 +59,8 @@ def test_every_level_joins_behind_its_layer(level):
             deepstack_visual_embeds=list(own.unbind(1)),
         ).last_hidden_state[0]
         adapter, config = adapter_for(model), InferenceConfig()
-        ours = prompt_pass(adapter, config, embeds, replace(layout, companions=own), CompressedCache(), len(layout))[0]
-        torch.testing.assert_close(adapter.language_model.norm(ours), host, rtol=0, atol=1e-5)
+        ours = prompt_pass(adapter, config, embeds, replace(layout, companions=own), CompressedCache(), len(layout))
+        torch.testing.assert_close(adapter.language_model.norm(ours.hidden), host, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("start", "end"), [(0, 2), (1, 2), (0, 1)])
@@ -72,7 +72,7 @@ def test_features_of_pruned_rows_join_nobody(start, end):
     late = layout.companions.clone()
     late[:, end:] = 1e3
     outs = [
-        prompt_pass(adapter, config, embeds, replace(layout, companions=x), CompressedCache(), len(layout))[0]
+        prompt_pass(adapter, config, embeds, replace(layout, companions=x), CompressedCache(), len(layout)).last
         for x in (layout.companions, late)
     ]
     assert torch.equal(*outs)

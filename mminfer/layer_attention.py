@@ -1,0 +1,179 @@
+"""One layer's attention in the prompt pass, and what has to happen while its queries and keys are at hand."""
+
+from __future__ import annotations
+
+import torch
+from mminfer_kernels import backend_for, prompt_attention_mass
+from torch import Tensor
+
+from mminfer.attention import causal_attention
+from mminfer.cache.kv_cache import CacheEntries, CompressedLayer
+from mminfer.config import InferenceConfig
+from mminfer.layout import TokenLayout
+from mminfer.metrics.flops import causal_pairs
+from mminfer.metrics.records import LayerRecord
+from mminfer.models.base import ModelAdapter
+
+
+class LayerAttention:
+    """One layer's attention in the prompt pass, and what has to happen while its queries and keys are at hand.
+
+    Args:
+        adapter: the model.
+        config: the techniques.
+        layout: the rows that enter the layer.
+        layer_idx: which layer.
+        origin: per sequence, tokens and visual tokens that entered the language model in this pass.
+        queries: [K] int64, packed rows that issue a query; None: all.
+        past: the layer's cache of what came before.
+    """
+
+    def __init__(
+        self,
+        adapter: ModelAdapter,
+        config: InferenceConfig,
+        layout: TokenLayout,
+        layer_idx: int,
+        origin: tuple[tuple[int, int], ...],
+        queries: Tensor | None,
+        past: CompressedLayer | None,
+    ) -> None:
+        self.adapter, self.config, self.layout, self.layer_idx = adapter, config, layout, layer_idx
+        self.origin, self.queries, self.past = origin, queries, past
+        self.entries: list[CacheEntries] = []
+        self.kept: list[Tensor] = []
+        self.num_queries: list[int] = []
+        self.pairs: list[int] = []
+        self.shares_logits = False  # between the attention and the scores of the cache
+        prunes = config.prune is not None and config.prune.prunes(layer_idx, adapter.spec.num_layers)
+        self.prune = config.prune if prunes else None
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+        k, v = k.to(q.dtype), v.to(q.dtype)  # under autocast the host rotates in float32 and projects in less
+        # Rows before heads in memory, as the host reads it next.
+        out = q.new_empty(1, q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)
+        for sequence, (start, stop) in enumerate(self.layout.spans):
+            if start == stop:
+                self._absent(sequence, k, v)
+                continue
+            rows = self._query_rows(start, stop)
+            q_rows = q[:, :, start:stop] if rows is None else q[:, :, rows]
+            part = self._sequence(sequence, q_rows, k[:, :, start:stop], v[:, :, start:stop], rows, scale, window)
+            if rows is not None:
+                out[:, :, start:stop] = 0
+                out[:, :, rows] = part
+            elif part.shape == out.shape:
+                out = part
+            else:
+                out[:, :, start:stop] = part
+        return out
+
+    def _absent(self, sequence: int, k: Tensor, v: Tensor) -> None:
+        """A sequence that has no rows in this chunk: a shorter one of the batch, which comes in later."""
+        none = self._new_entries(k[:, :, :0], v[:, :, :0], self.layout.is_visual[:0])
+        self.entries.append(none if self.past is None else self.past.row(sequence))
+        self.num_queries.append(0)
+        self.pairs.append(0)
+
+    def _query_rows(self, start: int, stop: int) -> Tensor | None:
+        if self.queries is None:
+            return None
+        return self.queries[(self.queries >= start) & (self.queries < stop)]
+
+    def _sequence(
+        self,
+        sequence: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rows: Tensor | None,
+        scale: float,
+        window: int | None,
+    ) -> Tensor:
+        start, stop = self.layout.spans[sequence]
+        is_visual = self.layout.is_visual[start:stop]
+        entries = self._new_entries(k, v, is_visual)
+        num_past = 0
+        if self.past is not None:
+            earlier = self.past.row(sequence)
+            num_past, entries = len(earlier), earlier.extend(entries)
+        places = None if rows is None else rows - start + num_past
+        reach = self._reach(start, stop, num_past, rows)
+        mass = None
+        if reach is None and window is None and self._wants_mass(sequence):
+            out, mass = prompt_attention_mass(q, entries.keys, entries.values, None, scale, places)
+            self.shares_logits = backend_for("prompt_attention_mass", q, entries.keys) == "native"
+        else:
+            out = causal_attention(q, entries.keys, entries.values, scale, places, window, reach)
+        self._count(len(entries), q.shape[2], places, window, reach)
+        if self.prune is not None:
+            depth = self.adapter.spec.num_layers
+            kept = self.prune.apply(
+                q, entries.keys, is_visual, self.origin[sequence], self.layer_idx, depth, places, scale
+            )
+            self.kept.append(kept + start)
+        if window is not None:
+            entries = entries.last(window - 1)  # a later query sees no more, itself included
+        self.entries.append(self._compress(sequence, q, entries, places, scale, mass))
+        return out
+
+    def _new_entries(self, k: Tensor, v: Tensor, is_visual: Tensor) -> CacheEntries:
+        if self.config.cache is None:
+            return CacheEntries(k, v)
+        heads = k.shape[:3]
+        return CacheEntries(k, v, is_visual.expand(heads), k.new_zeros(heads, dtype=torch.float32))
+
+    def _reach(self, start: int, stop: int, num_past: int, rows: Tensor | None) -> Tensor | None:
+        """[S] int64: the last key that each query of the sequence sees; None: its own."""
+        if self.layout.reach is None:
+            return None
+        return self.layout.reach[slice(start, stop) if rows is None else rows] - start + num_past
+
+    def _count(
+        self, num_keys: int, num_queries: int, places: Tensor | None, window: int | None, reach: Tensor | None
+    ) -> None:
+        self.num_queries.append(num_queries)
+        if places is None:
+            pairs = causal_pairs(num_queries, num_keys - num_queries, window)
+        else:
+            pairs = int((places + 1 if window is None else (places + 1).clamp_max(window)).sum())
+        if reach is not None:
+            own = torch.arange(num_keys - num_queries, num_keys, device=reach.device) if places is None else places
+            pairs += int((reach - own).sum())
+        self.pairs.append(pairs)
+
+    def _wants_mass(self, sequence: int) -> bool:
+        return self.config.cache is not None and self.config.cache.wants_mass(self.seen[sequence], self.layer_idx)
+
+    def _compress(
+        self,
+        sequence: int,
+        q: Tensor,
+        entries: CacheEntries,
+        places: Tensor | None,
+        scale: float,
+        mass: Tensor | None,
+    ) -> CacheEntries:
+        if self.config.cache is None:
+            return entries
+        return self.config.cache.apply(q, entries, self.seen[sequence], self.layer_idx, places, scale, mass)
+
+    @property
+    def seen(self) -> list[int]:
+        """Tokens of each sequence that this layer has taken in, this pass included."""
+        past = (0,) * self.layout.num_sequences if self.past is None else self.past.seen
+        return [a + b for a, b in zip(past, self.layout.lengths, strict=True)]
+
+    def record(self, ffn: Tensor | None) -> LayerRecord:
+        """What the layer did; ffn: [K] packed rows that went through its FFN, None: all."""
+        lengths, spec = self.layout.lengths, self.adapter.spec
+        ffn_rows = (
+            lengths
+            if ffn is None
+            else tuple(torch.bincount(self.layout.sequence[ffn], minlength=len(lengths)).tolist())
+        )
+        overhead = sum(t.cost(spec, self.pairs) for t in (self.config.cache, self.prune) if t is not None)
+        if self.shares_logits:
+            overhead -= 2 * spec.num_attention_heads * spec.head_dim * sum(self.pairs)
+        entries = tuple(len(e) for e in self.entries)
+        return LayerRecord(lengths, tuple(self.num_queries), ffn_rows, tuple(self.pairs), entries, overhead)

@@ -1,0 +1,221 @@
+"""Running requests on a model: one call at a time, patched for its duration, measured."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from threading import Lock
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from mminfer_kernels import record_backends
+from torch import Tensor, nn
+
+from mminfer.cache.kv_cache import CACHE_NAME, ROOM, CompressedCache
+from mminfer.config import InferenceConfig
+from mminfer.metrics.memory import Peak, peak_memory
+from mminfer.metrics.records import PromptRecord, joined, stacked
+from mminfer.metrics.stats import CallTimes, stats_of
+from mminfer.models.base import ModelAdapter
+from mminfer.patching import PatchHandle, patched
+from mminfer.progress import reading_bar
+from mminfer.reading import Host, Reading
+from mminfer.request import GenerationOutput
+
+MOST_ROOM = 1024  # beyond, a cache grows when the tokens come
+_locks: WeakKeyDictionary[nn.Module, Lock] = WeakKeyDictionary()  # engines may share a model
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How prompts go in.
+
+    Args:
+        chunk_size: tokens of a chat that go through the model at a time; None: the prompt at once.
+        progress: show a bar of the tokens read.
+    """
+
+    chunk_size: int | None = None
+    progress: bool = False
+
+
+class Runner:
+    """Answers prepared requests.
+
+    Args:
+        model: the host model.
+        processor: its processor.
+        adapter: how the model is read.
+        config: the techniques.
+        compile: decode by the host's modules under torch.compile; see `mminfer.patch`.
+    """
+
+    def __init__(
+        self, model: Any, processor: Any, adapter: ModelAdapter, config: InferenceConfig, compile: bool
+    ) -> None:
+        self._model, self._processor, self._adapter = model, processor, adapter
+        self._config, self._compile = config, compile
+        self._lock = _locks.setdefault(model, Lock())
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self._model.get_input_embeddings().weight.device
+        return device
+
+    @property
+    def host(self) -> Host:
+        """What readings need of the model."""
+        return Host(self._adapter, self._processor, self.device, self._model.dtype)
+
+    def run(self, inputs: dict[str, Any], start: float, **generation_kwargs: Any) -> list[GenerationOutput]:
+        """Generates from prepared inputs.
+
+        Args:
+            inputs: of a batch, as the processor makes them.
+            start: `time.perf_counter()` when the request came in.
+            generation_kwargs: the host's.
+        """
+        with self._generating(generation_kwargs, RunOptions()) as call:
+            call.generate(inputs)
+        return self._outputs(call, call.handle.records[-1], start)
+
+    def read(self, readings: Sequence[Reading], caches: Sequence[CompressedCache], options: RunOptions) -> None:
+        """Takes readings in, each into its cache, without generating.
+
+        If anything raises, what some pieces left in a cache stays there: it is the caller's to put it back.
+        """
+        with self._lock, patched(self._model, self._config, prefill_chunk_size=options.chunk_size) as handle:
+            self._take_in(handle, readings, caches, options)
+
+    def answer(
+        self,
+        readings: Sequence[Reading],
+        caches: Sequence[CompressedCache],
+        start: float,
+        options: RunOptions,
+        **generation_kwargs: Any,
+    ) -> list[GenerationOutput]:
+        """Takes readings in, each into its cache as `read` does, and answers them in one batch.
+
+        Args:
+            readings: one for each chat, to the end of its prompt.
+            caches: what earlier turns left of each chat, or empty ones.
+            start: `time.perf_counter()` when the request came in.
+            options: how the prompts go in.
+            generation_kwargs: the host's.
+        """
+        copies = max(generation_kwargs.get(name) or 1 for name in ("num_beams", "num_return_sequences"))
+        with self._generating(generation_kwargs, options) as call:
+            last, records = self._take_in(call.handle, readings, caches, options)
+            cache = CompressedCache.stack(caches)
+            if copies > 1:  # the host repeats its inputs so, but not a cache that it is given
+                cache.batch_repeat_interleave(copies)
+                last = last.repeat_interleave(copies, 0)
+            call.handle.resume(cache, last)
+            ids, mask = _left_padded([r.ids for r in readings], self.device)
+            axes = self._adapter.position_axes
+            positions = ids.new_zeros(ids.shape if axes == 1 else (axes, *ids.shape))  # nobody reads them
+            call.generate({"input_ids": ids, "attention_mask": mask, "position_ids": positions, CACHE_NAME: cache})
+        return self._outputs(call, stacked(records), start)
+
+    def _take_in(
+        self,
+        handle: PatchHandle,
+        readings: Sequence[Reading],
+        caches: Sequence[CompressedCache],
+        options: RunOptions,
+    ) -> tuple[Tensor, list[PromptRecord]]:
+        """Logits [B, 1, vocabulary] of the last tokens, and a record of each reading."""
+        logits, records = [], []
+        with reading_bar(options.progress) as bar:
+            handle.progress = bar.advance
+            for reading, cache in zip(readings, caches, strict=True):
+                first = len(handle.records)
+                for inputs in reading:
+                    output = self._model(**inputs, **{CACHE_NAME: cache}, logits_to_keep=1, use_cache=True)
+                    bar.expect(reading.parts_done, reading.parts_expected)
+                logits.append(output.logits)
+                records.append(joined(handle.records[first:]))
+        return torch.cat(logits), records
+
+    @contextmanager
+    def _generating(self, generation_kwargs: dict[str, Any], options: RunOptions) -> Iterator[_Call]:
+        if "stop_strings" in generation_kwargs:
+            generation_kwargs.setdefault("tokenizer", self._processor.tokenizer)
+        with (
+            self._lock,
+            patched(self._model, self._config, self._compile, options.chunk_size) as handle,
+            record_backends() as backends,
+            peak_memory(self.device) as peak,
+        ):
+            handle.room = min(max(ROOM, generation_kwargs.get("max_new_tokens") or 0), MOST_ROOM)
+            handle.end_ids = set() if generation_kwargs.get("num_beams", 1) > 1 else self._end_ids(generation_kwargs)
+            yield _Call(self._model, handle, generation_kwargs, backends, peak)
+
+    def _outputs(self, call: _Call, record: PromptRecord, start: float) -> list[GenerationOutput]:
+        times = call.times(start)
+        end_ids, element_size = self._end_ids(call.generation_kwargs), self._model.dtype.itemsize
+        outputs = []
+        for row, ids in enumerate(call.new_ids):
+            token_ids = _until_end(ids.tolist(), end_ids)
+            chat = row * len(record.prompt) // len(call.new_ids)  # several rows may belong to one chat
+            stats = stats_of(self._adapter.spec, record, chat, len(token_ids), element_size, times)
+            text = self._processor.tokenizer.decode(token_ids, skip_special_tokens=True).strip()
+            logits = None if call.logits is None else call.logits[row, : len(token_ids)]
+            outputs.append(GenerationOutput(text, token_ids, stats, logits))
+        return outputs
+
+    def _end_ids(self, generation_kwargs: dict[str, Any]) -> set[int]:
+        given = generation_kwargs.get("generation_config") or self._model.generation_config
+        end = generation_kwargs.get("eos_token_id", given.eos_token_id)
+        return set() if end is None else set(end) if isinstance(end, (list, tuple)) else {end}
+
+
+class _Call:
+    """One call of the host's `generate`, and what it took."""
+
+    def __init__(
+        self,
+        model: Any,
+        handle: PatchHandle,
+        generation_kwargs: dict[str, Any],
+        backends: dict[str, str],
+        peak: Peak,
+    ) -> None:
+        self._model, self.handle, self.generation_kwargs = model, handle, generation_kwargs
+        self._backends, self._peak, self._end = backends, peak, 0.0
+        self.new_ids = torch.empty(0, 0, dtype=torch.int64)  # [rows, new tokens]
+        self.logits: Tensor | None = None  # [rows, new tokens, vocabulary]
+
+    def generate(self, inputs: dict[str, Any]) -> None:
+        result = self._model.generate(**inputs, **{**self.generation_kwargs, "return_dict_in_generate": True})
+        self._end = time.perf_counter()
+        self.new_ids = result.sequences[:, inputs["input_ids"].shape[1] :]
+        self.logits = None if result.get("logits") is None else torch.stack(result.logits, 1)
+
+    def times(self, start: float) -> CallTimes:
+        """Of the whole call, which began at `start`."""
+        handle, new = self.handle, self.new_ids.shape[1]
+        first = handle.first_token_at
+        tpot = (1e3 * (self._end - first) - handle.compile_ms) / (new - 1) if new > 1 else None
+        prompt_ms = sum(handle.prompt_ms)
+        return CallTimes(1e3 * (first - start), prompt_ms, tpot, handle.compile_ms, self._peak.bytes, self._backends)
+
+
+def _left_padded(rows: Sequence[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids and mask, [B, N] int64 each; what stands in the padding is never looked at."""
+    columns = max(map(len, rows))
+    ids = torch.tensor([[0] * (columns - len(row)) + row for row in rows], device=device)
+    lengths = torch.tensor([[len(row)] for row in rows], device=device)
+    return ids, (torch.arange(columns, device=device) >= columns - lengths).long()
+
+
+def _until_end(ids: list[int], end_ids: set[int]) -> list[int]:
+    """The ids up to the first end of turn, which is kept; what follows in a batch is padding."""
+    for i, token in enumerate(ids):
+        if token in end_ids:
+            return ids[: i + 1]
+    return ids
