@@ -205,14 +205,16 @@ def prompt_pass(
     next_position = layout.next_position
     earlier = cache.tokens or (0,) * layout.num_sequences
     record = PromptRecord(earlier, layout.lengths, layout.visual_lengths, ahead=_ahead(layout))
-    _warn_beyond(adapter.spec, config, next_position)
+    length = cache.rotary_length or float(next_position.max())
+    _warn_beyond(adapter.spec, config, next_position, length)
     if config.merge is not None:
         record.merge_flops = config.merge.cost(adapter.spec, config.merge.unit_lengths(layout))
         inputs_embeds, layout = config.merge.apply(inputs_embeds, layout)
     record.merged = layout.lengths
     origin = tuple(zip(layout.lengths, layout.visual_lengths, strict=True))
     hidden = inputs_embeds[None]
-    tables = adapter.rotary(hidden, layout.position[:, None], fractional(config))
+    factors = frequency_factors(config, adapter.spec, length)
+    tables = adapter.rotary(hidden, layout.position[:, None], fractional(config), factors)
     layers = []
     with routed_attention(adapter.text_config):
         for i in range(adapter.spec.num_layers):
@@ -226,7 +228,7 @@ def prompt_pass(
             if attend.kept:
                 hidden, layout, tables = keep_rows(torch.cat(attend.kept), hidden, layout, tables)
     taken_in = [a + b for a, b in zip(earlier, record.prompt, strict=True)]
-    cache.commit(layers, columns, taken_in, next_position)
+    cache.commit(layers, columns, taken_in, next_position, length)
     return hidden[0], layout, record
 
 
@@ -266,6 +268,13 @@ def fractional(config: InferenceConfig) -> bool:
     return config.positions is not None and bool(config.positions.fractional)
 
 
+def frequency_factors(config: InferenceConfig, spec: ModelSpec, length: float) -> Tensor | None:
+    """[D / 2], of the rotary frequencies of a cache with this `rotary_length`; None: the host's own."""
+    if config.positions is None:
+        return None
+    return config.positions.rescale(length, spec.max_position_embeddings, spec.head_dim)
+
+
 def _after(layout: TokenLayout, next_position: Tensor) -> TokenLayout:
     """The layout moved so that each sequence's first token stands at its next position."""
     first = layout.position[:, [start for start, _ in layout.spans]].amin(0)
@@ -275,12 +284,15 @@ def _after(layout: TokenLayout, next_position: Tensor) -> TokenLayout:
     )
 
 
-def _warn_beyond(spec: ModelSpec, config: InferenceConfig, next_position: Tensor) -> None:
-    reached = float(next_position.max())
-    if reached > spec.max_position_embeddings:
+def _warn_beyond(spec: ModelSpec, config: InferenceConfig, next_position: Tensor, length: float) -> None:
+    reached, window = float(next_position.max()), spec.max_position_embeddings
+    covered = window if config.positions is None else config.positions.covers(length, window)
+    if reached > covered:
         way = "a smaller delta" if fractional(config) else "V2PE, for example positions=V2PE(delta=1/16),"
+        wider = config.positions is not None and config.positions.wider
+        scaled = "" if covered == window else f" and its frequencies are scaled for {covered:.0f}"
         warnings.warn(
-            f"the prompt reaches rotary position {reached:.0f}, but the model was made for "
-            f"{spec.max_position_embeddings}: answers may break down; {way} brings visual tokens closer together",
+            f"the prompt reaches rotary position {reached:.0f}, but the model was made for {window}{scaled}: answers "
+            f"may break down; {wider or f'{way} brings visual tokens closer together'}",
             stacklevel=2,
         )

@@ -212,6 +212,8 @@ class CompressedCache(Cache):
         logical_length: the length the host believes in.
         tokens: tokens of each sequence taken in so far, padding not counted.
         next_position: [B] float64, where each sequence's next text token goes.
+        rotary_length: positions that the first pass into it reached; 0.0 before. Techniques that scale rotary
+            frequencies by the length keep to it, since the keys held were rotated so.
         room: columns that a prompt pass leaves free behind its entries, for the tokens to come.
     """
 
@@ -222,22 +224,32 @@ class CompressedCache(Cache):
         self.logical_length = 0
         self.tokens: tuple[int, ...] = ()
         self.next_position = torch.empty(0, dtype=torch.float64)
+        self.rotary_length = 0.0
         self.room = ROOM
 
-    def commit(self, layers: list[CompressedLayer], columns: int, tokens: Sequence[int], next_position: Tensor) -> None:
+    def commit(
+        self,
+        layers: list[CompressedLayer],
+        columns: int,
+        tokens: Sequence[int],
+        next_position: Tensor,
+        rotary_length: float | None = None,
+    ) -> None:
         """Takes over what a whole pass made, at once: before this call nothing of the cache has changed."""
         self.layers = layers
         self.logical_length += columns
         self.tokens = tuple(tokens)
         self.next_position = next_position
+        if rotary_length is not None:
+            self.rotary_length = rotary_length
 
     def snapshot(self) -> Callable[[], None]:
         """A function that puts the cache back as it is now; it costs no copy, since entries are never overwritten."""
-        state = (self.layers, self.logical_length, self.tokens, self.next_position)
+        state = (self.layers, self.logical_length, self.tokens, self.next_position, self.rotary_length)
         ends = [(layer, layer.end, layer.seen) for layer in self.layers]
 
         def restore() -> None:
-            self.layers, self.logical_length, self.tokens, self.next_position = state
+            self.layers, self.logical_length, self.tokens, self.next_position, self.rotary_length = state
             for layer, end, seen in ends:
                 layer.end, layer.seen = end, seen
 
@@ -268,7 +280,7 @@ class CompressedCache(Cache):
         layers = [
             CompressedLayer([layer.row(b) for b in range(layer.batch_size)], layer.seen, out) for layer in self.layers
         ]
-        out.commit(layers, self.logical_length, self.tokens, self.next_position)
+        out.commit(layers, self.logical_length, self.tokens, self.next_position, self.rotary_length)
         return out
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
