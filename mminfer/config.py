@@ -11,6 +11,7 @@ from mminfer.baselines import RandomEvict, RandomPrune
 from mminfer.cache.lookm import LookM
 from mminfer.errors import ConfigError
 from mminfer.operators.skip import OperatorSkip
+from mminfer.positions.scaling import DynamicNTK, LinearScaling
 from mminfer.positions.v2pe import V2PE
 from mminfer.technique import (
     CacheTechnique,
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
     from mminfer.models.base import ModelSpec
 
 TECHNIQUES: dict[str, type[Technique]] = {
-    cls.__name__: cls for cls in (V2PE, AIMMerge, AIMPrune, OperatorSkip, LookM, RandomPrune, RandomEvict)
+    cls.__name__: cls
+    for cls in (V2PE, LinearScaling, DynamicNTK, AIMMerge, AIMPrune, OperatorSkip, LookM, RandomPrune, RandomEvict)
 }
 
 
@@ -38,7 +40,7 @@ class InferenceConfig:
     """What is done to a request, stage by stage; None leaves a stage as the host model has it.
 
     Args:
-        positions: rotary positions of visual tokens (`V2PE`).
+        positions: rotary positions of visual tokens (`V2PE`), or scaled frequencies (`LinearScaling`, `DynamicNTK`).
         merge: merging of visual tokens before the language model (`AIMMerge`).
         prune: pruning of visual tokens inside it (`AIMPrune`).
         skip: operators that visual tokens skip (`OperatorSkip`).
@@ -152,6 +154,8 @@ PRESETS: dict[str, InferenceConfig] = {
     "off": InferenceConfig(),
     **{f"v2pe-{n}": InferenceConfig(positions=V2PE(delta=1 / n)) for n in (4, 16, 64, 256)},
     "v2pe-auto": InferenceConfig(positions=V2PE(delta="auto")),
+    "linear-auto": InferenceConfig(positions=LinearScaling("auto")),
+    "ntk-auto": InferenceConfig(positions=DynamicNTK()),
     "aim": InferenceConfig(merge=AIMMerge(ratio=0.25), prune=_AIM_PRUNE),
     "aim-merge": InferenceConfig(merge=AIMMerge(ratio=0.25)),
     "aim-prune": InferenceConfig(prune=_AIM_PRUNE),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property, partial
 from typing import Any
 
@@ -18,7 +19,7 @@ from mminfer.compiled import CompiledStep, Tables
 from mminfer.config import InferenceConfig
 from mminfer.fused import fused_weights, hooks_of
 from mminfer.models.base import ModelAdapter
-from mminfer.prefill import fractional
+from mminfer.prefill import fractional, frequency_factors
 
 STEPS_AHEAD = 64
 
@@ -42,7 +43,8 @@ class Decoder:
 
     def renew(self) -> None:
         """Looks at the host's modules afresh: between two prompts they may have been changed."""
-        self._rotary = RotaryAhead(self.adapter, fractional(self._config))
+        factors = partial(frequency_factors, self._config, self.adapter.spec)
+        self._rotary = RotaryAhead(self.adapter, fractional(self._config), factors)
         self._view = LayersView(self.adapter)
 
     @torch.no_grad()
@@ -56,7 +58,7 @@ class Decoder:
         Returns:
             Logits [B, 1, vocabulary].
         """
-        tables = self._rotary.tables(hidden_states, cache.next_position)
+        tables = self._rotary.tables(hidden_states, cache.next_position, cache.rotary_length)
         logits = self._by_compiled(hidden_states, tables, cache)
         if logits is None:
             logits = self._by_fused(hidden_states, tables, cache)
@@ -138,30 +140,35 @@ class RotaryAhead:
     Args:
         adapter: the host model.
         precise: form angles in float64; see `ModelAdapter.rotary`.
+        factors: of the frequencies, by the cache's `rotary_length`; see `frequency_factors`.
     """
 
-    def __init__(self, adapter: ModelAdapter, precise: bool) -> None:
-        self._adapter, self._precise = adapter, precise
+    def __init__(
+        self, adapter: ModelAdapter, precise: bool, factors: Callable[[float], Tensor | None] = lambda length: None
+    ) -> None:
+        self._adapter, self._precise, self._factors = adapter, precise, factors
         # Frequencies that follow the length are only right for the length of the moment.
         self._steps = 1 if adapter.rotary_follows_length else STEPS_AHEAD
         self._tables: Tables = {}
-        self._like: tuple[torch.dtype, torch.device] | None = None  # what the tables are in
+        # What the tables are in, and the length that their frequencies are for.
+        self._like: tuple[torch.dtype, torch.device, float] | None = None
         self._positions: list[Tensor] = []  # [B] each, what the tables that are left are for
 
-    def tables(self, hidden_states: Tensor, position: Tensor) -> Tables:
+    def tables(self, hidden_states: Tensor, position: Tensor, length: float = 0.0) -> Tables:
         """For each kind of layer cos and sin, [..., B, 1, D] each.
 
         Args:
             hidden_states: gives dtype and device.
             position: [B] float64.
+            length: the cache's `rotary_length`.
         """
-        like = (hidden_states.dtype, hidden_states.device)
+        like = (hidden_states.dtype, hidden_states.device, length)
         if not self._positions or self._like != like or not torch.equal(self._positions[-1], position):
             self._like = like
             ahead = position[:, None] + torch.arange(self._steps, dtype=position.dtype, device=position.device)
             self._positions = list(ahead.unbind(1))[::-1]
             axes = ahead.to(hidden_states.device).expand(self._adapter.position_axes, *ahead.shape)
-            self._tables = self._adapter.rotary(hidden_states, axes, self._precise)
+            self._tables = self._adapter.rotary(hidden_states, axes, self._precise, self._factors(length))
         step = self._steps - len(self._positions)
         self._positions.pop()
         return {kind: (c.narrow(-2, step, 1), s.narrow(-2, step, 1)) for kind, (c, s) in self._tables.items()}

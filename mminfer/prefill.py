@@ -76,12 +76,14 @@ def prompt_pass(
     next_position, run_position = layout.next_position, layout.last_in_run
     earlier = cache.tokens or (0,) * layout.num_sequences
     record = PromptRecord(earlier, layout.lengths, layout.visual_lengths, ahead=_ahead(layout))
+    length = cache.rotary_length or float(next_position.max())
     _warn_beyond(adapter.spec, config, next_position, cache)
     if config.merge is not None:
         record.merge_flops = config.merge.cost(adapter.spec, config.merge.unit_lengths(layout))
         inputs_embeds, layout = config.merge.apply(inputs_embeds, layout)
     record.merged = layout.lengths
-    tables = adapter.rotary(inputs_embeds[None], layout.position[:, None], fractional(config))
+    factors = frequency_factors(config, adapter.spec, length)
+    tables = adapter.rotary(inputs_embeds[None], layout.position[:, None], fractional(config), factors)
     keeps_rows = not (last_only or config.removes_rows)
     whole = torch.empty_like(inputs_embeds) if keeps_rows and chunk_size is not None else None
     layers: list[list[LayerRecord]] = []
@@ -97,7 +99,7 @@ def prompt_pass(
             if progress is not None:
                 progress(len(rows) * sum(record.prompt) // len(layout))
         taken_in = [a + b for a, b in zip(earlier, record.prompt, strict=True)]
-        cache.commit(cache.layers, columns, taken_in, next_position, run_position)
+        cache.commit(cache.layers, columns, taken_in, next_position, run_position, length)
     except BaseException:
         undo()
         raise
@@ -168,6 +170,13 @@ def fractional(config: InferenceConfig) -> bool:
     return config.positions is not None and bool(config.positions.fractional)
 
 
+def frequency_factors(config: InferenceConfig, spec: ModelSpec, length: float) -> Tensor | None:
+    """[D / 2], of the rotary frequencies of a cache with this `rotary_length`; None: the host's own."""
+    if config.positions is None:
+        return None
+    return config.positions.rescale(length, spec.max_position_embeddings, spec.head_dim)
+
+
 def _after(layout: TokenLayout, cache: CompressedCache) -> TokenLayout:
     """The layout moved so that each sequence's first token stands at its next position."""
     first = layout.position[:, [start for start, _ in layout.spans]].amin(0)
@@ -182,12 +191,15 @@ def _after(layout: TokenLayout, cache: CompressedCache) -> TokenLayout:
 
 def _warn_beyond(spec: ModelSpec, config: InferenceConfig, next_position: Tensor, cache: CompressedCache) -> None:
     """Once, when a prompt leaves the positions that the model was made for."""
-    reached, limit = float(next_position.max()), spec.max_position_embeddings
-    if reached <= limit or (cache.layers and float(cache.next_position.max()) > limit):
+    reached, window, positions = float(next_position.max()), spec.max_position_embeddings, config.positions
+    covered = window if positions is None else positions.covers(cache.rotary_length or reached, window)
+    if reached <= covered or (cache.layers and float(cache.next_position.max()) > covered):
         return
     way = "a smaller delta" if fractional(config) else "V2PE, for example positions=V2PE(delta=1/16),"
+    wider = positions is not None and positions.wider
+    scaled = "" if covered == window else f" and its frequencies are scaled for {covered:.0f}"
     warnings.warn(
-        f"the prompt reaches rotary position {reached:.0f}, but the model was made for "
-        f"{limit}: answers may break down; {way} brings visual tokens closer together",
+        f"the prompt reaches rotary position {reached:.0f}, but the model was made for {window}{scaled}: answers "
+        f"may break down; {wider or f'{way} brings visual tokens closer together'}",
         stacklevel=2,
     )

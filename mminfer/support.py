@@ -9,6 +9,7 @@ from mminfer.errors import ConfigError
 from mminfer.models.base import ModelSpec
 from mminfer.models.registry import ADAPTERS, supported_families
 from mminfer.operators.skip import OperatorSkip
+from mminfer.positions.scaling import DynamicNTK, LinearScaling
 from mminfer.positions.v2pe import V2PE
 from mminfer.technique import Technique
 from mminfer.tokens.merge import AIMMerge
@@ -18,6 +19,8 @@ YES = "yes"
 
 TECHNIQUES: dict[str, Technique] = {
     "V2PE": V2PE(),
+    "LinearScaling": LinearScaling(),
+    "DynamicNTK": DynamicNTK(),
     "AIMMerge": AIMMerge(),
     "AIMPrune": AIMPrune(),
     "OperatorSkip ffn": OperatorSkip(ffn=[0]),

@@ -50,9 +50,11 @@ class Technique(ABC):
 
 
 class PositionTechnique(Technique):
-    """Places tokens on the rotary axes."""
+    """Places tokens on the rotary axes, or changes how fast positions turn queries and keys."""
 
     stage = Stage.POSITIONS
+    # What a warning advises when a prompt reaches farther than `covers` says; "": the stage's usual advice.
+    wider: ClassVar[str] = ""
 
     @property
     @abstractmethod
@@ -67,6 +69,24 @@ class PositionTechnique(Technique):
             layout: of the tokens that come in.
             max_positions: how many positions the model was made for.
         """
+
+    def rescale(self, length: float, window: int, head_dim: int) -> Tensor | None:
+        """Factors of the rotary frequencies; None: the host's own frequencies.
+
+        Args:
+            length: positions that the first pass into the cache reached, the longest sequence's. It is the same in
+                every later pass and decoding step of that cache.
+            window: how many positions the model was made for.
+            head_dim: D.
+
+        Returns:
+            [D / 2] float64, or None.
+        """
+        return None
+
+    def covers(self, length: float, window: int) -> float:
+        """How many positions the model then holds; arguments as for `rescale`."""
+        return window
 
 
 class MergeTechnique(Technique):

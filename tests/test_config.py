@@ -11,6 +11,7 @@ from mminfer import V2PE, AIMMerge, AIMPrune, ConfigError, InferenceConfig, Look
 from mminfer.baselines import RandomEvict, RandomPrune
 from mminfer.config import PRESETS, TECHNIQUES
 from mminfer.models.base import ModelSpec
+from mminfer.positions import DynamicNTK, LinearScaling
 from mminfer.technique import LayerRange, Stage, layer_index
 
 NAN, INF = float("nan"), float("inf")
@@ -53,7 +54,12 @@ caches = {
 seeds = st.integers(0, 2**31)
 configs = st.builds(
     InferenceConfig,
-    positions=st.none() | st.builds(V2PE, fractions),
+    positions=st.one_of(
+        st.none(),
+        st.builds(V2PE, fractions),
+        st.builds(LinearScaling, st.just("auto") | st.floats(1, 64)),
+        st.builds(DynamicNTK, st.floats(1, 64), st.none() | st.integers(1, 10**6)),
+    ),
     merge=st.none() | st.builds(AIMMerge, fractions),
     prune=st.one_of(st.none(), st.builds(AIMPrune, **prunes), st.builds(RandomPrune, **prunes, seed=seeds)),
     skip=st.none() | st.builds(OperatorSkip, ffn=skipped, attention=skipped, block=skipped),
@@ -112,7 +118,7 @@ def test_an_unknown_preset_is_refused_with_the_known_ones():
 
 @pytest.mark.parametrize("stage", list(Stage))
 def test_a_technique_in_another_stage_is_refused(stage):
-    for technique in (V2PE(), AIMMerge(), AIMPrune(), OperatorSkip(), LookM()):
+    for technique in (V2PE(), LinearScaling(), DynamicNTK(), AIMMerge(), AIMPrune(), OperatorSkip(), LookM()):
         if technique.stage is stage:
             assert InferenceConfig(**{stage.value: technique}).techniques == (technique,)
         else:

@@ -213,6 +213,8 @@ class CompressedCache(Cache):
         tokens: tokens of each sequence taken in so far, padding not counted.
         next_position: [B] float64, where each sequence's next text token goes.
         run_position: [B] float64, where its last token stands if that is visual, so that a run may go on; else nan.
+        rotary_length: positions that the first pass into it reached; 0.0 before. Techniques that scale rotary
+            frequencies by the length keep to it, since the keys held were rotated so.
         room: columns that a prompt pass leaves free behind its entries, for the tokens to come.
     """
 
@@ -224,6 +226,7 @@ class CompressedCache(Cache):
         self.tokens: tuple[int, ...] = ()
         self.next_position = torch.empty(0, dtype=torch.float64)
         self.run_position = torch.empty(0, dtype=torch.float64)
+        self.rotary_length = 0.0
         self.room = ROOM
 
     def commit(
@@ -233,20 +236,23 @@ class CompressedCache(Cache):
         tokens: Sequence[int],
         next_position: Tensor,
         run_position: Tensor,
+        rotary_length: float | None = None,
     ) -> None:
         """Takes over what a whole pass made."""
         self.layers = layers
         self.logical_length += columns
         self.tokens = tuple(tokens)
         self.next_position, self.run_position = next_position, run_position
+        if rotary_length is not None:
+            self.rotary_length = rotary_length
 
     def snapshot(self) -> Callable[[], None]:
         """A function that puts the cache back as it is now; it costs no copy, since entries are never overwritten."""
-        state = (self.layers, self.logical_length, self.tokens, self.next_position, self.run_position)
+        state = {name: value for name, value in vars(self).items() if name != "room"}
         ends = [(layer, layer.end, layer.seen) for layer in self.layers]
 
         def restore() -> None:
-            self.layers, self.logical_length, self.tokens, self.next_position, self.run_position = state
+            vars(self).update(state)
             for layer, end, seen in ends:
                 layer.end, layer.seen = end, seen
 
@@ -278,7 +284,8 @@ class CompressedCache(Cache):
         layers = [
             CompressedLayer([layer.row(b) for b in range(layer.batch_size)], layer.seen, out) for layer in self.layers
         ]
-        out.commit(layers, self.logical_length, self.tokens, self.next_position, self.run_position)
+        where = (self.next_position, self.run_position, self.rotary_length)
+        out.commit(layers, self.logical_length, self.tokens, *where)
         return out
 
     @classmethod
@@ -298,6 +305,7 @@ class CompressedCache(Cache):
             [c.tokens[0] for c in caches],
             torch.cat([c.next_position for c in caches]),
             torch.cat([c.run_position for c in caches]),
+            max(c.rotary_length for c in caches),
         )
         return out
 

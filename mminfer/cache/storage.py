@@ -26,7 +26,12 @@ def cache_tensors(cache: CompressedCache) -> dict[str, Tensor]:
 def cache_facts(cache: CompressedCache) -> dict[str, Any]:
     """What of a cache is no tensor."""
     seen = [list(layer.seen) for layer in cache.layers]
-    return {"logical_length": cache.logical_length, "tokens": list(cache.tokens), "seen": seen}
+    return {
+        "logical_length": cache.logical_length,
+        "tokens": list(cache.tokens),
+        "seen": seen,
+        "rotary_length": cache.rotary_length,
+    }
 
 
 def restore_cache(tensors: dict[str, Tensor], facts: dict[str, Any], device: torch.device) -> CompressedCache:
@@ -45,6 +50,9 @@ def restore_cache(tensors: dict[str, Tensor], facts: dict[str, Any], device: tor
                 raise KeyError(f"{i}.{b}.keys")
             rows.append(CacheEntries.of([None if x is None else x.to(device) for x in columns.values()]))
         layers.append(CompressedLayer(rows, seen, cache))
-    next_position, run_position = (tensors[name].to(device) for name in ("next_position", "run_position"))
-    cache.commit(layers, facts["logical_length"], facts["tokens"], next_position, run_position)
+    next_position = tensors["next_position"].to(device)
+    # Files from before these were kept: behind text, and nothing scaled.
+    run_position = tensors.get("run_position", torch.full_like(next_position, torch.nan)).to(device)
+    where = (next_position, run_position, facts.get("rotary_length", 0.0))
+    cache.commit(layers, facts["logical_length"], facts["tokens"], *where)
     return cache

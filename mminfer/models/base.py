@@ -158,21 +158,24 @@ class ModelAdapter:
             position_ids = (mask.long().cumsum(-1) - 1).clamp_min(0)
         return position_ids.expand(mask.shape)[mask].double()[None]
 
-    def rotary(self, hidden_states: Tensor, position: Tensor, precise: bool) -> dict[str, tuple[Tensor, Tensor]]:
+    def rotary(
+        self, hidden_states: Tensor, position: Tensor, precise: bool, factors: Tensor | None = None
+    ) -> dict[str, tuple[Tensor, Tensor]]:
         """For each kind of layer cos and sin, [..., D] each, for positions [A, ...] float64.
 
         Args:
             hidden_states: gives dtype and device.
             precise: form angles in float64, as fractional positions far out need; else the host's own rounding, so
                 that nothing differs from the host by a bit.
+            factors: [D / 2], of the host's frequencies; angles are then formed in float64. None: 1.
         """
-        if not precise:
+        if not precise and factors is None:
             table = self.language_model.rotary_emb(hidden_states, self._host_axes(position))
             return dict.fromkeys(self.layer_kinds, table)
         rotary = self._current_rotary(hidden_states, position)
         table = rotary_table(
             self._host_axes(position),
-            rotary.inv_freq,
+            rescaled(rotary.inv_freq, factors),
             rotary.attention_scaling,
             sections=self.rotary_sections(rotary),
             dtype=hidden_states.dtype,
@@ -263,6 +266,11 @@ class ModelAdapter:
                 f"pass the {name}s of exactly the placeholders in the prompt, as the processor prepares them"
             )
         return rows
+
+
+def rescaled(inv_freq: Tensor, factors: Tensor | None) -> Tensor:
+    """[D / 2]: frequencies times factors, multiplied in float64; None: as they are."""
+    return inv_freq if factors is None else (inv_freq.double() * factors.to(inv_freq.device)).to(inv_freq.dtype)
 
 
 def _layer_kinds(config: Any) -> list[str]:

@@ -10,7 +10,7 @@ from mminfer_kernels import rotary_table
 from torch import Tensor
 
 from mminfer.layout import TokenLayout
-from mminfer.models.base import ModelAdapter, attention_mask
+from mminfer.models.base import ModelAdapter, attention_mask, rescaled
 
 
 class Gemma3Adapter(ModelAdapter):
@@ -28,17 +28,31 @@ class Gemma3Adapter(ModelAdapter):
         is_image = types[:, -mask.shape[1] :][mask] == 1
         return embeds, replace(layout, block=_runs(is_image, layout.sequence))
 
-    def rotary(self, hidden_states: Tensor, position: Tensor, precise: bool) -> dict[str, tuple[Tensor, Tensor]]:
-        return {kind: self._table(kind, hidden_states, position[0], precise) for kind in set(self.layer_kinds)}
+    def rotary(
+        self, hidden_states: Tensor, position: Tensor, precise: bool, factors: Tensor | None = None
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """As every adapter's, but factors are for full attention alone.
 
-    def _table(self, kind: str, hidden_states: Tensor, position: Tensor, precise: bool) -> tuple[Tensor, Tensor]:
+        A sliding layer sees no farther than its window, however long the prompt: its frequencies stay as trained.
+
+        Reference:
+            Gemma 3 (arXiv 2503.19786): its own linear factor of 8 stands on the layers of full attention only.
+        """
+        return {
+            kind: self._table(kind, hidden_states, position[0], precise, factors if kind == "full_attention" else None)
+            for kind in set(self.layer_kinds)
+        }
+
+    def _table(
+        self, kind: str, hidden_states: Tensor, position: Tensor, precise: bool, factors: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         rotary: Any = self.language_model.rotary_emb
-        if not precise:
+        if not precise and factors is None:
             cos, sin = rotary(hidden_states, position, kind)
             return cos, sin
         rotary(hidden_states[:1, :1], position.amax().expand(1, 1), kind)  # frequencies may depend on the length
         frequencies, scaling = getattr(rotary, f"{kind}_inv_freq"), getattr(rotary, f"{kind}_attention_scaling")
-        return rotary_table(position, frequencies, scaling, dtype=hidden_states.dtype)
+        return rotary_table(position, rescaled(frequencies, factors), scaling, dtype=hidden_states.dtype)
 
 
 def _runs(is_image: Tensor, sequence: Tensor) -> Tensor:
