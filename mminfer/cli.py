@@ -1,4 +1,4 @@
-"""The command line: mminfer generate | doctor."""
+"""The command line: mminfer generate | bench | doctor."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 from rich.table import Table
 
+from mminfer.bench_cli import bench
 from mminfer.command import ERR as _err
 from mminfer.command import OUT as _out
 from mminfer.command import read_config, told_plainly
@@ -26,6 +27,7 @@ app = typer.Typer(
     no_args_is_help=True,
     help="Vision-language models over long contexts, at a fraction of the compute.",
 )
+app.add_typer(bench, name="bench")
 
 
 @app.command()
