@@ -1,21 +1,22 @@
-"""The command line: mminfer generate | doctor."""
+"""The command line: mminfer generate | bench | doctor."""
 
 from __future__ import annotations
 
-import functools
 import json
 import platform
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from mminfer.errors import InputError, MminferError
+from mminfer.bench_cli import bench
+from mminfer.command import ERR as _err
+from mminfer.command import OUT as _out
+from mminfer.command import read_config, told_plainly
+from mminfer.errors import InputError
 
 if TYPE_CHECKING:
     from mminfer.engine import Engine
@@ -26,26 +27,11 @@ app = typer.Typer(
     no_args_is_help=True,
     help="Vision-language models over long contexts, at a fraction of the compute.",
 )
-_out, _err = Console(), Console(stderr=True)
-
-
-def _told_plainly(command: Callable[..., None]) -> Callable[..., None]:
-    """A wrong request ends with its message and exit code 2, without a traceback."""
-
-    @functools.wraps(command)
-    def run(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except MminferError as error:
-            _err.print(f"[bold red]{type(error).__name__}:[/] ", end="")
-            _err.print(str(error), markup=False, highlight=False)
-            raise typer.Exit(2) from None
-
-    return run
+app.add_typer(bench, name="bench")
 
 
 @app.command()
-@_told_plainly
+@told_plainly
 def generate(
     prompt: Annotated[
         str | None, typer.Option(help="The question. Default: the one that comes with the bundled images.")
@@ -120,7 +106,7 @@ def generate(
 
 
 @app.command()
-@_told_plainly
+@told_plainly
 def doctor() -> None:
     """What this machine has, which backend each op takes, and which families and presets there are."""
     import mminfer_kernels
@@ -167,10 +153,7 @@ def _settings(preset: str | None, config: Path | None) -> Any:
         return InferenceConfig.from_preset(preset or "balanced")
     if preset is not None:
         raise InputError(f"--preset {preset} and --config {config}: pass one of them")
-    try:
-        return InferenceConfig.from_json(config.read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--config {config}: {error}") from error
+    return read_config(config)
 
 
 def _messages(model: str, prompt: str | None, images: list[str], videos: list[str]) -> list[dict[str, Any]]:

@@ -83,7 +83,7 @@ class Engine:
         try:
             model_config = AutoConfig.from_pretrained(path, **shared)
             check_family(model_config.model_type)
-            _check_before_loading(model_config, config)
+            check_before_loading(model_config, config)
             model: Any = AutoModelForImageTextToText.from_pretrained(
                 path, dtype=dtype, use_safetensors=True, **hf_kwargs
             )
@@ -272,8 +272,8 @@ def _dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype
     return named
 
 
-def _check_before_loading(model_config: Any, config: InferenceConfig | None) -> None:
-    """The settings against a model without weights: real ones may take minutes to load."""
+def check_before_loading(model_config: Any, config: InferenceConfig | None) -> None:
+    """Checks the settings against a model without weights: real ones may take minutes to load."""
     with torch.device("meta"):
         skeleton = AutoModelForImageTextToText.from_config(model_config)
     (config or InferenceConfig()).check(adapter_for(skeleton).spec)

@@ -27,8 +27,8 @@ def stats_table(stats: GenerationStats) -> Table:
     table.add_row("cache entries per layer", _runs(stats.layer_entries), "", "")
     table.add_row(
         "cache",
-        _bytes(stats.cache_bytes),
-        _bytes(stats.full_cache_bytes),
+        show_bytes(stats.cache_bytes),
+        show_bytes(stats.full_cache_bytes),
         _share(stats.cache_bytes, stats.full_cache_bytes),
     )
     table.add_row(
@@ -41,7 +41,7 @@ def stats_table(stats: GenerationStats) -> Table:
     table.add_row("  prompt pass", f"{stats.prompt_ms:.1f} ms", "", "")
     tpot = "-" if stats.tpot_ms is None else f"{stats.tpot_ms:.2f} ms"
     table.add_row("time per token", tpot, "", "")
-    table.add_row("peak memory", _bytes(stats.peak_bytes), "", "")
+    table.add_row("peak memory", show_bytes(stats.peak_bytes), "", "")
     table.add_row("backends", _backends(stats.backends), "", "")
     return table
 
@@ -65,7 +65,7 @@ def comparison_table(compressed: GenerationStats, full: GenerationStats, kl: flo
     if compressed.tpot_ms and full.tpot_ms:
         rows.append(("time per token", compressed.tpot_ms, full.tpot_ms, "ms"))
     for name, a, b, unit in rows:
-        show = {"flops": _flops, "bytes": _bytes, "ms": lambda x: f"{x:.2f} ms"}[unit]
+        show = {"flops": _flops, "bytes": show_bytes, "ms": lambda x: f"{x:.2f} ms"}[unit]
         table.add_row(name, show(a), show(b), f"{a / b:.2f}")
     table.add_row("KL divergence of the first token", f"{kl:.2e} nats", "", "")
     return table
@@ -86,7 +86,8 @@ def _runs(values: Sequence[int]) -> str:
     return ", ".join(f"{value:,}" if count == 1 else f"{count} x {value:,}" for count, value in runs)
 
 
-def _bytes(count: float) -> str:
+def show_bytes(count: float) -> str:
+    """A number of bytes in the unit that suits it."""
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
