@@ -61,7 +61,7 @@ def needle(
     ] = False,
     blind: Annotated[bool, typer.Option("--blind", help="Ask once more without the pictures.")] = False,
     prefill_chunk_size: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of a prompt that go through the model at once. Default: all.")
+        int | None, typer.Option(min=1, help="Tokens of a prompt that go through the model at a time. Default: all.")
     ] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Of an answer. Default: as the protocol needs.")
@@ -75,7 +75,7 @@ def needle(
 ) -> None:
     """Find needles in long contexts, under one setting or several: accuracy, time and cache."""
     from mminfer.needle.pictures import check_available
-    from mminfer.needle.runner import Asking, feed, load, run
+    from mminfer.needle.runner import Asking, load, run
     from mminfer.needle.scores import rows_of
 
     fields = {"grid": grid, "needles": needles, "picture_size": picture_size, "image_size": image_size}
@@ -84,7 +84,6 @@ def needle(
     settings = _settings(preset or [], config or [], delta or [])
     for length in lengths:
         chosen.check(length)
-    feed((), prefill_chunk_size)
     if csv_path is not None and not csv_path.absolute().parent.is_dir():
         raise InputError(f"--csv {csv_path}: there is no folder {csv_path.parent}: make it first")
     check_available()

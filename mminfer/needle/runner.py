@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, cast
@@ -14,10 +14,10 @@ from transformers import AutoConfig
 from mminfer import nano
 from mminfer.config import InferenceConfig
 from mminfer.engine import Engine, check_before_loading
-from mminfer.errors import InputError, UnsupportedModelError
+from mminfer.errors import UnsupportedModelError
 from mminfer.media import PROGRESS
 from mminfer.models.registry import check_family
-from mminfer.needle.protocol import NeedleProtocol, Part, Question, Sample
+from mminfer.needle.protocol import NeedleProtocol, Question, Sample
 from mminfer.needle.scores import Answer
 from mminfer.request import GenerationOutput
 
@@ -35,7 +35,7 @@ class Asking:
             the prompt of each question.
         blind: ask everything once more, nothing compressed, with the pictures left out.
         max_new_tokens: of an answer; None: what the protocol's format takes.
-        prefill_chunk_size: tokens of a prompt that go through the model at once; None: all.
+        prefill_chunk_size: tokens of a prompt that go through the model at a time; None: all.
     """
 
     next_turn: bool = False
@@ -105,22 +105,6 @@ def run(
     return answers
 
 
-def feed(parts: Iterable[Part], prefill_chunk_size: int | None) -> tuple[Any, dict[str, Any]]:
-    """Content, and keyword arguments that go with it, as `Engine.generate` and `Engine.chat` take them.
-
-    The only place that knows how: here a prompt goes through in one piece, so its parts are all held at once.
-
-    Raises:
-        InputError: a chunk size was given, which the engine does not take.
-    """
-    if prefill_chunk_size is not None:
-        raise InputError(
-            f"prefill_chunk_size={prefill_chunk_size}: prompts go through in one piece, leave it out; "
-            "a preset that merges or prunes makes them shorter"
-        )
-    return list(parts), {}
-
-
 def _model_config(model: str) -> Any:
     """The host's configuration, or None where there is none: the engine says so better."""
     try:
@@ -155,18 +139,16 @@ def _in_prompt(engine: Engine, sample: Sample, limit: int, chunk: int | None, bl
         start = time.perf_counter()
         parts = sample.content(engine.supports_video)
         seen = (part for part in parts if part["type"] == "text") if blind else parts
-        content, kwargs = feed(chain(seen, [{"type": "text", "text": question.text}]), chunk)
+        content = chain(seen, [{"type": "text", "text": question.text}])
         messages = [{"role": "user", "content": content}]
-        output = engine.generate(messages, max_new_tokens=limit, do_sample=False, **kwargs)
+        output = engine.generate(messages, max_new_tokens=limit, do_sample=False, prefill_chunk_size=chunk)
         yield question, cast("GenerationOutput", output), _ms_since(start), None
 
 
 def _next_turn(engine: Engine, sample: Sample, limit: int, chunk: int | None, blind: bool) -> Iterator[Reply]:
     start = time.perf_counter()
-    content, kwargs = feed(sample.content(engine.supports_video), chunk)
-    chat = engine.chat(do_sample=False, **kwargs)
-    chat.read(content)
-    del content
+    chat = engine.chat(do_sample=False, prefill_chunk_size=chunk)
+    chat.read(sample.content(engine.supports_video))
     read_ms = _ms_since(start)
     last = sample.questions[-1]
     for question in sample.questions:

@@ -101,17 +101,25 @@ def test_a_random_model_of_another_family_is_asked(tiny_engine, protocol, next_t
 
 def test_nano_gets_frames_as_a_video(nano_engine, monkeypatch):
     assert nano_engine.supports_video
-    kinds = []
-    feed = runner.feed
+    kinds, generate = [], nano_engine.generate
 
-    def watched(parts, chunk):
-        content, kwargs = feed(parts, chunk)
-        kinds.append([part["type"] for part in content])
-        return content, kwargs
+    def watched(messages, **kwargs):
+        parts = list(messages[0]["content"])
+        kinds.append([part["type"] for part in parts])
+        return generate([{"role": "user", "content": parts}], **kwargs)
 
-    monkeypatch.setattr(runner, "feed", watched)
+    monkeypatch.setattr(nano_engine, "generate", watched)
     run({"off": nano_engine}, Temporal(picture_size=32, depths=(0.5,)), [3], 1, 0, Asking(max_new_tokens=1))
     assert kinds == [["video", "text"]] * 2
+
+
+@pytest.mark.parametrize("next_turn", [False, True])
+def test_contexts_in_chunks_give_the_same_answers(nano_engine, next_turn):
+    whole, chunked = (
+        run({"off": nano_engine}, LABELS, [6], 1, 0, Asking(next_turn=next_turn, prefill_chunk_size=size))
+        for size in (None, 140)
+    )
+    assert [a.text for a in whole] == [a.text for a in chunked]
 
 
 def test_json_and_csv_hold_the_rows(loaded, tmp_path):
@@ -166,7 +174,6 @@ def test_tables_say_how_often_how_sure_and_by_what_luck(loaded):
         (["--preset", "off", "--preset", "off"], "passed twice"),
         (["--config", "/nowhere.json"], "--config /nowhere.json"),
         (["--csv", "/nowhere/rows.csv"], "--csv /nowhere/rows.csv: there is no folder"),
-        (["--prefill-chunk-size", 64], "prefill_chunk_size=64"),
         (["--samples", 0], "--samples"),
     ],
 )
