@@ -202,7 +202,7 @@ class Engine:
         given = {name: value for name, value in media.items() if name != "max_video_tokens"}
         if media.get("max_video_tokens") is not None and not self.supports_video:
             raise InputError("max_video_tokens: this model takes a video as single images; use num_frames")
-        return MediaOptions(**given, supports_video=self.supports_video)
+        return MediaOptions(**given, supports_video=self.supports_video, hidden_size=self.adapter.spec.hidden_size)
 
     def _capped(self, part: dict[str, Any], media: dict[str, Any]) -> dict[str, Any]:
         limit = media.get("max_video_tokens")
@@ -227,7 +227,7 @@ class Engine:
 
     def _whole_reading(self, messages: list[dict[str, Any]], options: RunOptions) -> Reading:
         """A chat that nothing was read of."""
-        earlier = [{**m, "content": [bare(part) for part in m["content"]]} for m in messages[:-1]]
+        earlier = [{**m, "content": [bare(part, self.processor) for part in m["content"]]} for m in messages[:-1]]
         media = [part for m in messages[:-1] for part in m["content"] if part["type"] != "text"]
         last = {**messages[-1], "content": []}
         parts = messages[-1]["content"]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from PIL import Image
 
+from mminfer.embeddings import checked_embedding
 from mminfer.errors import InputError
 from mminfer.media import load_image, read_video
 from mminfer.sources import check_source
@@ -17,6 +18,7 @@ SOURCE_KEYS = {"image": ("image", "path", "url"), "video": ("video", "path", "ur
 
 Part = dict[str, Any]
 Message = dict[str, Any]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -28,12 +30,14 @@ class MediaOptions:
         num_frames: frames to take of each video file, evenly spread.
         fps: take so many frames a second of it instead.
         supports_video: whether the model takes videos; if not, their frames go in as images.
+        hidden_size: width of the model's rows, for embeddings; None: not known yet.
     """
 
     allow_remote: bool = False
     num_frames: int = 8
     fps: float | None = None
     supports_video: bool = True
+    hidden_size: int | None = None
 
 
 def is_batch(messages: Any) -> bool:
@@ -48,8 +52,9 @@ def normalise_messages(messages: Any, options: MediaOptions | None = None, *, la
         messages: a list of {"role", "content"}, or the content of a single user message: a string or parts. Parts are
             a list or any iterable, which is gone through once. A part is a string or {"type": "text", "text": ...},
             {"type": "image", "image" | "path" | "url": ...},
-            {"type": "images", "images": an iterable of what "image" takes} or
-            {"type": "video", "video" | "path" | "url": ...}.
+            {"type": "images", "images": an iterable of what "image" takes},
+            {"type": "video", "video" | "path" | "url": ...} or
+            {"type": "embedding", "embedding": [n, C] tensor of the model's width, "modality": "visual" or "text"}.
         options: how media are taken.
         lazy: leave the last message's content an iterator, which loads each part when it is asked for; of a list,
             what can be seen without loading is checked now.
@@ -153,18 +158,20 @@ def _check_part(part: Any, where: str, options: MediaOptions) -> None:
     if kind == "text":
         if not isinstance(part.get("text"), str):
             raise InputError(f'{where}: "text" is {type(part.get("text")).__name__}: wanted a string')
+    elif kind == "embedding":
+        _named(where, lambda: checked_embedding(part, options.hidden_size))
     elif kind == "images":
         images = part.get("images")
         if isinstance(images, (str, Mapping)) or not isinstance(images, Iterable):
             raise InputError(f'{where}: "images" is {type(images).__name__}: wanted an iterable of images')
     elif isinstance(kind, str) and kind in SOURCE_KEYS:
-        try:
-            check_source(_source(part, kind, where), kind, allow_remote=options.allow_remote)
-        except InputError as error:
-            raise error if str(error).startswith(where) else InputError(f"{where}: {error}") from error
+        source = _source(part, kind, where)
+        _named(where, lambda: check_source(source, kind, allow_remote=options.allow_remote))
     else:
         found = f"a part of type {kind!r}" if isinstance(part, dict) else type(part).__name__
-        raise InputError(f'{where}: {found}: wanted a string or a dict of type "text", "image", "images" or "video"')
+        raise InputError(
+            f'{where}: {found}: wanted a string or a dict of type "text", "image", "images", "video" or "embedding"'
+        )
 
 
 def _load_part(part: Any, where: str, options: MediaOptions) -> list[Part]:
@@ -174,18 +181,26 @@ def _load_part(part: Any, where: str, options: MediaOptions) -> list[Part]:
     kind = part["type"]
     if kind == "text":
         return [{"type": "text", "text": part["text"]}]
+    if kind == "embedding":
+        embedding = checked_embedding(part, options.hidden_size)
+        return [{"type": kind, "embedding": embedding, "modality": part.get("modality", "visual")}]
     source = _source(part, kind, where)
-    try:
-        if kind == "image":
-            return [{"type": "image", "image": load_image(source, allow_remote=options.allow_remote)}]
-        frames, metadata = read_video(
-            source, allow_remote=options.allow_remote, num_frames=options.num_frames, fps=options.fps
-        )
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from error
+    if kind == "image":
+        image = _named(where, lambda: load_image(source, allow_remote=options.allow_remote))
+        return [{"type": "image", "image": image}]
+    sampling: dict[str, Any] = {"num_frames": options.num_frames, "fps": options.fps}
+    frames, metadata = _named(where, lambda: read_video(source, allow_remote=options.allow_remote, **sampling))
     if options.supports_video:
         return [{"type": "video", "video": frames, "metadata": metadata}]
     return [{"type": "image", "image": Image.fromarray(frame)} for frame in frames]
+
+
+def _named(where: str, act: Callable[[], T]) -> T:
+    """What `act` gives; its errors name the place."""
+    try:
+        return act()
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
 
 
 def _source(part: Part, kind: str, where: str) -> Any:

@@ -17,6 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from mminfer.cache.kv_cache import CACHE_NAME, ROOM, CompressedCache
 from mminfer.config import InferenceConfig
 from mminfer.decode import Decoder
+from mminfer.embeddings import ReadyRows
 from mminfer.errors import ConfigError, InputError
 from mminfer.metrics.records import PromptRecord
 from mminfer.models.base import ModelAdapter
@@ -45,6 +46,7 @@ class PatchHandle:
         room: how many tokens to come the cache has room for from the start.
         chunk_size: tokens of a prompt that go through the layers at a time; None: all.
         progress: told after each chunk how many tokens of the prompt it was.
+        ready: rows of the next prompt whose embeddings were given; that prompt takes them.
         first_token_at: `time.perf_counter()` at the end of the last prompt pass.
         step_ms: duration of each decoding step since then.
         compile_ms: time of the steps in which something was compiled, since the patch was set; not among `step_ms`.
@@ -68,6 +70,7 @@ class PatchHandle:
         self.room = ROOM
         self.chunk_size = prefill_chunk_size
         self.progress: Callable[[int], object] | None = None
+        self.ready: ReadyRows | None = None
         self._rows: Tensor | None = None
         self._resumed: Tensor | None = None
         self.step_ms: list[float] = []
@@ -166,7 +169,8 @@ class PatchHandle:
         for name, what in _REFUSED.items():
             if inputs.get(name) is not None and inputs[name] is not False:
                 raise InputError(f"{name}: a patched model gives no {what}; undo() the patch for this call")
-        embeds, layout = self.adapter.embed(inputs)
+        embeds, layout = self.adapter.embed(inputs, self.ready)
+        self.ready = None
         like = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
         keep = inputs.get("logits_to_keep", 0)
         out = prompt_pass(

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mminfer.embeddings import as_text, filler_token
 from mminfer.errors import InputError
 from mminfer.messages import Message, Part
 from mminfer.models.base import ModelAdapter
-from mminfer.request import build_piece, check_placeholders
+from mminfer.request import READY, build_piece, check_placeholders
 from mminfer.template import Template
 
 GROUP = 16  # parts of an iterator that are rendered at a time
@@ -78,27 +79,29 @@ class Reading:
         self._parts, self._unread = iter(parts), list(unread)
         self._closes, self._size = closes, piece_size
         self._loaded: dict[str, deque[Part]] = {"image": deque(), "video": deque()}
-        for part in media:
-            self._loaded[part["type"]].append(part)
+        self._embeddings: deque[Part] = deque()
+        self._hold(media)
         self._rendered_at_start, self._read_ahead = rendered, ""
         self._costs: dict[str, int] = {}
         self._per_medium = 0  # tokens of an image or video, with the text that goes with it; the most so far
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Model inputs of one sequence without padding, at the host's positions from 0 on."""
-        text, media, tokens = "", list[Part](), 0
+        text, media, texts = "", list[Part](), 0
         for kind, segment in self._segments():
-            full = self._size is not None and tokens + self._cost(kind, segment) > self._size
-            unknown = kind is not None and self._size is not None and not self._per_medium
+            cost = self._text_tokens(segment)
+            coming = len(media) + (kind is not None)
+            full = self._size is not None and texts + cost + coming * self._per_medium > self._size
+            unknown = self._size is not None and kind is not None and not self._per_medium
             if media and (full or unknown):  # the first medium goes alone: then it is known what one takes
-                yield self._piece(text, media)
-                text, media, tokens = "", [], 0
-            text, tokens = text + segment, tokens + self._cost(kind, segment)
+                yield self._piece(text, media, texts)
+                text, media, texts = "", [], 0
+            text, texts = text + segment, texts + cost
             if kind is not None:
                 media.append(self._loaded[kind].popleft())
         if any(self._loaded.values()):
             raise InputError("the model's chat template shows fewer placeholders than there are images and videos")
-        yield self._piece(text, media)
+        yield self._piece(text, media, texts)
 
     @property
     def parts_done(self) -> int:
@@ -123,7 +126,7 @@ class Reading:
         while True:
             group = waiting
             for part in self._parts:
-                if self._size is not None and len(group) >= GROUP and part["type"] != "text":
+                if self._size is not None and len(group) >= GROUP and part["type"] in self._loaded:
                     break
                 group.append(part)
             else:
@@ -137,14 +140,19 @@ class Reading:
     def _take(self, parts: Iterable[Part]) -> None:
         for part in parts:
             check_placeholders(self._host.processor, [part])
-            self.messages[-1]["content"].append(bare(part))
+            self.messages[-1]["content"].append(bare(part, self._host.processor))
             self.parts_read += 1
-            if part["type"] in self._loaded:
-                self._loaded[part["type"]].append(part)
+            self._hold([part])
+
+    def _hold(self, parts: Iterable[Part]) -> None:
+        """Keeps what parts show until their piece comes."""
+        for part in parts:
+            if part["type"] != "text":
+                self._loaded.get(part["type"], self._embeddings).append(part)
 
     def _stretch(self, group: list[Part], following: Part, count: int) -> str:
         """What the template makes of a group, up to the medium that follows it."""
-        shown = [bare(part) for part in (*group, following)]
+        shown = [bare(part, self._host.processor) for part in (*group, following)]
         here = self._template.between_media(shown) if count else ""
         if count < 2:  # a template may look back, to number images for instance: the second group would show it
             last = self.messages[-1]
@@ -168,22 +176,24 @@ class Reading:
             )
         return rendered[len(so_far) :]
 
-    def _cost(self, kind: str | None, segment: str) -> int:
-        """Tokens that a segment will take, as far as one can tell; only of use where pieces have a size."""
+    def _text_tokens(self, segment: str) -> int:
+        """Tokens of a segment but for its medium; only of use where pieces have a size."""
         if self._size is None:
             return 0
         if segment not in self._costs:
             text = self._template.without_mark(segment)
             ids = self._host.processor.tokenizer(text, add_special_tokens=False).input_ids if text else []
             self._costs[segment] = len(ids)
-        return self._costs[segment] + (self._per_medium if kind is not None else 0)
+        return self._costs[segment]
 
-    def _piece(self, text: str, media: list[Part]) -> dict[str, Any]:
+    def _piece(self, text: str, media: list[Part], texts: int) -> dict[str, Any]:
+        """Model inputs; texts: how many of their tokens are text."""
         host = self._host
-        inputs = build_piece(host.processor, text, media, first=not self.rendered, device=host.device, dtype=host.dtype)
+        given = [*media, *self._embeddings_in(text)]
+        inputs = build_piece(host.processor, text, given, first=not self.rendered, device=host.device, dtype=host.dtype)
         ids: Tensor = inputs["input_ids"]
         if media:
-            self._per_medium = max(self._per_medium, -(-ids.shape[1] // len(media)))
+            self._per_medium = max(self._per_medium, -(-(ids.shape[1] - texts) // len(media)))
         unread = self._unread if self._unread != ids[0, :1].tolist() else []
         self._unread = []
         if unread:
@@ -192,6 +202,9 @@ class Reading:
                 if name in inputs:
                     types = inputs[name]
                     inputs[name] = torch.cat([types.new_zeros(1, len(unread)), types], 1)
+            if READY in inputs:
+                mask = inputs[READY].mask
+                inputs[READY] = replace(inputs[READY], mask=torch.cat([mask.new_zeros(1, len(unread)), mask], 1))
         inputs["attention_mask"] = None  # one sequence, which is not padded
         positions = host.adapter.host_positions(inputs, torch.ones_like(ids, dtype=torch.bool))[:, None]
         inputs["position_ids"] = positions if host.adapter.position_axes > 1 else positions[0]
@@ -199,7 +212,17 @@ class Reading:
         self.ids += ids[0].tolist()
         return inputs
 
+    def _embeddings_in(self, text: str) -> Iterator[Part]:
+        """The embeddings whose fillers stand in a text."""
+        rows = text.count(filler_token(self._host.processor) or "") if self._embeddings else 0
+        while rows > 0 and self._embeddings:
+            part = self._embeddings.popleft()
+            rows -= len(part["embedding"])
+            yield part
 
-def bare(part: Part) -> Part:
+
+def bare(part: Part, processor: Any) -> Part:
     """The part as templates need it: what it shows is not theirs."""
+    if part["type"] == "embedding":
+        return as_text(part, processor)
     return part if part["type"] == "text" else {"type": part["type"]}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import BatchFeature
 
+from mminfer.embeddings import as_text, filler_id, ready_rows
 from mminfer.errors import InputError
 from mminfer.media import spread
 from mminfer.messages import Message, Part
@@ -16,6 +17,7 @@ from mminfer.messages import Message, Part
 if TYPE_CHECKING:
     from mminfer.metrics.stats import GenerationStats
 
+READY = "ready_rows"
 LEFT_PADDED = {"padding": True, "padding_side": "left"}
 
 
@@ -47,13 +49,19 @@ def build_inputs(
         device: where the tensors go.
         dtype: of the floating-point tensors; None leaves them as they are.
 
+    Returns:
+        What the processor gives; beside it, under `READY`, which rows the user gave ready made, if any.
+
     Raises:
         InputError: a text holds a placeholder of an image or video, or the processor refuses the chats.
     """
     if not chats:
         raise InputError("the batch is empty: wanted at least one chat")
     parts = [part for chat in chats for message in chat for part in message["content"]]
+    embeddings = [part for part in parts if part["type"] == "embedding"]
     check_placeholders(processor, parts)
+    if embeddings:
+        chats = [[_shown(message, processor) for message in chat] for chat in chats]
     try:
         inputs = processor.apply_chat_template(
             # The host puts its own lists into messages: not into the caller's.
@@ -66,7 +74,11 @@ def build_inputs(
         )
     except Exception as error:  # templates and processors raise anything
         raise InputError(f"{type(processor).__name__} refused the chat: {error}") from error
-    return _to(inputs, device, dtype)
+    inputs = _to(inputs, device, dtype)
+    if embeddings:
+        rows = ready_rows(inputs["input_ids"], inputs.get("attention_mask"), filler_id(processor), embeddings)
+        inputs[READY] = rows
+    return inputs
 
 
 def build_piece(
@@ -82,7 +94,7 @@ def build_piece(
 
     Args:
         processor: the host's.
-        rendered: what the chat template made, with a placeholder for each image and video.
+        rendered: what the chat template made, with a placeholder for each image and video, and fillers for embeddings.
         parts: the piece's parts, as `normalise_messages` gave them.
         first: whether the chat begins here; tokenizers may put a start token there.
         device: where the tensors go.
@@ -107,7 +119,11 @@ def build_piece(
         )
     except Exception as error:  # processors raise anything
         raise InputError(f"{type(processor).__name__} refused the turn: {error}") from error
-    return dict(_to(inputs, device, dtype))
+    ready = {}
+    embeddings = [part for part in parts if part["type"] == "embedding"]
+    if embeddings:
+        ready[READY] = ready_rows(inputs["input_ids"], None, filler_id(processor), embeddings)
+    return {**_to(inputs, device, dtype), **ready}
 
 
 def cap_video(processor: Any, part: Part, max_tokens: int) -> Part:
@@ -147,6 +163,12 @@ def check_placeholders(processor: Any, parts: Iterable[Part]) -> None:
                     f"the text {part['text'][:40]!r} holds {mark!r}, which stands for an image or video: "
                     "take it out and pass the medium as a part of its own"
                 )
+
+
+def _shown(message: Message, processor: Any) -> Message:
+    """The message as templates take it, embeddings as fillers."""
+    parts = [as_text(part, processor) if part["type"] == "embedding" else part for part in message["content"]]
+    return {**message, "content": parts}
 
 
 def _video_kwargs(parts: Iterable[Part]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from mminfer.models.base import ModelAdapter
 from mminfer.patching import PatchHandle, patched
 from mminfer.progress import reading_bar
 from mminfer.reading import Host, Reading
-from mminfer.request import GenerationOutput
+from mminfer.request import READY, GenerationOutput
 
 MOST_ROOM = 1024  # beyond, a cache grows when the tokens come
 _locks: WeakKeyDictionary[nn.Module, Lock] = WeakKeyDictionary()  # engines may share a model
@@ -79,7 +79,8 @@ class Runner:
             generation_kwargs: the host's.
         """
         with self._generating(generation_kwargs, RunOptions()) as call:
-            call.generate(inputs)
+            call.handle.ready = inputs.get(READY)
+            call.generate({name: value for name, value in inputs.items() if name != READY})
         return self._outputs(call, call.handle.records[-1], start)
 
     def read(self, readings: Sequence[Reading], caches: Sequence[CompressedCache], options: RunOptions) -> None:
@@ -135,6 +136,7 @@ class Runner:
             for reading, cache in zip(readings, caches, strict=True):
                 first = len(handle.records)
                 for inputs in reading:
+                    handle.ready = inputs.pop(READY, None)
                     output = self._model(**inputs, **{CACHE_NAME: cache}, logits_to_keep=1, use_cache=True)
                     bar.expect(reading.parts_done, reading.parts_expected)
                 logits.append(output.logits)

@@ -11,6 +11,7 @@ import torch
 from mminfer_kernels import rotary_table
 from torch import Tensor
 
+from mminfer.embeddings import ReadyRows
 from mminfer.errors import InputError, UnsupportedModelError
 from mminfer.layout import Modality, TokenLayout
 
@@ -212,8 +213,12 @@ class ModelAdapter:
         """Final norm and head: [..., C] -> [..., vocabulary]."""
         return self.model.lm_head(self.language_model.norm(hidden_states))
 
-    def embed(self, inputs: Mapping[str, Any]) -> tuple[Tensor, TokenLayout]:
+    def embed(self, inputs: Mapping[str, Any], ready: ReadyRows | None = None) -> tuple[Tensor, TokenLayout]:
         """The packed prompt: input embeddings [T, C] with visual features in place, and their layout.
+
+        Args:
+            inputs: the model's inputs.
+            ready: rows whose embeddings are given; visual ones are images of their own.
 
         Raises:
             InputError: placeholders and features do not match, or the batch is not in the host's format.
@@ -225,31 +230,27 @@ class ModelAdapter:
         else:
             ids = inputs["input_ids"][mask]
             embeds = self.model.get_input_embeddings()(ids)
-        modality = torch.zeros_like(sequence, dtype=torch.int8)
-        image_id, size = torch.full_like(sequence, -1), torch.ones_like(sequence, dtype=torch.float32)
-        num_units, places = 0, []
+        packed = _PackedRows(embeds)
+        if ready is not None:
+            rows = ready.mask[mask].nonzero()[:, 0]
+            packed.put(rows, ready.features, ready.modality, ready.part, rows.new_ones(len(rows)))
+            ids = ids if ids is None else ids.index_fill(0, rows, -1)  # no placeholder, whatever stands there
         units = self.visual_units(inputs)
         for kind in PIXEL_INPUTS:
-            rows = self._placeholder_rows(kind, ids, units.get(kind, []))
-            if rows.numel() == 0:
-                continue
-            features = torch.cat([u.features for u in units[kind]]).to(embeds)
-            embeds = embeds.index_copy(0, rows.to(embeds.device), features)
-            lengths = torch.tensor([len(u.features) for u in units[kind]], device=rows.device)
-            modality[rows] = int(kind)
-            image_id[rows] = num_units + torch.repeat_interleave(lengths)
-            size[rows] = torch.cat([u.size for u in units[kind]]).to(size)
-            num_units += len(lengths)
-            places.append(rows)
-        companions = [
-            u.companions.to(embeds) for of_kind in units.values() for u in of_kind if u.companions is not None
-        ]
-        in_order = torch.cat(companions)[torch.cat(places).argsort()] if companions else None
+            of_kind = units.get(kind, [])
+            rows = self._placeholder_rows(kind, ids, of_kind)
+            if rows.numel() > 0:
+                lengths = torch.tensor([len(u.features) for u in of_kind], device=rows.device)
+                parts = torch.repeat_interleave(lengths)
+                sizes = torch.cat([u.size for u in of_kind])
+                packed.put(
+                    rows, torch.cat([u.features for u in of_kind]), torch.full_like(rows, int(kind)), parts, sizes
+                )
+                packed.accompany(rows, [u.companions for u in of_kind if u.companions is not None])
         position = self.host_positions(inputs, mask)
-        source = torch.arange(len(sequence), device=sequence.device)
         last = position.new_full((mask.shape[0],), -1.0)
         last = last.scatter_reduce(0, sequence, position.amax(0), "amax", include_self=True)
-        return embeds, TokenLayout(sequence, modality, image_id, size, source, position, last + 1, in_order)
+        return packed.embeds, packed.layout(sequence, position, last + 1)
 
     def _placeholder_rows(self, kind: Modality, ids: Tensor | None, units: list[VisualUnit]) -> Tensor:
         token = self.placeholder_id(kind)
@@ -266,6 +267,54 @@ class ModelAdapter:
                 f"pass the {name}s of exactly the placeholders in the prompt, as the processor prepares them"
             )
         return rows
+
+
+class _PackedRows:
+    """Rows of a prompt while they are put together; text until something else is put in their place.
+
+    Args:
+        embeds: [T, C] embeddings of the token ids.
+    """
+
+    def __init__(self, embeds: Tensor) -> None:
+        count = len(embeds)
+        self.embeds = embeds
+        self._modality = torch.zeros(count, dtype=torch.int8, device=embeds.device)
+        self._image_id = torch.full((count,), -1, device=embeds.device)
+        self._size = torch.ones(count, device=embeds.device)
+        self._num_parts = 0
+        self._companions: Tensor | None = None  # [T, K, C]
+
+    def put(self, rows: Tensor, features: Tensor, modality: Tensor, part: Tensor, size: Tensor) -> None:
+        """Embeddings ([K, C]), modality, part they belong to (counted from 0) and patches of some rows ([K] each)."""
+        self.embeds = self.embeds.index_copy(0, rows.to(self.embeds.device), features.to(self.embeds))
+        self._modality[rows] = modality.to(self._modality)
+        visual = modality != Modality.TEXT
+        self._image_id[rows[visual]] = (self._num_parts + part[visual]).to(self._image_id)
+        self._size[rows] = size.to(self._size)
+        self._num_parts += int(part.max()) + 1
+
+    def accompany(self, rows: Tensor, companions: list[Tensor]) -> None:
+        """What joins the hidden states of these rows behind the first layers, if the model has such features."""
+        if not companions:
+            return
+        features = torch.cat(companions).to(self.embeds)  # [K, levels, C]
+        if self._companions is None:
+            self._companions = features.new_zeros(len(self.embeds), *features.shape[1:])
+        self._companions[rows] = features
+
+    def layout(self, sequence: Tensor, position: Tensor, next_position: Tensor) -> TokenLayout:
+        visual = self._modality != Modality.TEXT
+        return TokenLayout(
+            sequence=sequence,
+            modality=self._modality,
+            image_id=self._image_id,
+            size=self._size,
+            source=torch.arange(len(sequence), device=sequence.device),
+            position=position,
+            next_position=next_position,
+            companions=None if self._companions is None else self._companions[visual],
+        )
 
 
 def rescaled(inv_freq: Tensor, factors: Tensor | None) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 from mminfer_kernels import rotary_table
 from torch import Tensor
 
+from mminfer.embeddings import ReadyRows
 from mminfer.layout import TokenLayout
 from mminfer.models.base import ModelAdapter, attention_mask, rescaled
 
@@ -19,8 +20,8 @@ class Gemma3Adapter(ModelAdapter):
     ffn_modules = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
     bidirectional_images = True
 
-    def embed(self, inputs: Mapping[str, Any]) -> tuple[Tensor, TokenLayout]:
-        embeds, layout = super().embed(inputs)
+    def embed(self, inputs: Mapping[str, Any], ready: ReadyRows | None = None) -> tuple[Tensor, TokenLayout]:
+        embeds, layout = super().embed(inputs, ready)
         types = inputs.get("token_type_ids")
         if types is None:  # then the host, too, has every token look back only
             return embeds, layout

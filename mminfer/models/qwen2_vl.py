@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mminfer.embeddings import ReadyRows
 from mminfer.layout import TokenLayout
 from mminfer.models.base import ModelAdapter
 
@@ -18,8 +19,8 @@ class Qwen2VLAdapter(ModelAdapter):
     position_axes = 3
     host_state = ("rope_deltas",)
 
-    def embed(self, inputs: Mapping[str, Any]) -> tuple[Tensor, TokenLayout]:
-        embeds, layout = super().embed(inputs)
+    def embed(self, inputs: Mapping[str, Any], ready: ReadyRows | None = None) -> tuple[Tensor, TokenLayout]:
+        embeds, layout = super().embed(inputs, ready)
         return embeds, replace(layout, image_id=self.frame_ids(layout))
 
     def frame_ids(self, layout: TokenLayout) -> Tensor:
