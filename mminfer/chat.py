@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from mminfer.cache.kv_cache import CompressedCache
 from mminfer.cache.storage import cache_facts, cache_tensors, restore_cache
 from mminfer.errors import InputError
+from mminfer.messages import count_parts
 from mminfer.reading import Reading
 from mminfer.request import GenerationOutput
 
@@ -156,6 +157,7 @@ class Chat:
             unread=self._unread,
             closes=closes,
             piece_size=self._options.chunk_size,
+            parts_expected=count_parts(content),
         )
 
     @contextmanager

@@ -6,6 +6,8 @@ import json
 import platform
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -41,7 +43,14 @@ def generate(
         list[str] | None,
         typer.Option(help="An image file; repeat for more. Default with nano: the bundled ones."),
     ] = None,
+    images_from: Annotated[
+        str | None,
+        typer.Option(help="A file with the path of an image on each line, read as they are needed; - for the input."),
+    ] = None,
     video: Annotated[list[str] | None, typer.Option(help="A video file; repeat for more.")] = None,
+    frames: Annotated[
+        int, typer.Option(min=0, help="nano: so many frames without a label between the bundled images.")
+    ] = 0,
     preset: Annotated[
         str | None, typer.Option(help="What to do to the request (default: balanced); 'mminfer doctor' lists all.")
     ] = None,
@@ -52,6 +61,10 @@ def generate(
     compare: Annotated[bool, typer.Option("--compare", help="Run the uncompressed model beside it.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 64,
+    prefill_chunk_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens of the prompt that go through the model at a time. Default: all at once."),
+    ] = None,
     num_frames: Annotated[int, typer.Option(min=1, help="Frames taken of each video.")] = 8,
     fps: Annotated[float | None, typer.Option(help="Take so many frames a second instead.")] = None,
     max_video_tokens: Annotated[int | None, typer.Option(min=1, help="Visual tokens of one video at most.")] = None,
@@ -61,17 +74,20 @@ def generate(
 ) -> None:
     """Answer a question about images or a video, and say what that took."""
     settings = _settings(preset, config)
-    messages = _messages(model, prompt, image or [], video or [])
+    messages = _messages(model, prompt, image or [], video or [], frames, images_from)
     from mminfer.engine import Engine  # the heavy imports come after the cheap checks
     from mminfer.messages import MediaOptions, normalise_messages
 
     media: dict[str, Any] = {"num_frames": num_frames, "fps": fps, "allow_remote": allow_remote}
-    normalise_messages(messages, MediaOptions(**media))  # before weights are loaded
+    # before weights are loaded
+    normalise_messages(messages, MediaOptions(**media), lazy=prefill_chunk_size is not None)
     engine = Engine.from_pretrained(model, settings, device, dtype)
     kwargs: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "num_frames": num_frames,
         "allow_remote": allow_remote,
+        "prefill_chunk_size": prefill_chunk_size,
+        "progress": prefill_chunk_size is not None and not as_json,
     }
     kwargs["output_logits"] = compare
     if compare:
@@ -94,9 +110,10 @@ def generate(
     if as_json:
         sys.stdout.write(json.dumps(report) + "\n")
         return
+    from mminfer.nano import sample_question
     from mminfer.report import comparison_table, stats_table
 
-    _out.print(messages[-1]["content"][-1]["text"], style="bold", markup=False, highlight=False)
+    _out.print(prompt or sample_question(), style="bold", markup=False, highlight=False)
     _out.print(output.text, markup=False)
     if compare:
         _out.print("[dim]uncompressed:[/]", end=" ")
@@ -156,20 +173,50 @@ def _settings(preset: str | None, config: Path | None) -> Any:
     return read_config(config)
 
 
-def _messages(model: str, prompt: str | None, images: list[str], videos: list[str]) -> list[dict[str, Any]]:
+def _messages(
+    model: str, prompt: str | None, images: list[str], videos: list[str], frames: int, images_from: str | None
+) -> list[dict[str, Any]]:
     from mminfer import nano
 
-    bundled = model == nano.NANO and not images and not videos
+    media: list[dict[str, Any]] = [{"type": "image", "image": path} for path in images]
+    if images_from is not None:
+        media.append({"type": "images", "images": ListedPaths(images_from)})
+    media += [{"type": "video", "video": path} for path in videos]
+    bundled = model == nano.NANO and not media
+    if frames and not bundled:
+        raise InputError(f"--frames {frames}: they go between the bundled images of nano: leave other media out")
     if bundled and prompt is None:
-        return nano.sample_messages()
+        return nano.sample_messages(frames=frames)
     if prompt is None or not prompt.strip():
         raise InputError("no question: pass --prompt TEXT")
     if bundled:
-        return nano.sample_messages(prompt)
-    media = [{"type": "image", "image": path} for path in images] + [
-        {"type": "video", "video": path} for path in videos
-    ]
+        return nano.sample_messages(prompt, frames)
     return [{"role": "user", "content": [*media, {"type": "text", "text": prompt}]}]
+
+
+class ListedPaths:
+    """The lines of a file, or of the standard input, one by one; remembered for the next time.
+
+    Args:
+        path: of the file; "-": the standard input.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._lines: list[str] | None = None
+        if path != "-" and not Path(path).is_file():
+            raise InputError(f"--images-from {path}: no such file: wanted one with the path of an image on each line")
+
+    def __iter__(self) -> Iterator[str]:
+        if self._lines is not None:
+            yield from self._lines
+            return
+        read = []
+        with nullcontext(sys.stdin) if self._path == "-" else Path(self._path).open() as lines:
+            for line in filter(None, map(str.strip, lines)):
+                read.append(line)
+                yield line
+        self._lines = read
 
 
 def main() -> None:

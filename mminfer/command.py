@@ -19,7 +19,7 @@ OUT, ERR = Console(), Console(stderr=True)
 
 
 def told_plainly(command: Callable[..., None]) -> Callable[..., None]:
-    """A wrong request ends with its message and exit code 2, without a traceback."""
+    """A wrong request ends with its message and exit code 2, Ctrl-C with 130, neither with a traceback."""
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
@@ -29,6 +29,9 @@ def told_plainly(command: Callable[..., None]) -> Callable[..., None]:
             ERR.print(f"[bold red]{type(error).__name__}:[/] ", end="")
             ERR.print(str(error), markup=False, highlight=False)
             raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            ERR.print("stopped")
+            raise typer.Exit(130) from None
 
     return run
 

@@ -16,7 +16,7 @@ from mminfer.cache.kv_cache import CompressedCache
 from mminfer.chat import Chat
 from mminfer.config import InferenceConfig
 from mminfer.errors import ConfigError, InputError, UnsupportedModelError
-from mminfer.messages import MediaOptions, is_batch, load_parts, normalise_messages
+from mminfer.messages import MediaOptions, count_parts, is_batch, last_content, load_parts, normalise_messages
 from mminfer.models.registry import adapter_for, check_family
 from mminfer.reading import Reading, bare
 from mminfer.request import GenerationOutput, build_inputs, cap_video
@@ -221,17 +221,22 @@ class Engine:
             inputs = self.prepare(chats, **media)
             return lambda **kwargs: self.runner.run(inputs, start, **kwargs)
         self._check_options(options)
-        readings = [self._whole_reading(self.check(chat, lazy=True, **media), options) for chat in chats]
+        readings = [self._whole_reading(chat, media, options) for chat in chats]
         caches = [CompressedCache() for _ in chats]
         return lambda **kwargs: self.runner.answer(readings, caches, start, options, **kwargs)
 
-    def _whole_reading(self, messages: list[dict[str, Any]], options: RunOptions) -> Reading:
+    def _whole_reading(self, chat: Any, media: dict[str, Any], options: RunOptions) -> Reading:
         """A chat that nothing was read of."""
+        messages = self.check(chat, lazy=True, **media)
         earlier = [{**m, "content": [bare(part, self.processor) for part in m["content"]]} for m in messages[:-1]]
-        media = [part for m in messages[:-1] for part in m["content"] if part["type"] != "text"]
-        last = {**messages[-1], "content": []}
-        parts = messages[-1]["content"]
-        return Reading(self.runner.host, [*earlier, last], parts, media=media, piece_size=options.chunk_size)
+        return Reading(
+            self.runner.host,
+            [*earlier, {**messages[-1], "content": []}],
+            messages[-1]["content"],
+            media=[part for m in messages[:-1] for part in m["content"] if part["type"] != "text"],
+            piece_size=options.chunk_size,
+            parts_expected=count_parts(last_content(chat)),
+        )
 
     def _check_options(self, options: RunOptions) -> None:
         if options.chunk_size is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -95,6 +95,21 @@ def load_parts(content: Any, where: str, options: MediaOptions) -> Iterator[Part
         for k, part in enumerate(content):
             _check_part(part, f"{where}, part {k}", options)
     return _loaded(content, where, options)
+
+
+def last_content(messages: Any) -> Any:
+    """What the last message of a chat that was checked holds."""
+    return _as_messages(messages)[-1]["content"]
+
+
+def count_parts(content: Any) -> int | None:
+    """How many parts there will be, images of an iterable counted one by one; None where nobody knows."""
+    if isinstance(content, str):
+        return 1
+    if not isinstance(content, (list, tuple)):
+        return len(content) if isinstance(content, Sized) else None
+    counts = [count_parts(p["images"]) if isinstance(p, dict) and p.get("type") == "images" else 1 for p in content]
+    return None if None in counts else sum(n for n in counts if n is not None)
 
 
 def _loaded(content: Iterable[Any], where: str, options: MediaOptions) -> Iterator[Part]:

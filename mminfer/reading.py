@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,20 @@ class Host:
     processor: Any
     device: torch.device
     dtype: torch.dtype
+
+
+@dataclass
+class _Piece:
+    """Rendered text, its images and videos, and how many tokens are text."""
+
+    text: str = ""
+    media: list[Part] = field(default_factory=list)
+    texts: int = 0
+
+    def extend(self, other: _Piece) -> None:
+        self.text += other.text
+        self.media += other.media
+        self.texts += other.texts
 
 
 class Reading:
@@ -87,21 +101,37 @@ class Reading:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Model inputs of one sequence without padding, at the host's positions from 0 on."""
-        text, media, texts = "", list[Part](), 0
-        for kind, segment in self._segments():
-            cost = self._text_tokens(segment)
-            coming = len(media) + (kind is not None)
-            full = self._size is not None and texts + cost + coming * self._per_medium > self._size
-            unknown = self._size is not None and kind is not None and not self._per_medium
-            if media and (full or unknown):  # the first medium goes alone: then it is known what one takes
-                yield self._piece(text, media, texts)
-                text, media, texts = "", [], 0
-            text, texts = text + segment, texts + cost
-            if kind is not None:
-                media.append(self._loaded[kind].popleft())
+        least = self._host.adapter.least_images_in_a_call
+        waiting: _Piece | None = None  # for what may have to join it
+        for piece in self._pieces(least):
+            if waiting is not None and len(piece.media) < least:
+                waiting.extend(piece)
+                continue
+            if waiting is not None:
+                yield self._inputs(waiting)
+            waiting = piece
+            if least == 1:
+                yield self._inputs(waiting)
+                waiting = None
+        if waiting is not None:
+            yield self._inputs(waiting)
         if any(self._loaded.values()):
             raise InputError("the model's chat template shows fewer placeholders than there are images and videos")
-        yield self._piece(text, media, texts)
+
+    def _pieces(self, least: int) -> Iterator[_Piece]:
+        """The new text with its media, of about the size asked for, and `least` media in each but the last."""
+        piece = _Piece()
+        for kind, segment in self._segments():
+            texts = self._text_tokens(segment)
+            size = piece.texts + texts + (len(piece.media) + (kind is not None)) * self._per_medium
+            full = self._size is not None and size > self._size
+            unknown = self._size is not None and kind is not None and not self._per_medium
+            # The first media go alone: then it is known what one takes.
+            if len(piece.media) >= least and (full or unknown):
+                yield piece
+                piece = _Piece()
+            piece.extend(_Piece(segment, [] if kind is None else [self._loaded[kind].popleft()], texts))
+        yield piece
 
     @property
     def parts_done(self) -> int:
@@ -186,14 +216,13 @@ class Reading:
             self._costs[segment] = len(ids)
         return self._costs[segment]
 
-    def _piece(self, text: str, media: list[Part], texts: int) -> dict[str, Any]:
-        """Model inputs; texts: how many of their tokens are text."""
-        host = self._host
-        given = [*media, *self._embeddings_in(text)]
+    def _inputs(self, piece: _Piece) -> dict[str, Any]:
+        host, text = self._host, piece.text
+        given = [*piece.media, *self._embeddings_in(text)]
         inputs = build_piece(host.processor, text, given, first=not self.rendered, device=host.device, dtype=host.dtype)
         ids: Tensor = inputs["input_ids"]
-        if media:
-            self._per_medium = max(self._per_medium, -(-(ids.shape[1] - texts) // len(media)))
+        if piece.media:
+            self._per_medium = max(self._per_medium, -(-(ids.shape[1] - piece.texts) // len(piece.media)))
         unread = self._unread if self._unread != ids[0, :1].tolist() else []
         self._unread = []
         if unread:

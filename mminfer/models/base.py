@@ -71,6 +71,8 @@ class ModelAdapter:
     interleaved_axes: ClassVar[bool] = False
     # Whether the tokens of an image see each other in both directions.
     bidirectional_images: ClassVar[bool] = False
+    # Images that a call of the processor must hold so that each is encoded as in a prompt of many.
+    least_images_in_a_call: ClassVar[int] = 1
     # First and last module of a layer's FFN branch: rows are gathered before the one, scattered after the other.
     ffn_modules: ClassVar[tuple[str, str]] = ("post_attention_layernorm", "mlp")
     # What the host keeps on the model between calls; an undone patch puts it back.

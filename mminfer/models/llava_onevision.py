@@ -15,6 +15,8 @@ from mminfer.models.llava_next import LlavaNextAdapter
 class LlavaOnevisionAdapter(LlavaNextAdapter):
     """Cuts a video into its frames."""
 
+    least_images_in_a_call = 2  # an image that comes alone is cut into tiles
+
     def split_units(self, modality: Modality, output: Any) -> list[VisualUnit]:
         if modality is Modality.IMAGE:
             return super().split_units(modality, output)

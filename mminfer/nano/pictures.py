@@ -67,7 +67,7 @@ def render(digits: torch.Tensor, colours: torch.Tensor, split: str, generator: t
     """
     n = len(digits)
     alpha = _draw_glyphs(digits, split, generator)
-    image = _draw_backgrounds(n, generator)
+    image = draw_backgrounds(n, generator)
     palette = torch.tensor(list(COLOURS.values()), dtype=torch.float)
     paint = palette[colours] + _uniform(generator, n, 3, low=-20, high=20)
     image = image * (1 - alpha) + paint[:, :, None, None] * alpha
@@ -106,7 +106,7 @@ def _draw_glyphs(digits: torch.Tensor, split: str, g: torch.Generator) -> torch.
     return (alpha * 1.25).clamp(0, 1)
 
 
-def _draw_backgrounds(n: int, g: torch.Generator) -> torch.Tensor:
+def draw_backgrounds(n: int, g: torch.Generator) -> torch.Tensor:
     """A smooth tinted texture, in 40% of the pictures with a grey rectangle: [B, 3, 32, 32]."""
     s = IMAGE_SIZE
     coarse = _uniform(g, n, 3, 5, 5, low=-30, high=30) * 0.4 + _uniform(g, n, 1, 5, 5, low=-30, high=30)
