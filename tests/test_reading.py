@@ -6,6 +6,7 @@ import torch
 from mminfer import V2PE, AIMMerge, ConfigError, Engine, InferenceConfig, InputError, LookM, nano
 from mminfer.messages import MediaOptions, load_parts
 from mminfer.reading import Host, Reading
+from tests.tiny_models import llava_onevision_engine
 
 QUESTION = {"type": "text", "text": "Which image shows a blue 1?"}
 
@@ -196,3 +197,16 @@ def test_templates_that_number_images_are_refused(engine, content):
     with pytest.raises(InputError, match="depend on the images before"):
         list(Reading(host, chat_of([]), parts, piece_size=200))
     assert len(list(Reading(host, chat_of([]), parts))) == 1
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 6])
+def test_an_image_in_a_piece_is_encoded_as_in_the_whole_prompt(content, count):
+    """This processor cuts an image that comes alone into tiles, so no piece of a prompt of many holds only one."""
+    engine = Engine(*llava_onevision_engine())
+    images = [part for part in content if part["type"] == "image"][:count]
+    whole, pieces = (
+        engine.generate([*images, "What is the code?"], max_new_tokens=3, output_logits=True, prefill_chunk_size=size)
+        for size in (None, 60)
+    )
+    assert pieces.stats.visual_tokens == whole.stats.visual_tokens
+    torch.testing.assert_close(pieces.logits, whole.logits, rtol=0, atol=1e-4)

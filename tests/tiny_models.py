@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from transformers import (
     CLIPVisionConfig,
     Gemma3Config,
@@ -19,6 +20,9 @@ from transformers import (
     LlavaNextForConditionalGeneration,
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionImageProcessor,
+    LlavaOnevisionProcessor,
+    LlavaOnevisionVideoProcessor,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
     MistralConfig,
@@ -34,6 +38,8 @@ from transformers import (
     SmolVLMConfig,
     SmolVLMForConditionalGeneration,
 )
+
+from mminfer.nano.build import CHAT_TEMPLATE, build_tokenizer
 
 IMAGE_ID, VIDEO_ID, START_ID, END_ID, BREAK_ID, PAD_ID, EOS_ID = 490, 491, 492, 493, 494, 0, 1
 LAYERS = 4
@@ -148,3 +154,26 @@ def qwen3_vl() -> Any:
     }  # fmt: skip
     text = {**TEXT, "head_dim": 16, "rope_parameters": {**MROPE, "mrope_interleaved": True}}
     return Qwen3VLForConditionalGeneration(Qwen3VLConfig(vision_config=vision, text_config=text, **QWEN_IDS))
+
+
+def llava_onevision_engine() -> tuple[Any, LlavaOnevisionProcessor]:
+    """A tiny LLaVA-OneVision with a processor of its own, which cuts an image that comes alone into tiles."""
+    tokenizer = build_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    image_id, video_id = tokenizer.convert_tokens_to_ids(["<image>", "<video>"])
+    vision = SiglipVisionConfig(**VISION, image_size=16, patch_size=4)
+    text = Qwen2Config(**{**TEXT, "vocab_size": len(tokenizer)})
+    config = LlavaOnevisionConfig(
+        vision_config=vision, text_config=text, image_token_id=image_id, video_token_id=video_id, **ANYRES
+    )
+    size = {"height": 16, "width": 16}
+    processor = LlavaOnevisionProcessor(
+        LlavaOnevisionImageProcessor(size=size, image_grid_pinpoints=config.image_grid_pinpoints),
+        tokenizer,
+        LlavaOnevisionVideoProcessor(size=size),
+        num_image_tokens=16,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        chat_template=CHAT_TEMPLATE.replace("<IMG_CONTEXT>", "<image>"),
+    )
+    torch.manual_seed(0)
+    return LlavaOnevisionForConditionalGeneration(config).float().eval(), processor
