@@ -6,12 +6,16 @@ import torch
 from transformers import (
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionImageProcessor,
+    LlavaOnevisionProcessor,
+    LlavaOnevisionVideoProcessor,
     Qwen2Config,
     SiglipVisionConfig,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from mminfer import Engine
+from mminfer import Engine, InferenceConfig
+from mminfer.nano.build import CHAT_TEMPLATE, build_tokenizer
 from mminfer.nano.data import draw_images, sample_context, to_content
 
 TOKENS_PER_FRAME = 196
@@ -19,12 +23,42 @@ TOKENS_PER_FRAME = 196
 
 def llava_onevision_05b() -> Any:
     """The language model of LLaVA-OneVision-0.5B, weights random, behind a token tower: features come ready made."""
-    text = Qwen2Config(
+    return _behind_a_token_tower(_qwen2_05b(), image_token_id=151_646, video_token_id=151_647)
+
+
+def llava_onevision_05b_engine(config: InferenceConfig) -> Engine:
+    """LLaVA-OneVision-0.5B's geometry with its vision tower and a processor; weights random, nano's tokenizer."""
+    tokenizer = build_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    image_id, video_id = tokenizer.convert_tokens_to_ids(["<image>", "<video>"])
+    vision = SiglipVisionConfig(
+        hidden_size=1152, intermediate_size=4304, num_hidden_layers=26, num_attention_heads=16, image_size=384,
+        patch_size=14,
+    )  # fmt: skip
+    made = LlavaOnevisionConfig(
+        vision_config=vision, text_config=_qwen2_05b(), tie_word_embeddings=True, image_token_id=image_id,
+        video_token_id=video_id,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = LlavaOnevisionForConditionalGeneration._from_config(made, attn_implementation="sdpa").eval()
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = tokenizer.eos_token_id, 0
+    processor = LlavaOnevisionProcessor(
+        LlavaOnevisionImageProcessor(),
+        tokenizer,
+        LlavaOnevisionVideoProcessor(),
+        num_image_tokens=729,
+        vision_feature_select_strategy="full",
+        chat_template=CHAT_TEMPLATE.replace("<IMG_CONTEXT>", "<image>"),
+    )
+    return Engine(model, processor, config)
+
+
+def _qwen2_05b() -> Qwen2Config:
+    return Qwen2Config(
         hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
         vocab_size=152_000, max_position_embeddings=32_768, rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         tie_word_embeddings=True,
     )  # fmt: skip
-    return _behind_a_token_tower(text, image_token_id=151_646, video_token_id=151_647)
 
 
 def llava_onevision_mha() -> Any:
