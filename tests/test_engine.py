@@ -164,7 +164,8 @@ def test_a_bad_request_is_refused_before_any_forward_pass_and_the_next_one_is_an
 
 
 def test_a_context_beyond_the_models_positions_warns_of_v2pe(engine):
-    engine.model.config.get_text_config().max_position_embeddings = 300
+    text = engine.model.config.get_text_config()
+    positions, text.max_position_embeddings = text.max_position_embeddings, 300
     try:
         with pytest.warns(UserWarning, match=r"576.*300.*V2PE"):
             Engine(engine.model, engine.processor).generate(nano.sample_messages(), max_new_tokens=1)
@@ -173,7 +174,7 @@ def test_a_context_beyond_the_models_positions_warns_of_v2pe(engine):
             near = Engine(engine.model, engine.processor, InferenceConfig(V2PE(1 / 16)))
             near.generate(nano.sample_messages(), max_new_tokens=1)
     finally:
-        engine.model.config.get_text_config().max_position_embeddings = 32768
+        text.max_position_embeddings = positions
 
 
 def test_all_techniques_together_still_find_the_needle(engine):

@@ -24,6 +24,7 @@ from mminfer.nano import data
 
 PATCH_SIZE = 4
 DOWNSAMPLE = 1.0
+WINDOW = 16384  # positions that training used
 EMBEDDING_STD = 0.2  # of text embeddings and of visual tokens when the lm stage begins
 TOKENS_PER_IMAGE = int((data.IMAGE_SIZE // PATCH_SIZE) ** 2 * DOWNSAMPLE**2)  # 64
 
@@ -32,6 +33,16 @@ USER, ASSISTANT, SYSTEM = "<|user|>", "<|assistant|>", "<|system|>"
 IMG_START, IMG_END, IMG_CONTEXT, VIDEO = "<img>", "</img>", "<IMG_CONTEXT>", "<video>"
 SPECIALS = [PAD, END, USER, ASSISTANT, SYSTEM, IMG_START, IMG_END, IMG_CONTEXT, VIDEO]
 WORD_START = "\u2581"  # SentencePiece's mark
+
+# Wavelengths up to 1,024 positions stay, those above 2,048 grow 16 times: slow enough to match names over the window.
+ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 100000.0,
+    "factor": 16.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 2.0,
+    "original_max_position_embeddings": 2048,
+}
 
 # A space is put between two adjacent text parts, so that every part tokenizes on its own.
 CHAT_TEMPLATE = (
@@ -74,7 +85,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         eos_token=END,
         unk_token="<unk>",
         padding_side="left",
-        model_max_length=32768,
+        model_max_length=32 * WINDOW,  # tokens, of which most are visual and need less than a position each
         model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
         extra_special_tokens={
@@ -142,8 +153,8 @@ def build_model(
         num_hidden_layers=layers,
         num_attention_heads=hidden // 32,
         num_key_value_heads=2,
-        max_position_embeddings=32768,
-        rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
+        max_position_embeddings=WINDOW,
+        rope_parameters=ROPE,
         initializer_range=0.05,
         tie_word_embeddings=True,
         bos_token_id=None,

@@ -3,7 +3,8 @@
 A *context* is a list of interleaved items, each one either
 
   * an image item:  text "Image <ID>:" followed by a 32x32 picture that shows one
-    real handwritten digit (scikit-learn's UCI digits) in one of six colours, or
+    real handwritten digit (scikit-learn's UCI digits) in one of six colours,
+  * a frame:        such a picture without a label, as in a film; no question is about it, or
   * a text fact:    "The code of <word> is <number>."
 
 and a question about the context is one of three kinds:
@@ -40,6 +41,7 @@ __all__ = [
     "WORDS",
     "Context",
     "FactItem",
+    "FrameItem",
     "ImageBank",
     "ImageItem",
     "Question",
@@ -93,6 +95,25 @@ class ImageItem:
 
 
 @dataclass
+class FrameItem:
+    """One picture without a label; in training it may stand for many equal ones in a row."""
+
+    digit: int
+    colour: int  # index into COLOUR_NAMES
+    copies: int = 1
+
+    @property
+    def combo(self) -> int:
+        """Digit and colour as one number in 0..59."""
+        return self.digit * 6 + self.colour
+
+    @property
+    def text(self) -> str:
+        """Nothing stands before the picture."""
+        return ""
+
+
+@dataclass
 class FactItem:
     """One text fact of a context."""
 
@@ -103,6 +124,9 @@ class FactItem:
     def text(self) -> str:
         """The fact as a sentence."""
         return f"The code of {self.word} is {self.code}."
+
+
+Item = ImageItem | FrameItem | FactItem
 
 
 @dataclass
@@ -119,13 +143,23 @@ class Question:
 class Context:
     """Interleaved items and questions about them."""
 
-    items: list[ImageItem | FactItem]
+    items: list[Item]
     questions: list[Question] = field(default_factory=list)
 
     @property
     def images(self) -> list[ImageItem]:
         """The image items, in order."""
         return [i for i in self.items if isinstance(i, ImageItem)]
+
+    @property
+    def frames(self) -> list[FrameItem]:
+        """The frames, in order."""
+        return [i for i in self.items if isinstance(i, FrameItem)]
+
+    @property
+    def pictures(self) -> list[ImageItem | FrameItem]:
+        """Everything that shows a picture, in order."""
+        return [i for i in self.items if not isinstance(i, FactItem)]
 
     @property
     def facts(self) -> list[FactItem]:
@@ -143,16 +177,23 @@ def sample_context(
     num_images: int,
     num_facts: int | None = None,
     tasks: list[str] | None = None,
+    num_frames: int = 0,
+    num_runs: int | None = None,
+    decoys: bool = False,
 ) -> Context:
     """A random context and one question per entry of `tasks`.
 
-    A (colour, digit) combination asked about by Q1 occurs exactly once in the context, for "q1_none" nowhere.
+    A (colour, digit) combination asked about by Q1 occurs exactly once in the context, for "q1_none" nowhere;
+    no frame shows one, unless there are decoys.
 
     Args:
         rng: the only source of randomness.
-        num_images: at most 400, the number of labels.
+        num_images: labelled pictures, at most 400, the number of labels.
         num_facts: at most 64, the number of words; by default `default_num_facts`.
         tasks: "q1", "q1_none", "q2", "q2_digit", "q2_colour" or "q3"; by default a balanced list of 12.
+        num_frames: pictures without a label.
+        num_runs: gaps between the other items that frames may go to; by default all of them.
+        decoys: let frames show what Q1 asks for, so that the label decides: for training only.
 
     Raises:
         ConfigError: more images or facts than there are names for, or an unknown task.
@@ -167,7 +208,7 @@ def sample_context(
             f"{num_images} images and {num_facts} facts: wanted 1 to {len(IDS)} images and "
             f"{least_facts} to {len(WORDS)} facts"
         )
-    chosen, unique, absent = _choose_combos(rng, num_images, tasks)
+    chosen, unique, absent, filler = _choose_combos(rng, num_images, tasks)
     labels = rng.sample(IDS, num_images)
     images = [ImageItem(label, c // 6, c % 6) for label, c in zip(labels, chosen, strict=True)]
     facts = [FactItem(w, rng.choice(CODES)) for w in rng.sample(WORDS, num_facts)]
@@ -177,12 +218,28 @@ def sample_context(
     rng.shuffle(order)
     image_iter, fact_iter = iter(images), iter(facts)
     context = Context([next(image_iter) if is_image else next(fact_iter) for is_image in order])
+    if num_frames:
+        filler += (unique + absent) * 3 if decoys else []
+        _add_frames(rng, context, [rng.choice(filler) for _ in range(num_frames)], num_runs)
     context.questions = _ask(rng, context, images, facts, tasks, unique, absent)
     return context
 
 
-def _choose_combos(rng: random.Random, num_images: int, tasks: list[str]) -> tuple[list[int], list[int], list[int]]:
-    """Combos to show in random order, those among them that occur once, and some that do not occur."""
+def _add_frames(rng: random.Random, context: Context, combos: list[int], num_runs: int | None) -> None:
+    """Frames that show these combos go to random gaps between the items."""
+    gaps = len(context.items) + 1
+    runs: list[list[Item]] = [[] for _ in range(gaps)]
+    chosen = rng.sample(range(gaps), min(num_runs or gaps, gaps))
+    for combo in combos:
+        runs[rng.choice(chosen)].append(FrameItem(combo // 6, combo % 6))
+    pairs = zip(runs, [*([item] for item in context.items), []], strict=True)
+    context.items = [item for run, after in pairs for item in [*run, *after]]
+
+
+def _choose_combos(
+    rng: random.Random, num_images: int, tasks: list[str]
+) -> tuple[list[int], list[int], list[int], list[int]]:
+    """Combos to show in random order, those among them that occur once, some that do not occur, all others."""
     combos = rng.sample(range(60), 60)
     num_unique = min(tasks.count("q1"), num_images)
     unique = combos[:num_unique]
@@ -194,7 +251,7 @@ def _choose_combos(rng: random.Random, num_images: int, tasks: list[str]) -> tup
         filler += [c for c in filler if c // 6 in digits or c % 6 in colours]
     chosen = unique + [rng.choice(filler) for _ in range(num_images - num_unique)]
     rng.shuffle(chosen)
-    return chosen, unique, absent
+    return chosen, unique, absent, filler
 
 
 def _ask(
@@ -240,11 +297,10 @@ def _which_image(combo: int) -> str:
 
 
 def draw_images(context: Context, split: str, seed: int) -> torch.Tensor:
-    """Pictures of a context's image items, uint8 [N, 32, 32, 3], in context order."""
-    images = context.images
+    """Pictures of a context's images and frames, uint8 [N, 32, 32, 3], in context order."""
     generator = torch.Generator().manual_seed(seed)
-    digits = torch.tensor([i.digit for i in images])
-    colours = torch.tensor([i.colour for i in images])
+    digits = torch.tensor([i.digit for i in context.pictures])
+    colours = torch.tensor([i.colour for i in context.pictures])
     return render(digits, colours, split, generator)
 
 
@@ -253,8 +309,9 @@ def to_content(context: Context, pictures: torch.Tensor) -> list[dict[str, Any]]
     remaining = iter(pictures)
     content: list[dict[str, Any]] = []
     for item in context.items:
-        content.append({"type": "text", "text": item.text})
-        if isinstance(item, ImageItem):
+        if item.text:
+            content.append({"type": "text", "text": item.text})
+        if not isinstance(item, FactItem):
             content.append({"type": "image", "image": Image.fromarray(next(remaining).numpy())})
     return content
 

@@ -3,7 +3,9 @@
 Run as `python -m mminfer.nano.evaluate`. An answer counts as right when greedy decoding gives exactly the
 expected token and then ends the turn. Questions of one context share its prefill: the context is run once,
 then every question continues, on its own, from a copy of that KV cache. `--generate` runs the plain
-`model.generate` on every chat instead (slower, same numbers).
+`model.generate` on every chat instead (slower, same numbers). With `--labelled`, so many of the `--images`
+pictures have a label and are asked about, the rest are frames; such contexts may be long, so mminfer's engine
+reads them.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from transformers import (
     InternVLProcessor,
 )
 
+from mminfer import V2PE, Engine, InferenceConfig
 from mminfer.cache.kv_cache import CACHE_NAME
 from mminfer.nano import build, checkpoint_path, data
 from mminfer.nano.batches import v2pe_positions
@@ -35,11 +38,11 @@ Content = list[dict[str, Any]]
 Row = dict[str, Any]
 
 
-def question_plan(num_images: int, num_facts: int) -> list[str]:
-    """Up to 12 questions of a task per context; about 15% of the Q1 ones are negatives."""
-    per_task = min(12, num_images)
+def question_plan(num_images: int, num_facts: int, most: int = 12) -> list[str]:
+    """Up to `most` questions of a task per context; about 15% of the Q1 ones are negatives."""
+    per_task = min(most, num_images)
     negatives = max(1, round(per_task * 0.15 / 0.85))
-    return ["q1"] * per_task + ["q1_none"] * negatives + ["q2"] * per_task + ["q3"] * min(12, num_facts)
+    return ["q1"] * per_task + ["q1_none"] * negatives + ["q2"] * per_task + ["q3"] * min(most, num_facts)
 
 
 def chat_inputs(processor: Any, content: Content, generation_prompt: bool) -> BatchFeature:
@@ -117,6 +120,22 @@ def answer_generate(
     return processor.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
 
 
+def answer_engine(
+    model: InternVLForConditionalGeneration,
+    processor: InternVLProcessor,
+    content: Content,
+    questions: list[data.Question],
+    delta: float,
+) -> list[str]:
+    """Answers of mminfer's engine, which reads the context once; " ..." is added to those that do not end the turn."""
+    engine = Engine(model, processor, InferenceConfig(positions=V2PE(delta=delta)))
+    chat = engine.chat()
+    chat.read(content)
+    outputs = [chat.fork().send(question.text, max_new_tokens=2) for question in questions]
+    end = model.generation_config.eos_token_id
+    return [o.text if o.token_ids[1:] == [end] else o.text + " ..." for o in outputs]
+
+
 def evaluate(
     model: InternVLForConditionalGeneration,
     processor: InternVLProcessor,
@@ -126,44 +145,50 @@ def evaluate(
     split: str = "test",
     seed: int = 0,
     generate: bool = False,
+    labelled: int | None = None,
 ) -> list[Row]:
     """One result row per delta; the contexts and questions are the same for all deltas.
 
     Args:
         model: the nano model.
         processor: its processor.
-        num_images: images in a context.
+        num_images: pictures in a context.
         deltas: V2PE increments.
         questions: least number of questions of each task.
         split: "test" for handwriting that training never saw.
         seed: of the contexts.
         generate: use `model.generate` on every chat instead of a shared prefill.
+        labelled: pictures that have a label, the rest are frames; the engine reads them. None: all have one.
 
     Returns:
         Accuracy in [0, 1] and number of questions by task and by kind of question, one row per delta.
     """
-    num_facts = data.default_num_facts(num_images)
-    plan = question_plan(num_images, num_facts)
+    num_labelled = min(labelled or num_images, num_images)
+    num_facts = data.default_num_facts(num_labelled)
+    plan = question_plan(num_labelled, num_facts, 12 if labelled is None else 24)
+    shared = answer_shared_prefill if labelled is None else answer_engine
     least = min(sum(t.startswith(task.lower()) for t in plan) for task in TASKS)
     num_contexts = -(-questions // least)
     hits: dict[float, dict[str, list[bool]]] = {delta: {} for delta in deltas}
     seconds = dict.fromkeys(deltas, 0.0)
     for n in range(num_contexts):
         context_seed = (seed * 1000 + num_images) * 100_000 + n
-        context = data.sample_context(random.Random(context_seed), num_images, num_facts, plan)
+        rng = random.Random(context_seed)
+        context = data.sample_context(rng, num_labelled, num_facts, plan, num_images - num_labelled)
         content = data.to_content(context, data.draw_images(context, split, context_seed))
         for delta in deltas:
             start = time.time()
             if generate:
                 answers = [answer_generate(model, processor, content, q, delta) for q in context.questions]
             else:
-                answers = answer_shared_prefill(model, processor, content, context.questions, delta)
+                answers = shared(model, processor, content, context.questions, delta)
             seconds[delta] += time.time() - start
             for question, answer in zip(context.questions, answers, strict=True):
                 hits[delta].setdefault(question.task, []).append(answer == question.answer)
     rows = []
     for delta in deltas:
         row = {"images": num_images, "delta": delta, "contexts": num_contexts}
+        row |= {} if labelled is None else {"labelled": num_labelled}
         rows.append(row | {"seconds": round(seconds[delta], 1)} | _accuracies(hits[delta]))
     return rows
 
@@ -201,6 +226,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--split", default="test", choices=["train", "test"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--generate", action="store_true", help="use model.generate on every chat")
+    parser.add_argument("--labelled", type=int, help="so many of the pictures have a label, the rest are frames")
     parser.add_argument("--out", type=Path, help="write the rows to this JSON file")
     return parser.parse_args()
 
@@ -212,7 +238,17 @@ def main() -> None:
     model = AutoModelForImageTextToText.from_pretrained(args.checkpoint, dtype=torch.float32).eval()
     rows: list[Row] = []
     for num_images in args.images:
-        new = evaluate(model, processor, num_images, args.deltas, args.questions, args.split, args.seed, args.generate)
+        new = evaluate(
+            model,
+            processor,
+            num_images,
+            args.deltas,
+            args.questions,
+            args.split,
+            args.seed,
+            args.generate,
+            args.labelled,
+        )
         rows += new
         for row in new:
             print(json.dumps(row), flush=True)

@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 
 Record = dict[str, Any]
 TASKS = ("q1", "q1_none", "q2_digit", "q2_colour", "q3")
+STAGES = ("lm", "joint", "frames")
 
 
 def minutes(records: list[Record]) -> list[float]:
@@ -28,26 +29,29 @@ def minutes(records: list[Record]) -> list[float]:
 def draw(records: list[Record], out: Path) -> None:
     """Accuracy of the vision stage, then loss and accuracy on the answers, as one picture."""
     vision = [r for r in records if r["stage"] == "vision" and "loss" in r]
-    answers = [r for r in records if r["stage"] in ("lm", "joint") and "loss" in r]
+    answers = [r for r in records if r["stage"] in STAGES and "loss" in r]
     x = minutes(answers)
     figure, (reading, loss, accuracy) = plt.subplots(1, 3, figsize=(16, 4.5))
     for key in ("digit", "colour"):
         reading.plot(minutes(vision), [r[key] for r in vision], label=key)
     reading.set_title("vision stage: training accuracy")
     _draw_loss(loss, x, answers)
-    for task in TASKS:
-        points = [(m, r[task]) for m, r in zip(x, answers, strict=True) if task in r]
-        accuracy.plot(*zip(*points, strict=True), label=task, linewidth=1)
-    accuracy.set_title("lm + joint stages: training accuracy")
+    for n, task in enumerate(TASKS):
+        for key, line in ((task, "-"), ("frames_" + task, ":")):  # dotted: among frames
+            points = [(m, r[key]) for m, r in zip(x, answers, strict=True) if key in r]
+            label = task if line == "-" else None
+            accuracy.plot(*([*zip(*points, strict=True)] or [[], []]), line, color=f"C{n}", label=label, linewidth=1)
+    accuracy.set_title("lm + joint + frames stages: training accuracy (dotted: among frames)")
     for axis in (reading, accuracy):
         axis.legend()
         axis.set_ylim(0, 1.02)
-    joint = next((m for m, r in zip(x, answers, strict=True) if r["stage"] == "joint"), None)
+    firsts = {r["stage"]: m for m, r in reversed(list(zip(x, answers, strict=True)))}
     for axis in (reading, loss, accuracy):
         axis.set_xlabel("minutes")
         axis.grid(alpha=0.3)
-        if joint is not None and axis is not reading:
-            axis.axvline(joint, color="black", linestyle="--", linewidth=0.8)
+        for stage in ("joint", "frames"):
+            if stage in firsts and axis is not reading:
+                axis.axvline(firsts[stage], color="black", linestyle="--", linewidth=0.8)
     figure.tight_layout()
     figure.savefig(out, dpi=110)
 
@@ -55,7 +59,7 @@ def draw(records: list[Record], out: Path) -> None:
 def _draw_loss(axis: Axes, x: list[float], answers: list[Record]) -> None:
     axis.plot(x, [r["loss"] for r in answers], color="tab:red")
     axis.set_yscale("log")
-    axis.set_title("lm + joint stages: loss on the answers")
+    axis.set_title("lm + joint + frames stages: loss on the answers")
     size = axis.twinx()
     size.step(x, [r["images"] for r in answers], color="tab:gray", where="post")
     size.set_ylabel("largest number of images (grey)")

@@ -1,4 +1,4 @@
-"""Train the nano model on CPU in about an hour: `python -m mminfer.nano.train {vision,lm,joint} --minutes M`.
+"""Train the nano model on CPU: `python -m mminfer.nano.train {vision,lm,joint,frames} --minutes M`.
 
 Stages (each one starts from what the one before saved in --out):
 
@@ -7,8 +7,10 @@ Stages (each one starts from what the one before saved in --out):
           model on the question answering task; the number of images per context grows along a curriculum
   joint   unfreeze everything; the curriculum goes on; an auxiliary loss keeps the visual tokens aligned with
           the embeddings of the words for their digit and colour
+  frames  widen the window of positions, let `<img>` tell whose a picture is (`owners.py`), then train the language
+          model alone, on contexts with unlabelled pictures too, many of them condensed (`batches.py`)
 
-In `lm` and `joint` every batch holds sequences of the same shape: one context, then several question/answer
+From `lm` on every batch holds sequences of the same shape: one context, then several question/answer
 turns; the loss is on the answers (and the end-of-turn token). Every sequence draws its own V2PE increment
 `delta`: text tokens advance the RoPE position by 1, visual tokens by delta; delta=1 is the ordinary position.
 """
@@ -16,17 +18,14 @@ turns; the loss is on the answers (and the end-of-turn token). Every sequence dr
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from torch import nn
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -35,7 +34,9 @@ from transformers import (
 )
 
 from mminfer.nano import build, data
-from mminfer.nano.batches import Batch, Batches, Encoder, v2pe_positions
+from mminfer.nano.batches import Batch, Batches, Encoder
+from mminfer.nano.loop import CURRICULUM, Log, Optimizer, Progress
+from mminfer.nano.owners import insert_owner_layer
 from mminfer.nano.retrieval import init_language_model
 from mminfer.nano.vision import (
     Alignment,
@@ -47,62 +48,7 @@ from mminfer.nano.vision import (
     vision_features,
 )
 
-CURRICULUM = [1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 28]
-WARMUP_STEPS = 30
 SAVE_INTERVAL_S = 120
-
-
-class Log:
-    """Append-only JSON lines, plus an echo on stdout."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __call__(self, **record: Any) -> None:
-        echo = (f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in record.items())
-        print(" ".join(echo), flush=True)
-        with self.path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-
-
-class Optimizer:
-    """AdamW with clipped gradients for a budget of time.
-
-    Weight decay on matrices only (not on norms, biases and embeddings). The learning rate warms up in steps,
-    then decays linearly in the fraction of the budget that is spent.
-    """
-
-    def __init__(self, modules: list[nn.Module], lr: float, minutes: float, floor: float):
-        named = [(n, p) for n, p in nn.ModuleList(modules).named_parameters() if p.requires_grad]
-        decay = [p for n, p in named if p.ndim == 2 and "embed" not in n]
-        rest = [p for n, p in named if p.ndim != 2 or "embed" in n]
-        groups = [{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}]
-        self.adamw = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), foreach=True)
-        self.parameters = decay + rest
-        self.peak, self.floor, self.budget_s = lr, floor, minutes * 60
-        self.steps = 0
-        self.start = time.time()
-
-    @property
-    def elapsed_s(self) -> float:
-        """Seconds of the budget that are spent."""
-        return time.time() - self.start
-
-    @property
-    def lr(self) -> float:
-        """The learning rate of the next step."""
-        warmup = min(1.0, (self.steps + 1) / WARMUP_STEPS)
-        return self.peak * warmup * max(self.floor, 1.0 - self.elapsed_s / self.budget_s)
-
-    def step(self, loss: torch.Tensor) -> None:
-        """One update."""
-        for group in self.adamw.param_groups:
-            group["lr"] = self.lr
-        self.adamw.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.adamw.step()
-        self.steps += 1
 
 
 class Trainer:
@@ -191,29 +137,42 @@ class Trainer:
         self.projector.linear_2.bias.mul_(factor)
         init_language_model(self.model, self.processor.tokenizer, probe.head.weight * probe.norm.weight)
 
+    @torch.no_grad()
+    def cached_features(self, bank: data.ImageBank) -> torch.Tensor:
+        """What the vision tower, as it is, makes of all pictures of the bank [pictures, 64, 96]."""
+        return torch.cat([self.features(pixels) for pixels in bank.pixels.split(256)])
+
+    @torch.no_grad()
+    def extend_language_model(self, features: torch.Tensor, batches: Batches) -> None:
+        """From what the joint stage left to the start of the frames stage: a wider window, pictures without a label."""
+        lm = self.inner.language_model
+        lm.config.rope_parameters, lm.config.max_position_embeddings = dict(build.ROPE), build.WINDOW
+        lm.rotary_emb = type(lm.rotary_emb)(lm.config)
+        insert_owner_layer(self.model, self.processor.tokenizer, self.projector(features), batches)
+
     def train_answers(self) -> None:
-        """Stages "lm" (vision tower frozen, features cached) and "joint" (everything trained)."""
-        args, joint = self.args, self.args.stage == "joint"
-        if not joint and not args.resume:
+        """Stages "lm" and "frames" (vision tower frozen, features cached) and "joint" (everything trained)."""
+        args, joint, frames = self.args, self.args.stage == "joint", self.args.stage == "frames"
+        if args.stage == "lm" and not args.resume:
             self.prepare_language_model()
         encoder = Encoder(self.processor.tokenizer)
         bank = data.ImageBank(args.bank, "train", seed=args.seed)
         batches = Batches(encoder, bank, random.Random(args.seed), args.batch_tokens)
         alignment = Alignment(self.model, self.processor.tokenizer)
-        modules = [self.projector, self.inner.language_model]
-        if joint:
-            modules += [self.inner.vision_tower, alignment]
-        else:
-            with torch.no_grad():
-                features = torch.cat([self.features(p) for p in bank.pixels.split(256)])
-
+        modules = [self.inner.language_model, *([] if frames else [self.projector])]
+        modules += [self.inner.vision_tower, alignment] if joint else []
+        cached = None if joint else self.cached_features(bank)
+        if cached is not None and frames and not args.resume:
+            self.extend_language_model(cached, batches)
+        rng = random.Random(args.seed + 1)
         progress = Progress(CURRICULUM.index(args.start_images), args.advance)
         optimizer = Optimizer(modules, args.lr, args.minutes, floor=0.03)
         last_save = time.time()
         while optimizer.elapsed_s < optimizer.budget_s:
-            batch = batches.next(progress.max_images)
-            which = batch.images
-            visual = self.projector(self.features(bank.pixels[which]) if joint else features[which])
+            long = frames and rng.random() < args.frames_share
+            batch = batches.next_frames(args.frames_pictures) if long else batches.next(progress.max_images)
+            which = batch.pictures
+            visual = self.projector(self.features(bank.pixels[which]) if cached is None else cached[which])
             at_answer, at_end = answer_logits(self.model, batch, visual, encoder.image)
             loss = F.cross_entropy(at_answer.flatten(0, 1), batch.answers.flatten())
             ends = torch.full_like(batch.answers, encoder.end).flatten()
@@ -232,48 +191,8 @@ class Trainer:
                 self.save()
                 last_save = time.time()
         self.save()
-        self.finish(optimizer, alignment)
-
-
-class Progress:
-    """Where the curriculum stands, and means over the batches since the last report."""
-
-    def __init__(self, level: int, advance: float):
-        self.level, self.advance = level, advance
-        self.accuracy = 0.0  # moving average at the current maximum number of images
-        self.tokens = 0
-        self.losses: list[float] = []
-        self.hits: dict[str, list[float]] = {}
-
-    @property
-    def max_images(self) -> int:
-        """The largest number of images in a context."""
-        return CURRICULUM[self.level]
-
-    def count(self, **hits: float) -> None:
-        """Add one observation of each name."""
-        for name, hit in hits.items():
-            self.hits.setdefault(name, []).append(hit)
-
-    def update(self, batch: Batch, at_answer: torch.Tensor, loss: float) -> None:
-        """Count a batch's right answers; let contexts grow once enough of them are right."""
-        self.tokens += batch.input_ids.numel()
-        self.losses.append(loss)
-        correct = (at_answer.argmax(-1) == batch.answers).flatten().tolist()
-        for task, hit in zip(batch.tasks, correct, strict=True):
-            self.count(**{task: hit})
-        if batch.num_images == self.max_images:
-            self.accuracy += 0.05 * (sum(correct) / len(correct) - self.accuracy)
-            if self.accuracy > self.advance and self.level + 1 < len(CURRICULUM):
-                self.level, self.accuracy = self.level + 1, max(0.0, self.accuracy - 0.15)
-
-    def report(self) -> dict[str, float]:
-        """The means, which start anew."""
-        record: dict[str, float] = {"tokens": self.tokens, "images": self.max_images}
-        record["loss"] = sum(self.losses) / len(self.losses)
-        record |= {name: sum(hits) / len(hits) for name, hits in sorted(self.hits.items())}
-        self.losses, self.hits = [], {}
-        return record
+        if not frames:
+            self.finish(optimizer, alignment)
 
 
 def answer_logits(
@@ -281,15 +200,15 @@ def answer_logits(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits that predict each answer and each end of turn: two tensors [B, K, vocabulary].
 
-    Runs the language model's own layers with V2PE positions; rows have no padding, so no mask is needed.
+    Runs the language model's own layers with the batch's positions; rows have no padding.
     """
     lm = model.model.language_model
     ids = batch.input_ids
     is_visual = ids == image_token
     hidden = lm.embed_tokens(ids).masked_scatter(is_visual[..., None], visual_tokens)
-    rotary = lm.rotary_emb(hidden, v2pe_positions(is_visual, batch.delta))
+    rotary = lm.rotary_emb(hidden, batch.positions)
     for layer in lm.layers:
-        hidden = layer(hidden, attention_mask=None, position_embeddings=rotary)
+        hidden = layer(hidden, attention_mask=batch.bias, position_embeddings=rotary)
     rows = torch.arange(len(ids))[:, None]
     at_answer, at_end = (model.lm_head(lm.norm(hidden[rows, batch.prompts + k])) for k in (0, 1))
     return at_answer, at_end
@@ -298,7 +217,7 @@ def answer_logits(
 def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["vision", "lm", "joint"])
+    parser.add_argument("stage", choices=["vision", "lm", "joint", "frames"])
     parser.add_argument("--out", type=Path, default=Path("checkpoint"), help="folder of the checkpoint")
     parser.add_argument("--log", type=Path, default=Path("log.jsonl"))
     parser.add_argument("--minutes", type=float, required=True, help="time budget of this stage")
@@ -308,6 +227,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch-tokens", type=int, default=8000)
     parser.add_argument("--start-images", type=int, default=1, choices=CURRICULUM)
     parser.add_argument("--advance", type=float, default=0.8, help="accuracy at which contexts grow")
+    parser.add_argument("--frames-share", type=float, default=0.6, help="share of batches with frames")
+    parser.add_argument("--frames-pictures", type=int, default=32, help="pictures in a batch with frames, at most")
     parser.add_argument("--resume", action="store_true", help="go on with this stage")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     return parser.parse_args()

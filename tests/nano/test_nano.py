@@ -172,7 +172,7 @@ def test_training_runs_from_stage_to_stage(tmp_path, monkeypatch):
     log = tmp_path / "log.jsonl"
     shared = f"--out {tmp_path / 'checkpoint'} --log {log} --threads {torch.get_num_threads()} "
     shared += "--minutes 0.001 --bank 2 --batch-tokens 300"
-    for stage in ("vision", "lm", "joint"):
+    for stage in ("vision", "lm", "joint", "frames"):
         monkeypatch.setattr("sys.argv", ["train", stage, *shared.split()])
         train.main()
     assert (tmp_path / "probe.safetensors").is_file()
