@@ -44,6 +44,54 @@ def needle() -> str:
     )
 
 
+def length() -> str:
+    """Accuracy by positions, cache and number of pictures."""
+    rows = read_rows("length")
+    cells = {(r["cache"], r["positions"], int(r["images"])): r for r in rows}
+    lengths = sorted({n for *_, n in cells})
+    table = []
+    for cache in dict.fromkeys(r["cache"] for r in rows):
+        names = {r["positions"] for r in rows if r["cache"] == cache}
+        for positions in [p for p in dict.fromkeys(r["positions"] for r in rows) if p in names]:
+            found = [cells.get((cache, positions, n)) for n in lengths]
+            table.append([cache, positions, *("" if r is None else r["accuracy"] for r in found)])
+    asked = {n: max(int(r["questions"]) for r in rows if int(r["images"]) == n) for n in lengths}
+    told = ", ".join(f"{asked[n]} over {n:,}" for n in lengths)
+    return (
+        f"{_markdown(['cache', 'positions', *(f'{n:,}' for n in lengths)], table)}\n\nPercent of right answers by "
+        f"number of pictures; questions: {told} pictures. {_origin(rows)}."
+    )
+
+
+def streamed() -> str:
+    """What chunks cost over compressing once."""
+    rows = read_rows("streamed")
+    header = ["cache kept", "chunk", "right answers", "KL to the whole cache", "KL to compressing once", "same token"]
+    table = [
+        [f"{100 * float(r['share']):.0f} %", r["chunk"], r["accuracy"], r["kl_full"], r["kl_once"], r["agreement_once"]]
+        for r in rows
+    ]
+    asked = rows[0]
+    return (
+        f"{_markdown(header, table)}\n\nnano, {asked['images']} pictures ({int(asked['tokens']):,} tokens), "
+        f"{asked['questions']} questions; KL in nats of the answer's first token; right answers and agreement in "
+        f"percent. {_origin(rows)}."
+    )
+
+
+def long_context() -> str:
+    """Time and memory of long prompts."""
+    rows = read_rows("long_context")
+    header = ["model", "visual tokens", "budget", "chunk", "minutes", "tokens/s", "peak memory", "cache", "whole cache"]
+    table = []
+    for r in rows:
+        line = [r["model"], *(f"{int(r[name]):,}" for name in ("visual_tokens", "budget", "chunk"))]
+        line += [f"{float(r['seconds']) / 60:.1f}", f"{float(r['tokens_per_s']):,.0f}"]
+        line += [f"{float(r[name]):,.0f} MiB" for name in ("peak_rss_mib", "cache_mib", "full_cache_mib")]
+        table.append(line)
+    return f"{_markdown(header, table)}\n\n{_origin(rows)}; resident memory of the whole process, weights included."
+
+
 def prompt_pass() -> str:
     """FLOPs and time of the prompt pass."""
     rows = read_rows("prompt_pass")
@@ -171,7 +219,21 @@ def presets() -> str:
 
 SECTIONS: dict[str, Callable[[], str]] = {
     section.__name__: section
-    for section in (needle, prompt_pass, kernels, scores, decode, batch_decode, turns, families, support, presets)
+    for section in (
+        needle,
+        length,
+        streamed,
+        long_context,
+        prompt_pass,
+        kernels,
+        scores,
+        decode,
+        batch_decode,
+        turns,
+        families,
+        support,
+        presets,
+    )
 }
 
 

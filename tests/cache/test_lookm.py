@@ -1,9 +1,13 @@
+import warnings
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mminfer.cache import lookm_compress, lookm_keep, lookm_merge
+from mminfer.cache.kv_cache import CacheEntries
+from mminfer.cache.lookm import LookM
 from mminfer.errors import ConfigError
 
 
@@ -166,3 +170,60 @@ def test_wrong_input_is_named():
     two[0, :9] = False
     with pytest.raises(ValueError, match="one at a time"):
         lookm_keep(score.expand(2, 2, 20), two, 3, 3)
+
+
+def entries_of(visual, score, size=8):
+    """Entries of one head whose keys are distinct."""
+    count = len(visual)
+    k, v = (torch.randn(1, 1, count, size, generator=torch.Generator().manual_seed(s)) for s in (1, 2))
+    return CacheEntries(k, v, torch.tensor(visual)[None, None], torch.tensor(score)[None, None].float())
+
+
+def compress(policy, entries):
+    """With a query that adds nothing to the scores that there are."""
+    mass = torch.zeros(1, 1, len(entries))
+    return policy.apply(entries.keys[:, :, -1:], entries, len(entries), 0, None, 1.0, mass)
+
+
+TEXT, SEEN = [False] * 6 + [True] * 4 + [False] * 2, [9, 1, 8, 2, 7, 3, 50, 40, 30, 20, 0, 0]
+
+
+def test_a_budget_is_a_bound_and_text_still_comes_first():
+    """Six text entries for four places: the text looked at least leaves, before any text the visual ones."""
+    policy = LookM(budget=6, recent=2, merge="none")
+    with pytest.warns(UserWarning, match=r"more than the 4 entries.*budget of 6.*2 recent.*looked at least leaves"):
+        kept = compress(policy, entries_of(TEXT, SEEN))
+    assert kept.score[0, 0].tolist() == [9, 8, 7, 3, 0, 0]
+    assert not kept.is_visual.any()
+    roomy = compress(LookM(budget=9, recent=2, merge="none"), entries_of(TEXT, SEEN))
+    assert roomy.score[0, 0].tolist() == [9, 1, 8, 2, 7, 3, 50, 0, 0]
+
+
+def test_text_may_outgrow_a_budget_if_asked_to():
+    policy = LookM(budget=6, recent=2, merge="none", text_overflow="keep")
+    with pytest.warns(UserWarning, match="the cache grows"):
+        kept = compress(policy, entries_of(TEXT, SEEN))
+    assert kept.score[0, 0].tolist() == [9, 1, 8, 2, 7, 3, 0, 0]
+
+
+def test_without_a_budget_all_text_stays_and_nobody_warns():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        kept = compress(LookM(0.2, 0.2, merge="none"), entries_of(TEXT, SEEN))
+        compress(LookM(budget=10, recent=2), entries_of(TEXT, SEEN))
+    assert kept.score[0, 0].tolist() == [9, 1, 8, 2, 7, 3, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        ({"budget": 64, "recent": 64}, r"budget=64 leaves nothing.*window of 64.*wanted 65 or more"),
+        ({"budget": 10, "recent": 64}, r"budget=10 .*window of 64"),
+        ({"recent": 3}, "LookM.recent=3, wanted .* beside a budget"),
+        ({"budget": 10, "recent": -1}, "LookM.recent=-1"),
+        ({"budget": 10, "text_overflow": "drop"}, "text_overflow='drop', wanted one of evict, keep"),
+    ],
+)
+def test_budgets_that_leave_nothing_are_refused(settings, wanted):
+    with pytest.raises(ConfigError, match=wanted):
+        LookM(**settings)
