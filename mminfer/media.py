@@ -87,17 +87,47 @@ def read_video(
     Raises:
         InputError: nothing there, not a video, no frame in it, PyAV missing, or wrong numbers.
     """
-    if isinstance(num_frames, bool) or not isinstance(num_frames, int) or num_frames < 1:
-        raise InputError(f"num_frames is {num_frames!r}: wanted a whole number from 1")
-    if fps is not None and not 0 < fps < float("inf"):
-        raise InputError(f"fps is {fps!r}: wanted a positive number")
+    _check_sampling(num_frames, fps)
     if isinstance(source, (str, Path)):
         with open_source(source, "video", allow_remote=allow_remote) as (file, name):
             return _sample_file(file, name, num_frames, fps)
-    frames = _given_frames(source, allow_remote)
+    pixels = _given_frames(source, allow_remote)
     if fps is not None:
         raise InputError("fps needs a video file; frames given as they are have no rate")
-    return frames, _metadata(frames, list(range(len(frames))), len(frames), None)
+    return pixels, _metadata(pixels, list(range(len(pixels))), len(pixels), None)
+
+
+def frames(
+    source: str | Path, *, num_frames: int | None = None, fps: float | None = None, allow_remote: bool = False
+) -> Iterator[Image.Image]:
+    """Frames of a video file as images, spread evenly and decoded as they are taken: one is held at a time.
+
+    Args:
+        source: a path or http(s) URL.
+        num_frames: how many to take; None, without `fps`: all.
+        fps: take so many frames a second instead.
+        allow_remote: fetch http(s) URLs.
+
+    Raises:
+        InputError: when the first frame is asked for: nothing there, not a video, no frame in it, PyAV missing, wrong
+            numbers.
+    """
+    if num_frames is not None or fps is not None:
+        _check_sampling(1 if num_frames is None else num_frames, fps)
+    with open_source(source, "video", allow_remote=allow_remote) as (file, name):
+        av = _pyav(name)
+        with _as_input_errors(name):
+            claimed, rate = _claims(av, file, name, fps)
+            total = claimed or _counted(av, file, name)
+            count = _how_many(total if num_frames is None else num_frames, fps, total, rate)
+            taken = 0
+            for pixels in _pick(_decoded(av, file, name), count, total):
+                taken += 1
+                yield Image.fromarray(pixels)
+        if not taken:
+            raise _no_frame(name)
+        if taken < count:
+            logger.warning("%s: only %d of %d frames are there", name, taken, count)
 
 
 def spread(count: int, total: int) -> list[int]:
@@ -105,14 +135,21 @@ def spread(count: int, total: int) -> list[int]:
     return [k * total // count for k in range(count)]
 
 
-def _metadata(frames: np.ndarray, indices: list[int], total: int, rate: Fraction | None) -> dict[str, Any]:
+def _check_sampling(num_frames: int, fps: float | None) -> None:
+    if isinstance(num_frames, bool) or not isinstance(num_frames, int) or num_frames < 1:
+        raise InputError(f"num_frames is {num_frames!r}: wanted a whole number from 1")
+    if fps is not None and not 0 < fps < float("inf"):
+        raise InputError(f"fps is {fps!r}: wanted a positive number")
+
+
+def _metadata(pixels: np.ndarray, indices: list[int], total: int, rate: Fraction | None) -> dict[str, Any]:
     return {
         "total_num_frames": total,
         "fps": float(rate) if rate else None,
         "duration": float(total / rate) if rate else None,
         "frames_indices": indices,
-        "height": frames.shape[1],
-        "width": frames.shape[2],
+        "height": pixels.shape[1],
+        "width": pixels.shape[2],
     }
 
 
@@ -157,51 +194,76 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
 
 
 def _sample_file(file: IO[bytes], name: str, num_frames: int, fps: float | None) -> tuple[np.ndarray, dict[str, Any]]:
+    av = _pyav(name)
+    with _as_input_errors(name):
+        claimed, rate = _claims(av, file, name, fps)
+        for total in (claimed, 0):  # a header may be silent or wrong about the length: then count
+            total = total or _counted(av, file, name)
+            count = _how_many(num_frames, fps, total, rate)
+            decoded = tqdm(_decoded(av, file, name), f"{name}: decoding", total, unit="frame", **PROGRESS)
+            picked = list(_pick(decoded, count, total))
+            if count and len(picked) == count:
+                if total < claimed:
+                    logger.warning("%s: only %d of %d frames are there", name, total, claimed)
+                pixels = np.stack(picked)
+                return pixels, _metadata(pixels, spread(count, total), total, rate)
+    raise _no_frame(name)
+
+
+def _pyav(name: str) -> ModuleType:
     try:
         import av
     except ImportError as error:
         raise InputError(f"{name}: reading video files needs PyAV: pip install mminfer[video]") from error
+    return av
+
+
+@contextmanager
+def _as_input_errors(name: str) -> Iterator[None]:
     try:
-        with _container(av, file, name) as container:
-            stream = container.streams.video[0]
-            claimed, rate = stream.frames, stream.average_rate
-        if fps is not None and not rate:
-            raise InputError(f"{name}: the file does not tell its frame rate: use num_frames instead of fps")
-        for total in (claimed, 0):  # a header may be silent or wrong about the length: then count
-            if not total:
-                counted = tqdm(_decoded(av, file, name), f"{name}: counting frames", unit="frame", **PROGRESS)
-                total = sum(1 for _ in counted)
-            count = num_frames if fps is None else max(1, int(total / rate * Fraction(fps)))
-            count = min(count, total)
-            decoded = tqdm(_decoded(av, file, name), f"{name}: decoding", total, unit="frame", **PROGRESS)
-            frames = _pick(decoded, count, total)
-            if count and len(frames) == count:
-                if total < claimed:
-                    logger.warning("%s: only %d of %d frames are there", name, total, claimed)
-                pixels = np.stack(frames)
-                return pixels, _metadata(pixels, spread(count, total), total, rate)
+        yield
     except InputError:
         raise
     except Exception as error:  # FFmpeg's errors, and whatever else a hostile container sets off
         raise InputError(
             f"{name}: not a video that PyAV can read ({error}): pass a video file such as MP4, WebM or MKV"
         ) from error
-    raise InputError(f"{name}: no frame could be decoded: wanted a whole video file: get it again")
 
 
-def _pick(frames: Iterator[Any], count: int, total: int) -> list[np.ndarray]:
-    """The frames that `spread` names, as far as there are any; the rest is let go at once."""
-    wanted = (k * total // count for k in range(count))
-    target = next(wanted, None)
-    picked: list[np.ndarray] = []
-    for i, frame in enumerate(frames):
-        if i == target:
-            height, width = picked[0].shape[:2] if picked else (frame.height, frame.width)
-            picked.append(frame.to_ndarray(format="rgb24", height=height, width=width))
-            target = next(wanted, None)
+def _no_frame(name: str) -> InputError:
+    return InputError(f"{name}: no frame could be decoded: wanted a whole video file: get it again")
+
+
+def _claims(av: ModuleType, file: IO[bytes], name: str, fps: float | None) -> tuple[int, Fraction | None]:
+    """Frames (0: not told) and rate by the file's header."""
+    with _container(av, file, name) as container:
+        stream = container.streams.video[0]
+        claimed, rate = stream.frames, stream.average_rate
+    if fps is not None and not rate:
+        raise InputError(f"{name}: the file does not tell its frame rate: use num_frames instead of fps")
+    return claimed, rate
+
+
+def _counted(av: ModuleType, file: IO[bytes], name: str) -> int:
+    return sum(1 for _ in tqdm(_decoded(av, file, name), f"{name}: counting frames", unit="frame", **PROGRESS))
+
+
+def _how_many(num_frames: int, fps: float | None, total: int, rate: Fraction | None) -> int:
+    return min(total, num_frames if fps is None or not rate else max(1, int(total / rate * Fraction(fps))))
+
+
+def _pick(decoded: Iterator[Any], count: int, total: int) -> Iterator[np.ndarray]:
+    """The frames that `spread` names, as far as there are any, all of the first one's size."""
+    wanted = iter(spread(count, total))
+    target, shape = next(wanted, None), None
+    for i, frame in enumerate(decoded):
         if target is None:
             break
-    return picked
+        if i == target:
+            height, width = shape or (frame.height, frame.width)
+            shape = height, width
+            yield frame.to_ndarray(format="rgb24", height=height, width=width)
+            target = next(wanted, None)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -276,3 +277,60 @@ def test_a_checkpoint_without_weights_is_refused(tmp_path):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     message = refused("generate", "--model", tmp_path, *ASK)
     assert message.startswith("InputError: ") and "safetensors" in message
+
+
+def test_frames_go_between_the_bundled_images():
+    """In chunks or at once, the question is answered over them."""
+    whole, pieces = (
+        answer("generate", "--preset", "v2pe-256", "--frames", 20, *size)
+        for size in ((), ("--prefill-chunk-size", 200))
+    )
+    assert whole["text"] == pieces["text"] == "WB"
+    assert whole["stats"]["visual_tokens"] == pieces["stats"]["visual_tokens"] == 28 * 64
+    assert whole["stats"]["prompt_tokens"] == pieces["stats"]["prompt_tokens"]
+
+
+def test_images_come_from_a_list(tmp_path):
+    folder = nano.samples_path()
+    paths = [str(path) for path in sorted(folder.glob("*.png"))]
+    listed = tmp_path / "list.txt"
+    listed.write_text("\n".join(["", *paths, ""]))
+    args = ["--prompt", "What digit is it?", "--preset", "off", "--max-new-tokens", 1]
+    singly = answer("generate", *args, *(arg for path in paths for arg in ("--image", path)))
+    for size in ((), ("--prefill-chunk-size", 100)):
+        found = answer("generate", *args, "--images-from", listed, *size)
+        assert found["stats"]["visual_tokens"] == 8 * 64
+        assert found["text"] == singly["text"]
+        command = ["generate", "--json", *map(str, args), "--images-from", "-", *map(str, size)]
+        given = CliRunner().invoke(app, command, input=listed.read_text())
+        assert json.loads(given.stdout)["text"] == singly["text"]
+    listed.write_text(f"{paths[0]}\n/nowhere.png\n")
+    assert "item 1: /nowhere.png" in refused("generate", *args, "--images-from", listed, "--prefill-chunk-size", 100)
+
+
+def test_wrong_long_requests_are_refused():
+    assert "--images-from /nowhere: no such file" in refused("generate", "--prompt", "x", "--images-from", "/nowhere")
+    image = next(nano.samples_path().glob("*.png"))
+    assert "--frames 3: they go between" in refused("generate", "--frames", 3, "--prompt", "x", "--image", image)
+    assert "prefill_chunk_size=40" in refused("generate", "--frames", 3, "--preset", "off", "--prefill-chunk-size", 40)
+
+
+def test_a_long_reading_shows_a_bar_and_ends_plainly_on_ctrl_c():
+    """Tokens a second and the time left are shown; then a stop gives one line and exit code 130."""
+    command = [sys.executable, "-c", "from mminfer.cli import main; main()", "generate", "--frames", "100000"]
+    command += ["--preset", "v2pe-256", "--prefill-chunk-size", "500"]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    seen = b""
+    try:
+        while seen.count(b"tokens/s") < 8:
+            chunk = process.stderr.read1(4096)
+            assert chunk, seen
+            seen += chunk
+        process.send_signal(signal.SIGINT)
+        out, rest = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert re.search(rb"reading: +\d+%.*/[\d.]+M \[\d\d:\d\d<[\d:]+, .*tokens/s", seen)
+    assert process.returncode == 130
+    assert rest.strip().endswith(b"stopped") and b"Traceback" not in rest and not out

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from mminfer import AIMMerge, Engine, InferenceConfig, InputError, nano
-from mminfer.media import read_video
+from mminfer.media import frames, load_video, read_video
 from mminfer.metrics.memory import peak_memory
 from mminfer.nano.samples import CLIP_FPS, write_clip
 
@@ -89,3 +89,27 @@ def test_ten_thousand_frames_stay_in_bounded_memory(tmp_path):
         frames, facts = read_video(path, num_frames=50)
     assert facts["total_num_frames"] == 10_000 and len(frames) == 50
     assert after.bytes - before.bytes < 64 * 2**20
+
+
+def test_frames_come_one_by_one_and_are_those_of_the_sampled_video(tmp_path):
+    path = tmp_path / "clip.mp4"
+    write_clip(path, [Image.new("RGB", (32, 32), (40 * k, 0, 0)) for k in range(6)])
+    for how in ({"num_frames": 5}, {"fps": 2}, {"num_frames": 1000}):
+        whole = load_video(path, **how)
+        singly = [np.asarray(image) for image in frames(path, **how)]
+        assert np.array_equal(np.stack(singly), whole)
+    assert sum(1 for _ in frames(path)) == 6 * 4
+    first = next(frames(path))
+    assert first.mode == "RGB"
+
+
+@pytest.mark.parametrize(("how", "says"), [({"num_frames": 0}, "num_frames is 0"), ({"fps": -1}, "fps is -1")])
+def test_frames_refuse_what_a_video_refuses(tmp_path, how, says):
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(b"no video at all")
+    with pytest.raises(InputError, match=says):
+        next(frames(path, **how))
+    with pytest.raises(InputError, match="not a video that PyAV can read"):
+        next(frames(path))
+    with pytest.raises(InputError, match="No such file"):
+        next(frames(tmp_path / "none.mp4"))
