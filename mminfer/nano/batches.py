@@ -58,10 +58,9 @@ def condensed_positions(
     Returns:
         float32 [N].
     """
-    if paper:
-        position, extent = paper_positions(is_visual[None], delta)[0], math.ceil(build.TOKENS_PER_IMAGE * delta)
-    else:
-        position, extent = v2pe_positions(is_visual[None], delta)[0].double(), build.TOKENS_PER_IMAGE * delta
+    position = (paper_positions if paper else v2pe_positions)(is_visual[None], delta)[0].double()
+    extent = build.TOKENS_PER_IMAGE * delta
+    extent = math.ceil(extent) if paper else extent
     jump = torch.where(ends, (copies - 1.0) * (2 + extent), 0.0).double()
     return (position + jump.cumsum(0) - jump).float()
 

@@ -16,16 +16,17 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import InternVLForConditionalGeneration, PreTrainedTokenizerBase
-from transformers.models.qwen2.modeling_qwen2 import Qwen2Model, apply_rotary_pos_emb
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2Model, apply_rotary_pos_emb
 
 from mminfer.nano import build, data
 from mminfer.nano.batches import DELTAS, WINDOW, Batch, Batches
-from mminfer.nano.retrieval import HEAD_DIM, WIDTH, _quieten, _views
+from mminfer.nano.retrieval import HEAD_DIM, WIDTH, quieten, views
 
 RIDGE = 1e-4
 LABELLED = 93  # flag "picture with a label"; see retrieval.py for the other dimensions
@@ -44,31 +45,31 @@ def insert_owner_layer(
         batches: contexts to fit on.
     """
     lm = model.model.language_model
-    first, new = lm.layers[0], copy.deepcopy(lm.layers[-1])
+    first, new = _layer(lm, 0), copy.deepcopy(_layer(lm, -1))
     labels = torch.tensor([tokenizer(label).input_ids[0] for label in data.IDS])
-    start = tokenizer.convert_tokens_to_ids(build.IMG_START)
+    start = tokenizer.get_vocab()[build.IMG_START]
     contexts = [batches.batch(num_images, 4, 8, batches.tokens) for num_images in (2, 6, 12) * 8]
     inputs = [_inputs(lm, batch, batches.encoder.image, visual) for batch in contexts]
-    views = [_seeker_view(lm, *pair, start, labels) for pair in zip(contexts, inputs, strict=True)]
-    _seek_label(lm, start, _fit_query(views), visual)
+    seekers = [_seeker_view(lm, *pair, start, labels) for pair in zip(contexts, inputs, strict=True)]
+    _seek_label(lm, start, _fit_query(seekers), visual)
 
     ids = torch.cat([batch.input_ids.flatten() for batch in contexts])
     states = torch.cat([_layer0(lm, *pair).flatten(0, 1) for pair in zip(contexts, inputs, strict=True)])
     states = F.rms_norm(states, [WIDTH], eps=lm.config.rms_norm_eps)
-    is_visual, is_start = ids == batches.encoder.image, ids == start
+    is_visual, is_start = ids.eq(batches.encoder.image), ids.eq(start)
     owned = is_start & torch.isin(ids.roll(2), labels)
     # What layer 0 copies of a label, by its token.
-    names = _normed(lm) @ _views(first.self_attn)[2][0].T + first.self_attn.v_proj.bias[:HEAD_DIM]
+    names = _normed(lm) @ views(first.self_attn)[2][0].T + first.self_attn.v_proj.bias[:HEAD_DIM]
     wanted = torch.where(owned[:, None], names[ids.roll(2)], 0.0)
 
-    _quieten([new])
+    quieten([new])
     new.input_layernorm.weight.fill_(1.0)
-    query, key, value, output = _views(new.self_attn)
+    query, key, value, output = views(new.self_attn)
     asks, answers = _seek_start(lm.rotary_emb.inv_freq, _ridge(states, is_visual), _ridge(states, is_start))
     for group, head in ((0, 0), (1, 3)):
         query[head], key[group], value[group], output[:, head] = asks, answers, 0, 0
     value[0] = _ridge(states[is_start], wanted[is_start]).T
-    output[:, 0] = _views(first.self_attn)[3][:, 0]
+    output[:, 0] = views(first.self_attn)[3][:, 0]
     value[1][0] = _ridge(states[is_start], owned[is_start])
     output[LABELLED, 3, 0] = 1.0
     order = [first, new, *lm.layers[1:-1]]
@@ -77,9 +78,14 @@ def insert_owner_layer(
     lm.layers = nn.ModuleList(order)
 
 
-def _normed(lm: Qwen2Model) -> torch.Tensor:
-    """What layer 0's attention sees of every token of the vocabulary."""
-    return lm.layers[0].input_layernorm(lm.embed_tokens.weight)
+def _layer(lm: Qwen2Model, n: int) -> Qwen2DecoderLayer:
+    return cast(Qwen2DecoderLayer, lm.layers[n])
+
+
+def _normed(lm: Qwen2Model, hidden: torch.Tensor | None = None) -> torch.Tensor:
+    """What layer 0's attention sees of hidden states, by default of every token of the vocabulary."""
+    normed: torch.Tensor = _layer(lm, 0).input_layernorm(lm.embed_tokens.weight if hidden is None else hidden)
+    return normed
 
 
 def _inputs(lm: Qwen2Model, batch: Batch, image: int, visual: torch.Tensor) -> torch.Tensor:
@@ -90,7 +96,7 @@ def _inputs(lm: Qwen2Model, batch: Batch, image: int, visual: torch.Tensor) -> t
 def _layer0(lm: Qwen2Model, batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
     """Hidden states behind layer 0 [B, N, C]."""
     rotary = lm.rotary_emb(hidden, batch.positions)
-    return lm.layers[0](hidden, attention_mask=batch.bias, position_embeddings=rotary)
+    return _layer(lm, 0)(hidden, attention_mask=batch.bias, position_embeddings=rotary)
 
 
 @dataclass(frozen=True)
@@ -106,7 +112,7 @@ class SeekerView:
 
 
 def _seeker_view(lm: Qwen2Model, batch: Batch, hidden: torch.Tensor, start: int, labels: torch.Tensor) -> SeekerView:
-    keys = lm.layers[0].self_attn.k_proj(lm.layers[0].input_layernorm(hidden))[..., None, :HEAD_DIM].transpose(1, 2)
+    keys = _layer(lm, 0).self_attn.k_proj(_normed(lm, hidden))[..., None, :HEAD_DIM].transpose(1, 2)
     cos, sin = lm.rotary_emb(hidden, batch.positions)
     keys = apply_rotary_pos_emb(keys, keys, cos, sin)[0][:, 0]
     row, place = (batch.input_ids == start).nonzero().T
@@ -122,13 +128,13 @@ def _seeker_view(lm: Qwen2Model, batch: Batch, hidden: torch.Tensor, start: int,
 
 
 @torch.enable_grad()
-def _fit_query(views: list[SeekerView], steps: int = 300) -> torch.Tensor:
+def _fit_query(seekers: list[SeekerView], steps: int = 300) -> torch.Tensor:
     """A query of the `<img>` token that attends to a label two tokens back if there is one, else to no label."""
     query = torch.zeros(HEAD_DIM).normal_(0, 0.1).requires_grad_()
     adam = torch.optim.Adam([query], lr=0.3)
     half = HEAD_DIM // 2
     for step in range(steps):
-        view = views[step % len(views)]
+        view = seekers[step % len(seekers)]
         rotated = query * view.cos + torch.cat([-query[half:], query[:half]]) * view.sin
         scores = torch.einsum("sd,snd->sn", rotated, view.keys) / HEAD_DIM**0.5 + view.bias
         log = scores.log_softmax(1)
@@ -144,13 +150,13 @@ def _fit_query(views: list[SeekerView], steps: int = 300) -> torch.Tensor:
 
 def _seek_label(lm: Qwen2Model, start: int, query: torch.Tensor, visual: torch.Tensor) -> None:
     """Layer 0, head 0: this query for `<img>`, none for all other tokens."""
-    tokens = torch.cat([_normed(lm), lm.layers[0].input_layernorm(visual[::50].flatten(0, 1))])
+    tokens = torch.cat([_normed(lm), _normed(lm, visual[::50].flatten(0, 1))])
     mine = tokens[start]
     is_start = torch.arange(len(tokens) * 5 // 4) >= len(tokens)  # repeated, since one among thousands is overlooked
     is_start[start] = True
     mark = _ridge(torch.cat([tokens, mine.expand(len(is_start) - len(tokens), -1)]), is_start)
-    attention = lm.layers[0].self_attn
-    _views(attention)[0][0] = torch.outer(query, mark / (mark @ mine))
+    attention = _layer(lm, 0).self_attn
+    views(attention)[0][0] = torch.outer(query, mark / (mark @ mine))
     attention.q_proj.bias[:HEAD_DIM] = 0
 
 

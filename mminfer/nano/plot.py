@@ -38,9 +38,9 @@ def draw(records: list[Record], out: Path) -> None:
     _draw_loss(loss, x, answers)
     for n, task in enumerate(TASKS):
         for key, line in ((task, "-"), ("frames_" + task, ":")):  # dotted: among frames
-            points = [(m, r[key]) for m, r in zip(x, answers, strict=True) if key in r]
-            label = task if line == "-" else None
-            accuracy.plot(*([*zip(*points, strict=True)] or [[], []]), line, color=f"C{n}", label=label, linewidth=1)
+            with_key = [(m, r[key]) for m, r in zip(x, answers, strict=True) if key in r]
+            xs, ys = [m for m, _ in with_key], [value for _, value in with_key]
+            accuracy.plot(xs, ys, line, color=f"C{n}", label=task if line == "-" else None, linewidth=1)
     accuracy.set_title("lm + joint + frames stages: training accuracy (dotted: among frames)")
     for axis in (reading, accuracy):
         axis.legend()

@@ -55,7 +55,7 @@ def init_language_model(
         )
     basis = _rotate_projector(model.model.multi_modal_projector, class_vectors)
     _init_embedding(lm.embed_tokens.weight, tokenizer, class_vectors @ basis[:, :16])
-    _quieten(lm.layers)
+    quieten(lm.layers)
     project = torch.randn(HEAD_DIM, 76) / 76**0.5
     _gather(lm.layers[0].self_attn, lm.rotary_emb.inv_freq, project)
     _match_names(lm.layers[1].self_attn, project)
@@ -83,7 +83,7 @@ def _init_embedding(embedding: torch.Tensor, tokenizer: PreTrainedTokenizerBase,
     embedding[tokenizer.convert_tokens_to_ids(build.IMG_END), VISUAL] = 0.8
 
 
-def _quieten(layers: Iterable[Qwen2DecoderLayer]) -> None:
+def quieten(layers: Iterable[Qwen2DecoderLayer]) -> None:
     """Small random weights everywhere, so that the retrieval layers stand out."""
     for layer in layers:
         attention = layer.self_attn
@@ -94,7 +94,7 @@ def _quieten(layers: Iterable[Qwen2DecoderLayer]) -> None:
         layer.mlp.down_proj.weight.normal_(0.0, 0.01)
 
 
-def _views(attention: Qwen2Attention) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def views(attention: Qwen2Attention) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The weights by head: query [H, D, C], key and value [G, D, C], output [C, H, D]."""
     return (
         attention.q_proj.weight.view(HEADS, HEAD_DIM, WIDTH),
@@ -106,7 +106,7 @@ def _views(attention: Qwen2Attention) -> tuple[torch.Tensor, torch.Tensor, torch
 
 def _gather(attention: Qwen2Attention, frequency: torch.Tensor, project: torch.Tensor) -> None:
     """Layer 0: biases in the highest frequencies make a head look k positions back."""
-    query, key, value, output = _views(attention)
+    query, key, value, output = views(attention)
     query_bias = attention.q_proj.bias.view(HEADS, HEAD_DIM)
     key_bias = attention.k_proj.bias.view(GROUPS, HEAD_DIM)
     size = (16.0 * HEAD_DIM**0.5 / 4) ** 0.5
@@ -134,7 +134,7 @@ def _gather(attention: Qwen2Attention, frequency: torch.Tensor, project: torch.T
 
 def _match_names(attention: Qwen2Attention, project: torch.Tensor) -> None:
     """Layer 1: match labels and words; copy names (group 0) and classes (group 1)."""
-    query, key, value, output = _views(attention)
+    query, key, value, output = views(attention)
     for group, head in ((0, 0), (1, 3)):
         query[head], key[group], value[group], output[:, head] = 0, 0, 0, 0
         half = slice(16 * group, 16 * group + 16)
@@ -148,7 +148,7 @@ def _match_names(attention: Qwen2Attention, project: torch.Tensor) -> None:
 
 def _match_classes(attention: Qwen2Attention, project: torch.Tensor) -> None:
     """Layer 2: match classes; copy the label of the image."""
-    query, key, value, output = _views(attention)
+    query, key, value, output = views(attention)
     for group, head in ((0, 0), (1, 3)):
         query[head], key[group], value[group], output[:, head] = 0, 0, 0, 0
         query[head][SLOW, ASKED_CLASS] = torch.eye(16) * 1.2

@@ -34,7 +34,7 @@ def build_samples() -> tuple[dict[str, Any], dict[str, Image.Image]]:
             pictures[name] = Image.fromarray(next(pixels).numpy())
             shows = {"digit": item.digit, "colour": item.colour_name}
             items.append({"text": item.text, "image": name, "label": item.label, **shows})
-        else:
+        elif isinstance(item, data.FactItem):
             items.append({"text": item.text, "word": item.word, "code": item.code})
     (question,) = context.questions
     return {"seed": SEED, "items": items, "question": question.text, "answer": question.answer}, pictures

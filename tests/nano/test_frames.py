@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mminfer import nano
 
@@ -159,3 +159,15 @@ def test_checkpoint_has_the_window_it_was_trained_on():
     text = AutoConfig.from_pretrained(nano.checkpoint_path()).text_config
     assert text.max_position_embeddings == build.WINDOW
     assert text.rope_parameters == build.ROPE
+
+
+def test_questions_are_answered_among_frames(processor):
+    from mminfer.nano.evaluate import evaluate, table
+
+    model = AutoModelForImageTextToText.from_pretrained(nano.checkpoint_path(), dtype=torch.float32).eval()
+    rows = evaluate(model, processor, num_images=24, deltas=[1.0, 1 / 256], questions=8, labelled=6)
+    for row in rows:
+        assert row["labelled"] == 6
+        for task in ("Q1", "Q2", "Q3"):
+            assert row[task] > 0.85, row
+    assert table(rows).count("\n") == 4
