@@ -41,7 +41,7 @@ def draw(records: list[Record], out: Path) -> None:
             with_key = [(m, r[key]) for m, r in zip(x, answers, strict=True) if key in r]
             xs, ys = [m for m, _ in with_key], [value for _, value in with_key]
             accuracy.plot(xs, ys, line, color=f"C{n}", label=task if line == "-" else None, linewidth=1)
-    accuracy.set_title("lm + joint + frames stages: training accuracy (dotted: among frames)")
+    accuracy.set_title("training accuracy (dotted: among frames)")
     for axis in (reading, accuracy):
         axis.legend()
         axis.set_ylim(0, 1.02)
@@ -59,7 +59,7 @@ def draw(records: list[Record], out: Path) -> None:
 def _draw_loss(axis: Axes, x: list[float], answers: list[Record]) -> None:
     axis.plot(x, [r["loss"] for r in answers], color="tab:red")
     axis.set_yscale("log")
-    axis.set_title("lm + joint + frames stages: loss on the answers")
+    axis.set_title("lm, joint, frames: loss on the answers")
     size = axis.twinx()
     size.step(x, [r["images"] for r in answers], color="tab:gray", where="post")
     size.set_ylabel("largest number of images (grey)")
