@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mminfer.command import OUT, read_config, told_plainly
+from mminfer.command import OUT, read_config, read_delta, told_plainly
 from mminfer.errors import InputError
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def _settings(presets: list[str], configs: list[Path], deltas: list[str]) -> dic
     named += [(str(path), read_config(path)) for path in configs]
     named = named or [("off", InferenceConfig.from_preset("off"))]
     if deltas:
-        steps = {text: V2PE(_delta(text)) for text in deltas}
+        steps = {text: V2PE(read_delta(text)) for text in deltas}
         named = [
             (f"{name}, delta {text}", dataclasses.replace(setting, positions=step))
             for name, setting in named
@@ -153,16 +153,6 @@ def _settings(presets: list[str], configs: list[Path], deltas: list[str]) -> dic
     if len(settings) < len(named):
         raise InputError(f"{', '.join(name for name, _ in named)}: a setting was passed twice: pass it once")
     return settings
-
-
-def _delta(text: str) -> float | str:
-    if text == "auto":
-        return text
-    above, _, below = text.partition("/")
-    try:
-        return float(above) / float(below or 1)
-    except (ValueError, ZeroDivisionError) as error:
-        raise InputError(f"--delta {text}: wanted a number such as 1/16 or 0.0625, or auto") from error
 
 
 def _origin(engine: Engine, protocol: NeedleProtocol, asking: Asking) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -17,7 +18,7 @@ from rich.table import Table
 from mminfer.bench_cli import bench
 from mminfer.command import ERR as _err
 from mminfer.command import OUT as _out
-from mminfer.command import read_config, told_plainly
+from mminfer.command import read_config, read_delta, told_plainly
 from mminfer.errors import InputError
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ def generate(
         Path | None,
         typer.Option(help="A JSON file written by InferenceConfig.to_json(), instead of a preset."),
     ] = None,
+    delta: Annotated[str | None, typer.Option(help="V2PE step put into the settings: 1/256, auto.")] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Run the uncompressed model beside it.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 64,
@@ -73,7 +75,7 @@ def generate(
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ... Default: float32 on the CPU.")] = None,
 ) -> None:
     """Answer a question about images or a video, and say what that took."""
-    settings = _settings(preset, config)
+    settings = _settings(preset, config, delta)
     messages = _messages(model, prompt, image or [], video or [], frames, images_from)
     from mminfer.engine import Engine  # the heavy imports come after the cheap checks
     from mminfer.messages import MediaOptions, normalise_messages
@@ -163,14 +165,14 @@ def _answer(engine: Engine, messages: list[dict[str, Any]], kwargs: dict[str, An
     return output
 
 
-def _settings(preset: str | None, config: Path | None) -> Any:
+def _settings(preset: str | None, config: Path | None, delta: str | None) -> Any:
     from mminfer.config import InferenceConfig
+    from mminfer.positions.v2pe import V2PE
 
-    if config is None:
-        return InferenceConfig.from_preset(preset or "balanced")
-    if preset is not None:
+    if config is not None and preset is not None:
         raise InputError(f"--preset {preset} and --config {config}: pass one of them")
-    return read_config(config)
+    settings = read_config(config) if config is not None else InferenceConfig.from_preset(preset or "balanced")
+    return settings if delta is None else replace(settings, positions=V2PE(read_delta(delta)))
 
 
 def _messages(

@@ -49,3 +49,18 @@ def read_config(path: Path) -> InferenceConfig:
         return InferenceConfig.from_json(path.read_text())
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--config {path}: {error}") from error
+
+
+def read_delta(text: str) -> float | str:
+    """A V2PE step such as "1/16", "0.0625" or "auto".
+
+    Raises:
+        InputError: it is none.
+    """
+    if text == "auto":
+        return text
+    above, _, below = text.partition("/")
+    try:
+        return float(above) / float(below or 1)
+    except (ValueError, ZeroDivisionError) as error:
+        raise InputError(f"--delta {text}: wanted a number such as 1/16 or 0.0625, or auto") from error

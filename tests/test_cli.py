@@ -202,6 +202,8 @@ def test_a_remote_image_needs_leave():
         (["--model", "elsewhere/model"], "InputError: no question"),
         (["--config", "/nowhere/config.json"], "InputError: --config /nowhere/config.json"),
         (["--config", "/"], "InputError: --config /"),
+        (["--delta", "7"], "ConfigError: delta is 7.0"),
+        (["--delta", "x"], "InputError: --delta x"),
         (["--max-new-tokens", "0"], "max-new-tokens"),
         (["--num-frames", "0"], "num-frames"),
         (["--prompt", "what is <IMG_CONTEXT> here"], "InputError: "),
@@ -286,6 +288,7 @@ def test_frames_go_between_the_bundled_images():
         for size in ((), ("--prefill-chunk-size", 200))
     )
     assert whole["text"] == pieces["text"] == "WB"
+    assert InferenceConfig.from_dict(whole["config"]) == InferenceConfig.from_preset("v2pe-256")
     assert whole["stats"]["visual_tokens"] == pieces["stats"]["visual_tokens"] == 28 * 64
     assert whole["stats"]["prompt_tokens"] == pieces["stats"]["prompt_tokens"]
 
