@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from mminfer.engine import Engine
     from mminfer.running import RunOptions
 
-FILE_FORMAT = 1
+FILE_FORMAT = 2
 _ANSWER = "\u27e6mminfer:answer:{}\u27e7"
 
 
@@ -78,9 +78,11 @@ class Chat:
         """
         start = time.perf_counter()
         kwargs = {**self._generation_kwargs, "max_new_tokens": max_new_tokens, **generation_kwargs}
-        for name in ("num_beams", "num_return_sequences"):
-            if kwargs.get(name, 1) != 1:
-                raise InputError(f"{name}={kwargs[name]}: a chat goes on from one answer; use generate() for several")
+        copies = self._engine.runner.copies(kwargs)
+        if copies != 1:
+            raise InputError(
+                f"num_beams or num_return_sequences is {copies}: a chat goes on from one answer; use generate()"
+            )
         reading = self._reading(content, closes=True)
         with self._kept_on_errors():
             (output,) = self._engine.runner.answer([reading], [self.cache], start, self._options, **kwargs)

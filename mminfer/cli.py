@@ -86,8 +86,8 @@ def generate(
     engine = Engine.from_pretrained(model, settings, device, dtype)
     kwargs: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
-        "num_frames": num_frames,
-        "allow_remote": allow_remote,
+        **media,
+        "max_video_tokens": max_video_tokens,
         "prefill_chunk_size": prefill_chunk_size,
         "progress": prefill_chunk_size is not None and not as_json,
     }
@@ -218,6 +218,8 @@ class ListedPaths:
             for line in filter(None, map(str.strip, lines)):
                 read.append(line)
                 yield line
+        if not read:
+            raise InputError(f"--images-from {self._path}: no path in it: wanted one of an image on each line")
         self._lines = read
 
 

@@ -37,6 +37,18 @@ class ReadyRows:
     modality: Tensor
     part: Tensor
 
+    def repeated(self, copies: int) -> ReadyRows:
+        """Every sequence so many times in a row, as beams repeat a batch; copies are parts of their own."""
+        rows = torch.arange(len(self.part), device=self.part.device).split(self.mask.sum(1).tolist())
+        order = torch.cat([own for own in rows for _ in range(copies)])
+        copy = torch.cat([torch.full_like(own, n) for own in rows for n in range(copies)])
+        return ReadyRows(
+            self.mask.repeat_interleave(copies, 0),
+            self.features[order],
+            self.modality[order],
+            self.part[order] + copy * (int(self.part.max()) + 1),
+        )
+
 
 def checked_embedding(part: dict[str, Any], hidden_size: int | None) -> Tensor:
     """The part's embedding, [n, C].
@@ -98,6 +110,20 @@ def as_text(part: dict[str, Any], processor: Any) -> dict[str, Any]:
     if filler is None:
         raise InputError("this model's tokenizer has no special token to spare for embeddings: this model takes none")
     return {"type": "text", "text": filler * len(part["embedding"])}
+
+
+def check_fillers(processor: Any, parts: Iterable[dict[str, Any]]) -> None:
+    """Refuses texts that hold what stands for a row: embeddings would go there.
+
+    Raises:
+        InputError: one does.
+    """
+    filler = filler_token(processor)
+    for part in parts:
+        if filler and part["type"] == "text" and filler in part["text"]:
+            raise InputError(
+                f"the text {part['text'][:40]!r} holds {filler!r}, which stands for rows of embeddings: take it out"
+            )
 
 
 def filler_id(processor: Any) -> int:

@@ -16,10 +16,18 @@ from mminfer.cache.kv_cache import CompressedCache
 from mminfer.chat import Chat
 from mminfer.config import InferenceConfig
 from mminfer.errors import ConfigError, InputError, UnsupportedModelError
-from mminfer.messages import MediaOptions, count_parts, is_batch, last_content, load_parts, normalise_messages
+from mminfer.messages import (
+    MediaOptions,
+    as_text_part,
+    count_parts,
+    is_batch,
+    last_content,
+    load_parts,
+    normalise_messages,
+)
 from mminfer.models.registry import adapter_for, check_family
 from mminfer.reading import Reading, bare
-from mminfer.request import GenerationOutput, build_inputs, cap_video
+from mminfer.request import GenerationOutput, build_inputs, cap_video, check_placeholders
 from mminfer.running import Runner, RunOptions
 from mminfer.streaming import TextStream
 from mminfer.technique import is_whole
@@ -129,7 +137,7 @@ class Engine:
             prefill_chunk_size: tokens of a chat that go through the model at a time, images never split. The parts of
                 the last message are then loaded, encoded and compressed piece by piece, so memory follows from chunk
                 and cache budget, not from the prompt. None: the prompt at once.
-            progress: show a bar of the tokens read.
+            progress: show a bar of the tokens read, where the prompt is read in chunks.
             generation_kwargs: the host's: `do_sample`, `temperature`, `stop_strings`, `num_beams`, `streamer`, ...
 
         Returns:
@@ -227,7 +235,10 @@ class Engine:
 
     def _whole_reading(self, chat: Any, media: dict[str, Any], options: RunOptions) -> Reading:
         """A chat that nothing was read of."""
-        messages = self.check(chat, lazy=True, **media)
+        messages, content = self.check(chat, lazy=True, **media), last_content(chat)
+        known = [part for m in messages[:-1] for part in m["content"]]
+        known += [as_text_part(x) for x in (content if isinstance(content, (list, tuple)) else [content])]
+        check_placeholders(self.processor, known)
         earlier = [{**m, "content": [bare(part, self.processor) for part in m["content"]]} for m in messages[:-1]]
         return Reading(
             self.runner.host,
@@ -235,7 +246,7 @@ class Engine:
             messages[-1]["content"],
             media=[part for m in messages[:-1] for part in m["content"] if part["type"] != "text"],
             piece_size=options.chunk_size,
-            parts_expected=count_parts(last_content(chat)),
+            parts_expected=count_parts(content),
         )
 
     def _check_options(self, options: RunOptions) -> None:

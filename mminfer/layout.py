@@ -111,6 +111,12 @@ class TokenLayout:
         last = [stop - 1 for _, stop in self.spans]
         return self.position[0, last].where(self.is_visual[last], torch.nan)
 
+    @cached_property
+    def resume_position(self) -> Tensor:
+        """[B] float64: where the next stretch of each sequence's prompt begins."""
+        last = [stop - 1 for _, stop in self.spans]
+        return self.next_position.to(self.position.device).where(self.is_visual[last], self.position[0, last] + 1)
+
     def chunks(self, size: int | None) -> list[Tensor]:
         """Rows ([K] int64, ascending) that go through the layers together, at most `size` of each sequence.
 

@@ -25,6 +25,7 @@ IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 # Containers that hold their own frames: a playlist (hls, concat, dash) would make ffmpeg open other files.
 VIDEO_FORMATS = "mov,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,flv,asf,ogg,gif"
 PROGRESS: dict[str, Any] = {"delay": 2.0, "leave": False, "disable": None}  # on terminals, for what takes its time
+MANY = 2**62  # frames, where all are wanted
 DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 
 
@@ -118,15 +119,16 @@ def frames(
         av = _pyav(name)
         with _as_input_errors(name):
             claimed, rate = _claims(av, file, name, fps)
-            total = claimed or _counted(av, file, name)
-            count = _how_many(total if num_frames is None else num_frames, fps, total, rate)
+            everything = num_frames is None and fps is None  # whatever the header claims
+            total = MANY if everything else claimed or _counted(av, file, name)
+            count = _how_many(num_frames or total, fps, total, rate)
             taken = 0
             for pixels in _pick(_decoded(av, file, name), count, total):
                 taken += 1
                 yield Image.fromarray(pixels)
         if not taken:
             raise _no_frame(name)
-        if taken < count:
+        if taken < count and not everything:
             logger.warning("%s: only %d of %d frames are there", name, taken, count)
 
 
@@ -254,7 +256,7 @@ def _how_many(num_frames: int, fps: float | None, total: int, rate: Fraction | N
 
 def _pick(decoded: Iterator[Any], count: int, total: int) -> Iterator[np.ndarray]:
     """The frames that `spread` names, as far as there are any, all of the first one's size."""
-    wanted = iter(spread(count, total))
+    wanted = (k * total // count for k in range(count))
     target, shape = next(wanted, None), None
     for i, frame in enumerate(decoded):
         if target is None:

@@ -102,6 +102,13 @@ def last_content(messages: Any) -> Any:
     return _as_messages(messages)[-1]["content"]
 
 
+def as_text_part(item: Any) -> Part:
+    """A text of a list as a part; an empty one in place of anything else."""
+    if isinstance(item, dict):
+        item = item.get("text") if item.get("type") == "text" else None
+    return {"type": "text", "text": item if isinstance(item, str) else ""}
+
+
 def count_parts(content: Any) -> int | None:
     """How many parts there will be, images of an iterable counted one by one; None where nobody knows."""
     if isinstance(content, str):
@@ -141,7 +148,7 @@ def _as_messages(messages: Any) -> list[Message]:
         raise InputError("a list of chats where one chat was wanted: pass them one by one, or to generate()")
     if isinstance(messages, str):
         messages = [messages]
-    if isinstance(messages, Iterator):
+    if isinstance(messages, Iterable) and not isinstance(messages, (list, tuple, Mapping, str, bytes)):
         return [{"role": "user", "content": messages}]
     if not isinstance(messages, (list, tuple)) or not messages:
         found = "an empty list" if isinstance(messages, (list, tuple)) else type(messages).__name__

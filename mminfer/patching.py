@@ -47,6 +47,7 @@ class PatchHandle:
         chunk_size: tokens of a prompt that go through the layers at a time; None: all.
         progress: told after each chunk how many tokens of the prompt it was.
         ready: rows of the next prompt whose embeddings were given; that prompt takes them.
+        reading: whether every call is a stretch of a prompt, be it of one token.
         first_token_at: `time.perf_counter()` at the end of the last prompt pass.
         step_ms: duration of each decoding step since then.
         compile_ms: time of the steps in which something was compiled, since the patch was set; not among `step_ms`.
@@ -71,6 +72,7 @@ class PatchHandle:
         self.chunk_size = prefill_chunk_size
         self.progress: Callable[[int], object] | None = None
         self.ready: ReadyRows | None = None
+        self.reading = False
         self._rows: Tensor | None = None
         self._resumed: Tensor | None = None
         self.step_ms: list[float] = []
@@ -125,7 +127,7 @@ class PatchHandle:
             logits, self._resumed = self._resumed, None
             cache.logical_length += 1
             self._rows = None
-        elif cache.logical_length and _is_step(inputs):
+        elif cache.logical_length and not self.reading and self.ready is None and _is_step(inputs):
             compiled = self.compile_ms
             logits = self._step(inputs, cache)
             if self.compile_ms == compiled:
@@ -169,8 +171,8 @@ class PatchHandle:
         for name, what in _REFUSED.items():
             if inputs.get(name) is not None and inputs[name] is not False:
                 raise InputError(f"{name}: a patched model gives no {what}; undo() the patch for this call")
-        embeds, layout = self.adapter.embed(inputs, self.ready)
-        self.ready = None
+        ready, self.ready = self.ready, None
+        embeds, layout = self.adapter.embed(inputs, ready)
         like = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
         keep = inputs.get("logits_to_keep", 0)
         out = prompt_pass(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mminfer.attention import routed_attention
-from mminfer.cache.kv_cache import CompressedCache, CompressedLayer
+from mminfer.cache.kv_cache import CompressedCache, CompressedLayer, Places
 from mminfer.config import InferenceConfig
 from mminfer.layer_attention import LayerAttention
 from mminfer.layout import TokenLayout
@@ -73,7 +73,8 @@ def prompt_pass(
         layout = _after(layout, cache)
     if config.positions is not None:
         layout = config.positions.apply(layout, adapter.spec.max_position_embeddings)
-    next_position, run_position = layout.next_position, layout.last_in_run
+    next_position = layout.next_position
+    places = Places(next_position, layout.resume_position, layout.last_in_run)
     earlier = cache.tokens or (0,) * layout.num_sequences
     record = PromptRecord(earlier, layout.lengths, layout.visual_lengths, ahead=_ahead(layout))
     length = cache.rotary_length or float(next_position.max())
@@ -99,7 +100,7 @@ def prompt_pass(
             if progress is not None:
                 progress(len(rows) * sum(record.prompt) // len(layout))
         taken_in = [a + b for a, b in zip(earlier, record.prompt, strict=True)]
-        cache.commit(cache.layers, columns, taken_in, next_position, run_position, length)
+        cache.commit(cache.layers, columns, taken_in, places, length)
     except BaseException:
         undo()
         raise
@@ -180,12 +181,12 @@ def frequency_factors(config: InferenceConfig, spec: ModelSpec, length: float) -
 def _after(layout: TokenLayout, cache: CompressedCache) -> TokenLayout:
     """The layout moved so that each sequence's first token stands at its next position."""
     first = layout.position[:, [start for start, _ in layout.spans]].amin(0)
-    shift = cache.next_position.to(first.device) - first
+    shift = cache.places.resume.to(first.device) - first
     return replace(
         layout,
         position=layout.position + shift[layout.sequence],
         next_position=layout.next_position + shift,
-        run_before=cache.run_position.to(first.device),
+        run_before=cache.places.run.to(first.device),
     )
 
 

@@ -18,6 +18,12 @@ class ReadingBar:
 
     def __init__(self, bar: tqdm[Any] | None) -> None:
         self._bar = bar
+        self._before = 0  # tokens of the chats that are through
+
+    def begin(self) -> None:
+        """A chat's prompt begins."""
+        if self._bar is not None:
+            self._before = self._bar.n
 
     def advance(self, tokens: int) -> None:
         if self._bar is not None:
@@ -26,7 +32,7 @@ class ReadingBar:
     def expect(self, done: int, parts: int | None) -> None:
         """Takes the tokens read so far for those of `done` of `parts` parts; None: nobody knows how many there are."""
         if self._bar is not None and parts is not None and done > 0:
-            self._bar.total = self._bar.n * max(parts, done) // done
+            self._bar.total = self._before + (self._bar.n - self._before) * max(parts, done) // done
             self._bar.refresh()
 
 

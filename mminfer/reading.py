@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mminfer.embeddings import as_text, filler_token
+from mminfer.embeddings import as_text, check_fillers
 from mminfer.errors import InputError
 from mminfer.messages import Message, Part
 from mminfer.models.base import ModelAdapter
@@ -37,11 +37,17 @@ class _Piece:
     text: str = ""
     media: list[Part] = field(default_factory=list)
     texts: int = 0
+    is_text: bool = True  # nothing but text of the template and the user
+
+    @property
+    def images(self) -> int:
+        return sum(part["type"] == "image" for part in self.media)
 
     def extend(self, other: _Piece) -> None:
         self.text += other.text
         self.media += other.media
         self.texts += other.texts
+        self.is_text &= other.is_text
 
 
 class Reading:
@@ -94,6 +100,7 @@ class Reading:
         self._closes, self._size = closes, piece_size
         self._loaded: dict[str, deque[Part]] = {"image": deque(), "video": deque()}
         self._embeddings: deque[Part] = deque()
+        self._embeds, self._fillers = False, list[Part]()
         self._hold(media)
         self._rendered_at_start, self._read_ahead = rendered, ""
         self._costs: dict[str, int] = {}
@@ -104,7 +111,7 @@ class Reading:
         least = self._host.adapter.least_images_in_a_call
         waiting: _Piece | None = None  # for what may have to join it
         for piece in self._pieces(least):
-            if waiting is not None and len(piece.media) < least:
+            if waiting is not None and piece.images < least:
                 waiting.extend(piece)
                 continue
             if waiting is not None:
@@ -115,23 +122,31 @@ class Reading:
                 waiting = None
         if waiting is not None:
             yield self._inputs(waiting)
-        if any(self._loaded.values()):
-            raise InputError("the model's chat template shows fewer placeholders than there are images and videos")
+        if any(self._loaded.values()) or self._embeddings:
+            raise InputError("the model's chat template shows fewer images, videos or embeddings than there are")
 
     def _pieces(self, least: int) -> Iterator[_Piece]:
-        """The new text with its media, of about the size asked for, and `least` media in each but the last."""
-        piece = _Piece()
+        """The new text with its media, of about the size asked for, and `least` images in each but the last."""
+        piece, most = _Piece(), least
         for kind, segment in self._segments():
             texts = self._text_tokens(segment)
             size = piece.texts + texts + (len(piece.media) + (kind is not None)) * self._per_medium
-            full = self._size is not None and size > self._size
-            unknown = self._size is not None and kind is not None and not self._per_medium
-            # The first media go alone: then it is known what one takes.
-            if len(piece.media) >= least and (full or unknown):
+            # Twice as many media at most as in the piece before: what they take may grow.
+            full = self._size is not None and (size > self._size or len(piece.media) >= most)
+            begins = kind is not None or self._template.begins_with_rows(segment)
+            if full and begins and not piece.is_text and (piece.images == 0 or piece.images >= least):
                 yield piece
-                piece = _Piece()
-            piece.extend(_Piece(segment, [] if kind is None else [self._loaded[kind].popleft()], texts))
-        yield piece
+                piece, most = _Piece(), max(most, 2 * len(piece.media))
+            medium = [] if kind is None else [self._loaded[kind].popleft()]
+            piece.extend(_Piece(segment, medium, texts, kind is None and not begins))
+        self._refuse_nothing()
+        if piece.text or piece.media:
+            yield piece
+
+    def _refuse_nothing(self) -> None:
+        parts = [part for message in self.messages for part in message["content"]]
+        if self._closes and not any(part["type"] != "text" or part["text"].strip() for part in parts):
+            raise InputError("the prompt is empty: wanted text, an image or a video")
 
     @property
     def parts_done(self) -> int:
@@ -156,7 +171,8 @@ class Reading:
         while True:
             group = waiting
             for part in self._parts:
-                if self._size is not None and len(group) >= GROUP and part["type"] in self._loaded:
+                enough = len(group) >= GROUP or (part["type"] == "video" and group)
+                if self._size is not None and enough and part["type"] != "text":
                     break
                 group.append(part)
             else:
@@ -170,9 +186,20 @@ class Reading:
     def _take(self, parts: Iterable[Part]) -> None:
         for part in parts:
             check_placeholders(self._host.processor, [part])
+            self._check_rows(part)
             self.messages[-1]["content"].append(bare(part, self._host.processor))
             self.parts_read += 1
             self._hold([part])
+
+    def _check_rows(self, part: Part) -> None:
+        """Embeddings and texts that hold their filler do not go together."""
+        if part["type"] == "embedding":
+            self._embeds = True
+            check_fillers(self._host.processor, self._fillers)
+        elif part["type"] == "text" and (self._template.filler or "\n") in part["text"]:
+            self._fillers.append(part)
+            if self._embeds:
+                check_fillers(self._host.processor, [part])
 
     def _hold(self, parts: Iterable[Part]) -> None:
         """Keeps what parts show until their piece comes."""
@@ -183,11 +210,12 @@ class Reading:
     def _stretch(self, group: list[Part], following: Part, count: int) -> str:
         """What the template makes of a group, up to the medium that follows it."""
         shown = [bare(part, self._host.processor) for part in (*group, following)]
-        here = self._template.between_media(shown) if count else ""
+        rows = len(following["embedding"]) if following["type"] == "embedding" else 0
+        here = self._template.between_media(shown, rows) if count else ""
         if count < 2:  # a template may look back, to number images for instance: the second group would show it
             last = self.messages[-1]
             messages = [*self.messages[:-1], {**last, "content": [*last["content"], shown[-1]]}]
-            whole = self._new(self._template.before_last_medium(messages))
+            whole = self._new(self._template.before_last_medium(messages, rows))
             if count and whole != here:
                 raise InputError(
                     "the model's chat template makes an image's text depend on the images before it, so content "
@@ -243,7 +271,7 @@ class Reading:
 
     def _embeddings_in(self, text: str) -> Iterator[Part]:
         """The embeddings whose fillers stand in a text."""
-        rows = text.count(filler_token(self._host.processor) or "") if self._embeddings else 0
+        rows = text.count(self._template.filler or "\n") if self._embeddings else 0
         while rows > 0 and self._embeddings:
             part = self._embeddings.popleft()
             rows -= len(part["embedding"])

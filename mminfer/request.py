@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import BatchFeature
 
-from mminfer.embeddings import as_text, filler_id, ready_rows
+from mminfer.embeddings import as_text, check_fillers, filler_id, ready_rows
 from mminfer.errors import InputError
 from mminfer.media import spread
 from mminfer.messages import Message, Part
@@ -61,6 +61,7 @@ def build_inputs(
     embeddings = [part for part in parts if part["type"] == "embedding"]
     check_placeholders(processor, parts)
     if embeddings:
+        check_fillers(processor, parts)
         chats = [[_shown(message, processor) for message in chat] for chat in chats]
     try:
         inputs = processor.apply_chat_template(
@@ -95,15 +96,14 @@ def build_piece(
     Args:
         processor: the host's.
         rendered: what the chat template made, with a placeholder for each image and video, and fillers for embeddings.
-        parts: the piece's parts, as `normalise_messages` gave them.
+        parts: the piece's images, videos and embeddings, as `normalise_messages` gave them.
         first: whether the chat begins here; tokenizers may put a start token there.
         device: where the tensors go.
         dtype: of the floating-point tensors; None leaves them as they are.
 
     Raises:
-        InputError: a text holds a placeholder of an image or video, or the processor refuses the piece.
+        InputError: the processor refuses the piece.
     """
-    check_placeholders(processor, parts)
     start = processor.tokenizer.bos_token
     special = first and not (start is not None and rendered.startswith(start))
     images = [part["image"] for part in parts if part["type"] == "image"]

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from threading import Lock
+from threading import Lock, get_ident
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from mminfer_kernels import record_backends
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
 from mminfer.cache.kv_cache import CACHE_NAME, ROOM, CompressedCache
 from mminfer.config import InferenceConfig
+from mminfer.errors import InputError
 from mminfer.metrics.memory import Peak, peak_memory
 from mminfer.metrics.records import PromptRecord, joined, stacked
 from mminfer.metrics.stats import CallTimes, stats_of
@@ -26,7 +29,34 @@ from mminfer.reading import Host, Reading
 from mminfer.request import READY, GenerationOutput
 
 MOST_ROOM = 1024  # beyond, a cache grows when the tokens come
-_locks: WeakKeyDictionary[nn.Module, Lock] = WeakKeyDictionary()  # engines may share a model
+COPIES = ("num_beams", "num_return_sequences")
+
+
+class ReadingStopped(Exception):
+    """Whoever asked for an answer has gone while its prompt was read."""
+
+
+class OneAtATime:
+    """A lock that tells a thread that it would wait for itself."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._owner: int | None = None
+
+    def __enter__(self) -> None:
+        if self._owner == get_ident():
+            raise InputError(
+                "content that is being read asks the model that reads it: make it before, or load the model once more"
+            )
+        self._lock.acquire()
+        self._owner = get_ident()
+
+    def __exit__(self, *args: object) -> None:
+        self._owner = None
+        self._lock.release()
+
+
+_locks: WeakKeyDictionary[nn.Module, OneAtATime] = WeakKeyDictionary()  # engines may share a model
 
 
 @dataclass(frozen=True)
@@ -58,7 +88,7 @@ class Runner:
     ) -> None:
         self._model, self._processor, self._adapter = model, processor, adapter
         self._config, self._compile = config, compile
-        self._lock = _locks.setdefault(model, Lock())
+        self._lock = _locks.setdefault(model, OneAtATime())
 
     @property
     def device(self) -> torch.device:
@@ -78,8 +108,11 @@ class Runner:
             start: `time.perf_counter()` when the request came in.
             generation_kwargs: the host's.
         """
+        generation_kwargs.pop("stopped", None)  # one pass cannot be stopped
+        self.check_names(generation_kwargs)
+        ready, copies = inputs.get(READY), self.copies(generation_kwargs)
         with self._generating(generation_kwargs, RunOptions()) as call:
-            call.handle.ready = inputs.get(READY)
+            call.handle.ready = ready if ready is None else ready.repeated(copies)
             call.generate({name: value for name, value in inputs.items() if name != READY})
         return self._outputs(call, call.handle.records[-1], start)
 
@@ -106,11 +139,16 @@ class Runner:
             caches: what earlier turns left of each chat, or empty ones.
             start: `time.perf_counter()` when the request came in.
             options: how the prompts go in.
-            generation_kwargs: the host's.
+            generation_kwargs: the host's; `stopped` is called after each chunk and ends the reading if it gives True.
+
+        Raises:
+            ReadingStopped: it did.
         """
-        copies = max(generation_kwargs.get(name) or 1 for name in ("num_beams", "num_return_sequences"))
+        stopped: Callable[[], bool] | None = generation_kwargs.pop("stopped", None)
+        self.check_names(generation_kwargs)
+        copies = self.copies(generation_kwargs)
         with self._generating(generation_kwargs, options) as call:
-            last, records = self._take_in(call.handle, readings, caches, options)
+            last, records = self._take_in(call.handle, readings, caches, options, stopped)
             cache = CompressedCache.stack(caches)
             if copies > 1:  # the host repeats its inputs so, but not a cache that it is given
                 cache.batch_repeat_interleave(copies)
@@ -128,20 +166,31 @@ class Runner:
         readings: Sequence[Reading],
         caches: Sequence[CompressedCache],
         options: RunOptions,
+        stopped: Callable[[], bool] | None = None,
     ) -> tuple[Tensor, list[PromptRecord]]:
-        """Logits [B, 1, vocabulary] of the last tokens, and a record of each reading."""
+        """Logits [B, 1, vocabulary] of the last tokens, and a record of each reading that held any."""
         logits, records = [], []
+        handle.reading = True
         with reading_bar(options.progress) as bar:
-            handle.progress = bar.advance
+
+            def progress(tokens: int) -> None:
+                bar.advance(tokens)
+                if stopped is not None and stopped():
+                    raise ReadingStopped
+
+            handle.progress = progress
             for reading, cache in zip(readings, caches, strict=True):
-                first = len(handle.records)
+                first, output = len(handle.records), None
+                bar.begin()
                 for inputs in reading:
                     handle.ready = inputs.pop(READY, None)
                     output = self._model(**inputs, **{CACHE_NAME: cache}, logits_to_keep=1, use_cache=True)
                     bar.expect(reading.parts_done, reading.parts_expected)
-                logits.append(output.logits)
-                records.append(joined(handle.records[first:]))
-        return torch.cat(logits), records
+                if output is not None:
+                    logits.append(output.logits)
+                    records.append(joined(handle.records[first:]))
+        handle.reading = False
+        return torch.cat(logits) if logits else torch.empty(0), records
 
     @contextmanager
     def _generating(self, generation_kwargs: dict[str, Any], options: RunOptions) -> Iterator[_Call]:
@@ -154,7 +203,8 @@ class Runner:
             peak_memory(self.device) as peak,
         ):
             handle.room = min(max(ROOM, generation_kwargs.get("max_new_tokens") or 0), MOST_ROOM)
-            handle.end_ids = set() if generation_kwargs.get("num_beams", 1) > 1 else self._end_ids(generation_kwargs)
+            beams = self._setting(generation_kwargs, "num_beams") or 1
+            handle.end_ids = set() if beams > 1 else self._end_ids(generation_kwargs)
             yield _Call(self._model, handle, generation_kwargs, backends, peak)
 
     def _outputs(self, call: _Call, record: PromptRecord, start: float) -> list[GenerationOutput]:
@@ -170,9 +220,26 @@ class Runner:
             outputs.append(GenerationOutput(text, token_ids, stats, logits))
         return outputs
 
-    def _end_ids(self, generation_kwargs: dict[str, Any]) -> set[int]:
+    def copies(self, generation_kwargs: dict[str, Any]) -> int:
+        """How many times the host repeats every sequence: beams, or sequences to return."""
+        return max(self._setting(generation_kwargs, name) or 1 for name in COPIES)
+
+    def check_names(self, generation_kwargs: dict[str, Any]) -> None:
+        """Raises `InputError` for names that the host will not know, which it would say after the prompt only."""
+        known = {"tokenizer", *vars(GenerationConfig()), *vars(self._model.generation_config)}
+        for function in (self._model.generate, self._model.forward):
+            known |= set(inspect.signature(function).parameters)
+        unknown = [name for name in generation_kwargs if name not in known]
+        if unknown:
+            raise InputError(f"generate() knows no argument {', '.join(unknown)}: leave it out, or check its spelling")
+
+    def _setting(self, generation_kwargs: dict[str, Any], name: str) -> Any:
+        """A setting of generation: of the call, else of the config it passes, else the model's."""
         given = generation_kwargs.get("generation_config") or self._model.generation_config
-        end = generation_kwargs.get("eos_token_id", given.eos_token_id)
+        return generation_kwargs.get(name, getattr(given, name, None))
+
+    def _end_ids(self, generation_kwargs: dict[str, Any]) -> set[int]:
+        end = self._setting(generation_kwargs, "eos_token_id")
         return set() if end is None else set(end) if isinstance(end, (list, tuple)) else {end}
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import StoppingCriteria, TextStreamer
 
 from mminfer.request import GenerationOutput
+from mminfer.running import ReadingStopped
 
 _END = object()
 
@@ -36,7 +37,10 @@ class TextStream(Iterator[str]):
 
     def _work(self) -> None:
         try:
-            self.output = self._run(streamer=self._streamer, stopping_criteria=[_StopOn(self._stop)])
+            criteria = [_StopOn(self._stop)]
+            self.output = self._run(streamer=self._streamer, stopping_criteria=criteria, stopped=self._stop.is_set)
+        except ReadingStopped:
+            pass  # nobody waits for an answer
         except BaseException as error:  # handed to the reader, whatever it is
             self._error = error
         finally:
@@ -53,7 +57,7 @@ class TextStream(Iterator[str]):
         raise StopIteration
 
     def close(self) -> None:
-        """Stops the generation after its current token."""
+        """Stops the generation after its current token, or the reading of a prompt after its current chunk."""
         self._stop.set()
         self._thread.join()
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
+from mminfer.embeddings import filler_token
 from mminfer.errors import InputError
 from mminfer.messages import Message, Part
 
@@ -25,6 +26,7 @@ class Template:
         found = {kind: getattr(processor, f"{kind}_token", None) for kind in ("image", "video")}
         self._kinds = {mark: kind for kind, mark in found.items() if mark}
         begin = re.escape(getattr(processor, "vision_start_token", None) or "")
+        self.filler = filler_token(processor)  # of a ready-made row
         self._mark = re.compile(f"(?:{begin})?({'|'.join(map(re.escape, self._kinds))})")
 
     def closed(self, messages: Sequence[Message]) -> str:
@@ -35,16 +37,30 @@ class Template:
         """The chat up to where the user's last turn would go on; white space there belongs to what follows."""
         return self._opened(messages).rstrip()
 
-    def before_last_medium(self, messages: Sequence[Message]) -> str:
-        """The chat up to the last image or video of the user's last turn."""
+    def before_last_medium(self, messages: Sequence[Message], rows: int = 0) -> str:
+        """The chat up to the last image or video of the user's last turn; up to its last `rows` fillers, if any."""
         text = self._opened(messages)
-        return text[: self._places(text)[-1]]
+        return text[: self._last(text, rows)]
 
-    def between_media(self, parts: Sequence[Part]) -> str:
-        """What stands from the first medium of these parts of one turn up to the last one."""
+    def between_media(self, parts: Sequence[Part], rows: int = 0) -> str:
+        """What stands from the first medium or filler of these parts of one turn up to the last one, as above."""
         text = self._opened([{"role": "user", "content": list(parts)}])
-        places = self._places(text)
-        return text[places[0] : places[-1]]
+        first = self._places(text, least=0)[:1]
+        if self.filler and self.filler in text:
+            first.append(text.index(self.filler))
+        if not first:
+            raise _no_placeholder()
+        return text[min(first) : self._last(text, rows)]
+
+    def begins_with_rows(self, segment: str) -> bool:
+        """Whether a segment begins with a ready-made row."""
+        return bool(self.filler) and segment.startswith(str(self.filler))
+
+    def _last(self, text: str, rows: int) -> int:
+        if not rows:
+            return self._places(text)[-1]
+        filler = str(self.filler)
+        return text.rindex(filler) + len(filler) - rows * len(filler)
 
     def segments(self, text: str) -> list[tuple[str | None, str]]:
         """The text cut before each medium: pairs of "image" or "video" (None: before the first one) and text."""
@@ -65,9 +81,7 @@ class Template:
     def _places(self, text: str, least: int = 1) -> list[int]:
         places = [m.start() for m in self._mark.finditer(text)]
         if len(places) < least:
-            raise InputError(
-                "the model's chat template shows no placeholder for an image or video: pass messages whole"
-            )
+            raise _no_placeholder()
         return places
 
     def _opened(self, messages: Sequence[Message]) -> str:
@@ -83,3 +97,7 @@ class Template:
             list(messages), tokenize=False, add_generation_prompt=generation_prompt
         )
         return rendered
+
+
+def _no_placeholder() -> InputError:
+    return InputError("the model's chat template shows no placeholder for an image, video or embedding")

@@ -16,7 +16,8 @@ from mminfer import (
     patched,
 )
 from mminfer.cache.kv_cache import CACHE_NAME
-from tests.tiny import FAMILIES, IMAGE, skip_if_refused, tiny_inputs, tiny_model
+from tests.tiny import FAMILIES, IMAGE, VIDEO, skip_if_refused, tiny_inputs, tiny_model
+from tests.tiny_models import VIDEO_ID
 
 PROMPTS = [[3, IMAGE, IMAGE, 5, IMAGE, 4], [2, IMAGE, 9]]
 CONFIGS = {
@@ -24,6 +25,7 @@ CONFIGS = {
     "v2pe": InferenceConfig(V2PE(1 / 16)),
     "merge": InferenceConfig(V2PE(0.3), AIMMerge(0.5)),
     "skip": InferenceConfig(skip=OperatorSkip(ffn=[0, 2])),
+    "skip-attention": InferenceConfig(skip=OperatorSkip(attention=[1])),
     "lookm-all": InferenceConfig(cache=LookM(1.0, 0.0)),
     "lookm-roomy": InferenceConfig(cache=LookM(budget=10_000)),
 }
@@ -130,3 +132,24 @@ def test_pruning_judges_one_chunk_at_a_time():
         rows[size] = [layer.rows[0] for layer in handle.records[-1].layers]
     assert rows[20][:2] == rows[None][:2]
     assert all(0 <= a - b <= 1 for a, b in zip(rows[20], rows[None], strict=True))  # rounded down chunk by chunk
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+def test_text_behind_a_long_video_is_gone_on_from(family):
+    """A video reaches further on the axis of time than the text behind it; the next stretch goes on from the text."""
+    model = tiny_model(family)
+    first, both = (tiny_inputs(family, [p]) for p in ([3, VIDEO, 2], [3, VIDEO, 2, IMAGE, 4]))
+    long = {"video_grid_thw": torch.tensor([[24, 4, 8]])}
+    start = first["input_ids"].shape[1]
+    video = torch.randn(24 * 4 * 8, 3 * 2 * 16, generator=torch.Generator().manual_seed(0))
+    marks = (first["input_ids"][0] == VIDEO_ID).nonzero()[:, 0]
+    ids = first["input_ids"][0]
+    head = torch.cat([ids[: marks[0]], torch.full((24 * 8,), VIDEO_ID), ids[marks[-1] + 1 :]])[None]
+    tail = both["input_ids"][:, start:]
+    clip = {"pixel_values_videos": video, **long}
+    image = {name: both[name] for name in ("pixel_values", "image_grid_thw")}
+    with patched(model, InferenceConfig()):
+        cache = model(input_ids=head, **clip, use_cache=True, logits_to_keep=1)[CACHE_NAME]
+        pieces = model(input_ids=tail, **image, **{CACHE_NAME: cache}, use_cache=True).logits
+        whole = model(input_ids=torch.cat([head, tail], 1), **clip, **image, use_cache=True).logits
+    torch.testing.assert_close(pieces, whole[:, head.shape[1] :], rtol=0, atol=1e-4)

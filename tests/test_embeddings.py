@@ -11,6 +11,7 @@ from mminfer.models.registry import adapter_for
 from tests.tiny import FAMILIES, IMAGE, tiny_inputs, tiny_model
 
 QUESTION = "Which image shows a blue 1?"
+QUESTION_CHAT = {"role": "user", "content": QUESTION}
 
 
 @pytest.fixture(scope="module")
@@ -143,5 +144,54 @@ def test_wrong_embeddings_are_refused(engine, part, wanted):
 def test_the_filler_is_no_token_of_media_or_template(engine):
     assert filler_token(engine.processor) == "<|pad|>"
     part = {"type": "embedding", "embedding": torch.zeros(2, 192)}
-    with pytest.raises(InputError, match="3 of 2 rows"):
-        engine.generate([part, "a <|pad|> b"])
+    for parts in ([part, "a <|pad|> b"], ["a <|pad|> b", part]):
+        for size in (None, 100):
+            with pytest.raises(InputError, match=r"'a <\|pad\|> b' holds"):
+                engine.generate(parts, prefill_chunk_size=size)
+    assert engine.generate("What is <|pad|>?", max_new_tokens=1).token_ids
+
+
+def test_one_row_goes_on_in_an_open_turn(engine, features):
+    """It is no step of decoding, though it is one token with nothing to see."""
+    part = {"type": "embedding", "embedding": features[0][:1]}
+    chat = engine.chat(output_logits=True)
+    chat.read("Background:")
+    chat.read([part])
+    assert chat.cache.tokens == engine_tokens(engine, ["Background:", part])
+    whole = engine.generate(["Background:", part, QUESTION], output_logits=True)
+    torch.testing.assert_close(chat.send(QUESTION).logits, whole.logits, rtol=0, atol=1e-4)
+
+
+def engine_tokens(engine, content):
+    chat = engine.chat()
+    chat.read(content)
+    return chat.cache.tokens
+
+
+def test_embeddings_go_with_beams(engine, content, features):
+    chats = [[{"role": "user", "content": [*embedded(content[:4], features), QUESTION]}], [QUESTION_CHAT]]
+    ours, theirs = (
+        engine.generate(chats, max_new_tokens=3, num_beams=3, num_return_sequences=2, prefill_chunk_size=size)
+        for size in (None, 5000)
+    )
+    assert [o.token_ids for o in ours] == [o.token_ids for o in theirs]
+
+
+def test_many_embeddings_come_piece_by_piece(engine, features):
+    """An iterator of them is not drained at once, and nothing changes."""
+    config = InferenceConfig(V2PE(1 / 16))
+    engine, ahead = with_config(engine, config), []
+    parts = [{"type": "embedding", "embedding": features[k % 8]} for k in range(120)]
+    chat = engine.chat(prefill_chunk_size=200, output_logits=True)
+
+    def given():
+        for k, part in enumerate(parts):
+            ahead.append(k - sum(chat.cache.tokens) // 64)
+            yield part
+
+    chat.read(given())
+    assert max(ahead) < 60  # two groups for the template, and one in its piece
+    whole = engine.chat(output_logits=True)
+    whole.read(parts)
+    ours, theirs = chat.send(QUESTION), whole.send(QUESTION)
+    torch.testing.assert_close(ours.logits, theirs.logits, rtol=0, atol=1e-4)

@@ -1,10 +1,18 @@
 """Prompts that the engine takes in piece by piece, from lists and iterators, equal the prompt at once."""
 
+import gc
+import time
+from itertools import pairwise
+
+import numpy as np
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from mminfer import V2PE, AIMMerge, ConfigError, Engine, InferenceConfig, InputError, LookM, nano
+from mminfer.cache.kv_cache import CompressedLayer
 from mminfer.messages import MediaOptions, load_parts
+from mminfer.metrics.memory import resident_bytes
 from mminfer.reading import Host, Reading
 from tests.tiny_models import llava_onevision_engine
 
@@ -210,3 +218,117 @@ def test_an_image_in_a_piece_is_encoded_as_in_the_whole_prompt(content, count):
     )
     assert pieces.stats.visual_tokens == whole.stats.visual_tokens
     torch.testing.assert_close(pieces.logits, whole.logits, rtol=0, atol=1e-4)
+
+
+def test_what_was_read_is_let_go_of_after_a_stop(engine, content):
+    """No layer of a cache outlives the call that was stopped, and memory is back where it was."""
+
+    def held():
+        gc.collect()
+        return sum(isinstance(thing, CompressedLayer) for thing in gc.get_objects())
+
+    def stopped():
+        yield from (content[2] for _ in range(200))
+        raise KeyboardInterrupt
+
+    before, resident = held(), resident_bytes()
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate(stopped(), prefill_chunk_size=1000)
+    assert held() == before
+    assert resident_bytes() - resident < 60 * 2**20  # two caches would be 80 MiB
+
+
+@pytest.mark.parametrize("order", ["ivivi", "viiv", "ivvvi"])
+def test_videos_do_not_count_among_a_pieces_two_images(content, order):
+    engine = Engine(*llava_onevision_engine())
+    image = next(part for part in content if part["type"] == "image")
+    video = {"type": "video", "video": np.zeros((2, 16, 16, 3), np.uint8)}
+    parts = [image if kind == "i" else video for kind in order]
+    whole, pieces = (
+        engine.generate([*parts, "What?"], max_new_tokens=2, output_logits=True, prefill_chunk_size=size)
+        for size in (None, 60)
+    )
+    assert pieces.stats.visual_tokens == whole.stats.visual_tokens
+    torch.testing.assert_close(pieces.logits, whole.logits, rtol=0, atol=1e-4)
+
+
+def test_pieces_of_one_token_go_in(engine, content):
+    chat, whole = (engine.chat(output_logits=True) for _ in range(2))
+    for text in ("Hi", "you"):
+        chat.read(text)
+    whole.read(["Hi", "you"])
+    assert chat.cache.tokens == whole.cache.tokens
+    torch.testing.assert_close(chat.send("").logits, whole.send("").logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [None, 100])
+def test_an_empty_prompt_is_refused_and_an_empty_reading_adds_nothing(engine, content, size):
+    for nothing in ("", [], iter([]), ["  "]):
+        with pytest.raises(InputError, match="empty"):
+            engine.generate(chat_of(nothing), prefill_chunk_size=size)
+    chat = engine.chat(prefill_chunk_size=size)
+    with pytest.raises(InputError, match="empty"):
+        chat.send([])
+    chat.read(content)
+    held = chat.cache.lengths
+    chat.read(iter([]))
+    assert chat.cache.lengths == held and chat.send(QUESTION["text"]).text == "WB"
+
+
+def test_an_iterator_that_asks_the_model_is_told_so(engine, content):
+    with pytest.raises(InputError, match="asks the model that reads it"):
+        engine.chat(prefill_chunk_size=100).read(engine.generate(content[:3]).text for _ in range(2))
+    assert engine.generate([*content, QUESTION]).text == "WB"
+
+
+def test_a_stream_stops_while_its_prompt_is_read(engine, content):
+    taken = []
+
+    def endless():
+        while True:
+            taken.append(1)
+            yield content[2]
+
+    stream = engine.stream(endless(), prefill_chunk_size=200)
+    while len(taken) < 50:
+        time.sleep(0.01)
+    stream.close()
+    count = len(taken)
+    time.sleep(0.1)
+    assert len(taken) == count and stream.output is None
+    assert list(stream) == []
+
+
+def test_generation_arguments_are_looked_at_before_the_prompt(engine, content, monkeypatch):
+    monkeypatch.setattr(Reading, "__iter__", lambda self: pytest.fail("read"))
+    with pytest.raises(InputError, match="max_new_tokns"):
+        engine.generate([*content, QUESTION], prefill_chunk_size=100, max_new_tokns=3)
+    with pytest.raises(InputError, match="goes on from one answer"):
+        engine.chat(prefill_chunk_size=100).send("x", generation_config=GenerationConfig(num_beams=2))
+
+
+def test_beams_of_a_generation_config(engine, content):
+    config = GenerationConfig(num_beams=3, max_new_tokens=3, eos_token_id=1, pad_token_id=0)
+    ours, theirs = (
+        engine.generate([*content, QUESTION], prefill_chunk_size=size, generation_config=config) for size in (150, None)
+    )
+    assert ours.token_ids == theirs.token_ids
+
+
+def test_pieces_grow_no_faster_than_twofold(engine, content):
+    """What one image takes may grow from piece to piece."""
+    host, parts = engine.runner.host, list(load_parts([content[2]] * 40, "", MediaOptions()))
+    held = [piece["pixel_values"].shape[0] for piece in Reading(host, chat_of([]), parts, piece_size=100_000)]
+    assert held[0] == 1 and sum(held) == 40
+    assert all(later <= 2 * earlier for earlier, later in pairwise(held))
+
+
+def test_placeholders_in_history_are_named(engine, content):
+    history = [
+        {"role": "user", "content": "what is <IMG_CONTEXT>?"},
+        {"role": "assistant", "content": "7"},
+        {"role": "user", "content": [*content, QUESTION]},
+    ]
+    with pytest.raises(InputError, match=r"'what is <IMG_CONTEXT>.'.* holds"):
+        engine.generate(history, prefill_chunk_size=100)

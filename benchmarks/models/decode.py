@@ -23,7 +23,7 @@ from transformers.generation.streamers import BaseStreamer
 from benchmarks.common import interleaved, quantiles, write_rows
 from benchmarks.models.geometries import llava_onevision_05b, llava_onevision_mha, nano_prompt
 from mminfer import InferenceConfig, patch, patched
-from mminfer.cache.kv_cache import CACHE_NAME, CacheEntries, CompressedCache, CompressedLayer
+from mminfer.cache.kv_cache import CACHE_NAME, CacheEntries, CompressedCache, CompressedLayer, Places
 
 OFF = InferenceConfig()
 
@@ -78,7 +78,7 @@ def random_cache(model: Any, entries: int, tokens: int) -> CompressedCache:
         for _ in range(text.num_hidden_layers)
     ]
     end = torch.tensor([float(tokens)], dtype=torch.float64)
-    cache.commit(layers, tokens, [tokens], end, torch.full_like(end, torch.nan))
+    cache.commit(layers, tokens, [tokens], Places.after(end))
     return cache
 
 

@@ -202,6 +202,31 @@ class CompressedLayer(CacheLayerMixin):
         return -1
 
 
+@dataclass(frozen=True, eq=False)
+class Places:
+    """Where the sequences of a cache go on, [B] float64 each.
+
+    Args:
+        decode: with a generated token: behind everything.
+        resume: with the next stretch of the prompt: behind the last token. It differs from `decode` where a video
+            reaches further on the axis of time than the text behind it.
+        run: where the last token stands if that is visual, so that a run of visual tokens may go on; else nan.
+    """
+
+    decode: Tensor
+    resume: Tensor
+    run: Tensor
+
+    @classmethod
+    def after(cls, position: Tensor) -> Places:
+        """Behind text."""
+        return cls(position, position, torch.full_like(position, torch.nan))
+
+    @property
+    def columns(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.decode, self.resume, self.run
+
+
 class CompressedCache(Cache):
     """What a prompt left behind: per layer its entries, and where the sequences go on.
 
@@ -211,8 +236,7 @@ class CompressedCache(Cache):
     Attributes:
         logical_length: the length the host believes in.
         tokens: tokens of each sequence taken in so far, padding not counted.
-        next_position: [B] float64, where each sequence's next text token goes.
-        run_position: [B] float64, where its last token stands if that is visual, so that a run may go on; else nan.
+        places: where the sequences go on.
         rotary_length: positions that the first pass into it reached; 0.0 before. Techniques that scale rotary
             frequencies by the length keep to it, since the keys held were rotated so.
         room: columns that a prompt pass leaves free behind its entries, for the tokens to come.
@@ -224,8 +248,7 @@ class CompressedCache(Cache):
         super().__init__(layers=[])
         self.logical_length = 0
         self.tokens: tuple[int, ...] = ()
-        self.next_position = torch.empty(0, dtype=torch.float64)
-        self.run_position = torch.empty(0, dtype=torch.float64)
+        self.places = Places.after(torch.empty(0, dtype=torch.float64))
         self.rotary_length = 0.0
         self.room = ROOM
 
@@ -234,15 +257,14 @@ class CompressedCache(Cache):
         layers: list[CompressedLayer],
         columns: int,
         tokens: Sequence[int],
-        next_position: Tensor,
-        run_position: Tensor,
+        places: Places,
         rotary_length: float | None = None,
     ) -> None:
         """Takes over what a whole pass made."""
         self.layers = layers
         self.logical_length += columns
         self.tokens = tuple(tokens)
-        self.next_position, self.run_position = next_position, run_position
+        self.places = places
         if rotary_length is not None:
             self.rotary_length = rotary_length
 
@@ -264,8 +286,12 @@ class CompressedCache(Cache):
             layer.advance(columns)
         self.logical_length += columns
         self.tokens = tuple(n + columns for n in self.tokens)
-        self.next_position = self.next_position + columns
-        self.run_position = torch.full_like(self.next_position, torch.nan)
+        self.places = Places.after(self.next_position + columns)
+
+    @property
+    def next_position(self) -> Tensor:
+        """[B] float64, where each sequence's next generated token goes."""
+        return self.places.decode
 
     @property
     def lengths(self) -> list[list[int]]:
@@ -284,8 +310,7 @@ class CompressedCache(Cache):
         layers = [
             CompressedLayer([layer.row(b) for b in range(layer.batch_size)], layer.seen, out) for layer in self.layers
         ]
-        where = (self.next_position, self.run_position, self.rotary_length)
-        out.commit(layers, self.logical_length, self.tokens, *where)
+        out.commit(layers, self.logical_length, self.tokens, self.places, self.rotary_length)
         return out
 
     @classmethod
@@ -303,8 +328,7 @@ class CompressedCache(Cache):
             layers,
             max(c.logical_length for c in caches),
             [c.tokens[0] for c in caches],
-            torch.cat([c.next_position for c in caches]),
-            torch.cat([c.run_position for c in caches]),
+            Places(*map(torch.cat, zip(*(c.places.columns for c in caches), strict=True))),
             max(c.rotary_length for c in caches),
         )
         return out
@@ -314,7 +338,7 @@ class CompressedCache(Cache):
         for layer in self.layers:
             layer.map_rows(beam_idx)
         rows = beam_idx.to(self.next_position.device)
-        self.next_position, self.run_position = self.next_position[rows], self.run_position[rows]
+        self.places = Places(*(column[rows] for column in self.places.columns))
         self.tokens = tuple(self.tokens[i] for i in beam_idx.tolist())
 
     def batch_select_indices(self, indices: Tensor) -> None:

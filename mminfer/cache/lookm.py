@@ -297,7 +297,8 @@ def lookm_keep(
     if len(set(quotas)) > 1:
         raise ValueError(f"sequences keep {quotas} entries before the window: compress them one at a time")
     ranked = score[:, :, :older]
-    if bounded:  # certain ones by score among themselves
+    if bounded:  # certain ones by score among themselves, which float32 could not tell apart after a million tokens
+        ranked = ranked.double()
         ranked = torch.where(
             certain, ranked + (ranked.amax(-1, keepdim=True) - ranked.amin(-1, keepdim=True) + 1), ranked
         )

@@ -7,14 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mminfer.cache.kv_cache import CacheEntries, CompressedCache, CompressedLayer
+from mminfer.cache.kv_cache import CacheEntries, CompressedCache, CompressedLayer, Places
 
+PLACES = ("decode_position", "resume_position", "run_position")
 COLUMNS = ("keys", "values", "is_visual", "score")
 
 
 def cache_tensors(cache: CompressedCache) -> dict[str, Tensor]:
     """Every sequence's entries in every layer, named `layer.sequence.column`, and where the sequences go on."""
-    tensors = {"next_position": cache.next_position, "run_position": cache.run_position}
+    tensors = {name: column.clone() for name, column in zip(PLACES, cache.places.columns, strict=True)}
     for i, layer in enumerate(cache.layers):
         for b in range(layer.batch_size):
             for name, column in zip(COLUMNS, layer.row(b).columns, strict=True):
@@ -50,9 +51,6 @@ def restore_cache(tensors: dict[str, Tensor], facts: dict[str, Any], device: tor
                 raise KeyError(f"{i}.{b}.keys")
             rows.append(CacheEntries.of([None if x is None else x.to(device) for x in columns.values()]))
         layers.append(CompressedLayer(rows, seen, cache))
-    next_position = tensors["next_position"].to(device)
-    # Files from before these were kept: behind text, and nothing scaled.
-    run_position = tensors.get("run_position", torch.full_like(next_position, torch.nan)).to(device)
-    where = (next_position, run_position, facts.get("rotary_length", 0.0))
-    cache.commit(layers, facts["logical_length"], facts["tokens"], *where)
+    places = Places(*(tensors[name].to(device) for name in PLACES))
+    cache.commit(layers, facts["logical_length"], facts["tokens"], places, facts["rotary_length"])
     return cache

@@ -116,9 +116,10 @@ def _model_config(model: str) -> Any:
 
 
 def _answers(name: str, engine: Engine, protocol: NeedleProtocol, sample: Sample, asking: Asking) -> Iterator[Answer]:
-    put = _next_turn if asking.next_turn and name != BLIND else _in_prompt
-    limit = asking.max_new_tokens or protocol.max_new_tokens
-    for question, output, ms, read_ms in put(engine, sample, limit, asking.prefill_chunk_size, name == BLIND):
+    limit, chunk, blind = asking.max_new_tokens or protocol.max_new_tokens, asking.prefill_chunk_size, name == BLIND
+    first = asking.next_turn and not blind
+    replies = _next_turn(engine, sample, limit, chunk) if first else _in_prompt(engine, sample, limit, chunk, blind)
+    for question, output, ms, read_ms in replies:
         stats = output.stats
         yield Answer(
             setting=name,
@@ -145,7 +146,7 @@ def _in_prompt(engine: Engine, sample: Sample, limit: int, chunk: int | None, bl
         yield question, cast("GenerationOutput", output), _ms_since(start), None
 
 
-def _next_turn(engine: Engine, sample: Sample, limit: int, chunk: int | None, blind: bool) -> Iterator[Reply]:
+def _next_turn(engine: Engine, sample: Sample, limit: int, chunk: int | None) -> Iterator[Reply]:
     start = time.perf_counter()
     chat = engine.chat(do_sample=False, prefill_chunk_size=chunk)
     chat.read(sample.content(engine.supports_video))

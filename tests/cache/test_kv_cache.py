@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mminfer import AIMPrune, InferenceConfig, InputError, LookM, patched
-from mminfer.cache.kv_cache import CacheEntries, CompressedCache, CompressedLayer
+from mminfer.cache.kv_cache import CacheEntries, CompressedCache, CompressedLayer, Places
 from tests.tiny import IMAGE, tiny_inputs, tiny_model
 
 
@@ -21,7 +21,7 @@ def layer_of(rows: list[CacheEntries]) -> CompressedLayer:
     cache = CompressedCache()
     layer = CompressedLayer(rows, [len(r) for r in rows], cache)
     ends = torch.tensor([float(len(r)) for r in rows])
-    cache.commit([layer], max(map(len, rows)), [len(r) for r in rows], ends, torch.full_like(ends, torch.nan))
+    cache.commit([layer], max(map(len, rows)), [len(r) for r in rows], Places.after(ends))
     return layer
 
 
