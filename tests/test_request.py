@@ -234,9 +234,6 @@ def test_a_piece_is_what_the_whole_chat_holds_of_it(processor):
         assert torch.equal(torch.cat([piece[key] for piece in pieces], axis), whole[key])
     with pytest.raises(InputError, match="refused the turn"):
         build_piece(processor, "no placeholder", parts[1:2], first=True, device="cpu", dtype=None)
-    with pytest.raises(InputError, match="holds '<video>'"):
-        part = {"type": "text", "text": "<video>"}
-        build_piece(processor, "<video>", [part], first=True, device="cpu", dtype=None)
 
 
 def test_a_videos_times_reach_the_processor(tmp_path):

@@ -12,7 +12,6 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from mminfer import ConfigError, Engine, InferenceConfig, nano, patched
-from mminfer.cache.storage import cache_facts
 from mminfer.decode import STEPS_AHEAD, RotaryAhead
 from mminfer.models.registry import adapter_for
 from mminfer.positions import DynamicNTK, LinearScaling
@@ -315,18 +314,6 @@ def test_saved_chats_and_forks_go_on_with_their_factor(engine, content, techniqu
         again = other.send("Which image shows a blue 1?")
         assert again.token_ids == answer.token_ids and torch.equal(again.logits, answer.logits)
     assert chat.cache.rotary_length == length < float(chat.cache.next_position)
-
-
-def test_chats_saved_before_lengths_were_kept_are_read(engine, content, tmp_path, monkeypatch):
-    def old_facts(cache):
-        return {name: value for name, value in cache_facts(cache).items() if name != "rotary_length"}
-
-    chat = engine.chat(output_logits=True)
-    chat.read(content[:4])
-    monkeypatch.setattr("mminfer.chat.cache_facts", old_facts)
-    chat.save(tmp_path / "chat.safetensors")
-    old = engine.load_chat(tmp_path / "chat.safetensors", output_logits=True)
-    assert torch.equal(old.send("What?").logits, chat.send("What?").logits)
 
 
 @pytest.mark.parametrize("technique", [LinearScaling(2.0), DynamicNTK(length=2000, window=400)], ids=repr)
