@@ -171,7 +171,7 @@ PRESETS: dict[str, InferenceConfig] = {
     ),
     "fast": InferenceConfig(
         merge=AIMMerge(ratio=0.25),
-        prune=AIMPrune(start=1 / 3, end=2 / 3),
+        prune=AIMPrune(start=0.5, end=2 / 3),
         skip=OperatorSkip(ffn=LayerRange(start=0.25)),
     ),
 }
