@@ -15,7 +15,7 @@ import torch
 from benchmarks.common import write_rows
 from benchmarks.quality.needle import contexts
 from mminfer import Engine, InferenceConfig, LookM
-from mminfer.cache.lookm import lookm_keep
+from mminfer.cache import lookm_keep
 
 SAMPLED = {
     "strided 4": LookM(queries="strided", stride=4),

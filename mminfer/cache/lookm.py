@@ -9,20 +9,19 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
-from mminfer_kernels import best_match, column_mass, gather_rows, merge_rows
+from mminfer_kernels import column_mass
 from torch import Tensor
 
 from mminfer.cache.kv_cache import CacheEntries
+from mminfer.cache.lookm_rules import MERGES, lookm_keep, lookm_merge
 from mminfer.errors import ConfigError
 from mminfer.technique import CacheTechnique, check_fraction, is_whole
 
 if TYPE_CHECKING:
     from mminfer.models.base import ModelSpec
 
-MERGES = ("average", "weighted", "pivot", "none")
 QUERIES = ("all", "strided", "last")
 OVERFLOWS = ("evict", "keep")
-SINKS = 4  # first tokens, always kept where text has no priority
 
 
 @dataclass(frozen=True)
@@ -202,160 +201,3 @@ class LookM(CacheTechnique):
 def _sum_of_groups(mass: Tensor, groups: int) -> Tensor:
     """[B, H, N] -> [B, G, N]: the query heads of a group share its entries."""
     return mass.view(mass.shape[0], groups, -1, mass.shape[2]).sum(2)
-
-
-def lookm_compress(
-    k: torch.Tensor,
-    v: torch.Tensor,
-    score: torch.Tensor,
-    visual_mask: torch.Tensor,
-    important_ratio: float,
-    recent_ratio: float,
-    merge: str | None,
-    text_prior: bool = True,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Compress one layer's cache: choose the entries that stay, merge the others into them.
-
-    Args:
-        k, v: [B, G, N, D], keys after rotation.
-        score: [B, G, N], attention each entry received, summed over queries and over the group's query heads.
-        visual_mask: [B, N] or [B, G, N] bool, true at visual entries.
-        important_ratio: fraction of N kept for text and high scores, in (0, 1].
-        recent_ratio: fraction of N kept at the end, in [0, 1]. A sum of 1 or more keeps everything as it is.
-        merge: "average", "weighted", "pivot", or "none" (or None) to evict only.
-        text_prior: whether every text entry stays; otherwise the first four stay and text competes by score.
-
-    Returns:
-        k, v [B, G, S, D] and the kept places [B, G, S] int64, ascending.
-
-    Raises:
-        ConfigError: a ratio or `merge` is out of range.
-        ValueError: shapes that do not fit, or sequences of a batch that keep different numbers of entries.
-
-    Reference:
-        LOOK-M (arXiv 2406.18139), text-prior eviction and merging. The authors' averaging misaligns
-        entries and targets; this
-        follows the paper's definition.
-    """
-    if not 0 < important_ratio <= 1:
-        raise ConfigError(f"important_ratio is {important_ratio}, wanted a kept fraction in (0, 1]")
-    if not 0 <= recent_ratio <= 1:
-        raise ConfigError(f"recent_ratio is {recent_ratio}, wanted a kept fraction in [0, 1]")
-    entries = k.shape[2]
-    full = important_ratio + recent_ratio >= 1
-    important = entries if full else int(entries * important_ratio)
-    kept = lookm_keep(score, visual_mask, important, int(entries * recent_ratio), text_prior)
-    return *lookm_merge(k, v, kept, merge), kept
-
-
-def lookm_keep(
-    score: torch.Tensor,
-    visual_mask: torch.Tensor,
-    num_important: int,
-    num_recent: int,
-    text_prior: bool = True,
-    bounded: bool = False,
-) -> torch.Tensor:
-    """Places that stay: the last `num_recent`, all text, and the best visual entries up to `num_important`.
-
-    Args:
-        score: [B, G, N].
-        visual_mask: [B, N], or [B, G, N] where heads already hold different entries.
-        num_important: K, entries kept before the recent window; text alone may exceed it. All heads of a
-            sequence keep the same number: the one with the most text sets it.
-        num_recent: R, entries kept at the end.
-        text_prior: False keeps the first four entries instead of text, within K, and the best scores of the
-            rest.
-        bounded: whether K holds for text, too: then of more text than that the best scores stay.
-
-    Returns:
-        [B, G, S] int64, ascending; S is at least 1.
-
-    Raises:
-        ConfigError: a negative count.
-        ValueError: shapes that do not fit, or sequences of the batch that keep different numbers of entries.
-    """
-    if score.dim() != 3 or visual_mask.shape not in (score.shape, (score.shape[0], score.shape[2])):
-        raise ValueError(
-            f"score is {list(score.shape)} and visual_mask {list(visual_mask.shape)}, "
-            "wanted [B, G, N] and [B, N] or [B, G, N]"
-        )
-    if num_important < 0 or num_recent < 0:
-        raise ConfigError(f"num_important is {num_important} and num_recent {num_recent}, wanted 0 or more")
-    batch, groups, entries = score.shape
-    older = max(entries - num_recent, 0)
-    places = torch.arange(entries, device=score.device)
-    if num_important >= older:
-        return places.expand(batch, groups, entries).clone()
-    if text_prior:
-        visual = visual_mask if visual_mask.dim() == 3 else visual_mask[:, None]
-        certain = ~visual[:, :, :older]
-    else:
-        certain = (places < SINKS)[:older].expand(batch, 1, older)
-    least = max(num_important, 1 - num_recent)
-    quotas = [least] * batch if bounded else certain.sum(-1).amax(1).clamp(min=least).tolist()
-    if len(set(quotas)) > 1:
-        raise ValueError(f"sequences keep {quotas} entries before the window: compress them one at a time")
-    ranked = score[:, :, :older]
-    if bounded:  # certain ones by score among themselves, which float32 could not tell apart after a million tokens
-        ranked = ranked.double()
-        ranked = torch.where(
-            certain, ranked + (ranked.amax(-1, keepdim=True) - ranked.amin(-1, keepdim=True) + 1), ranked
-        )
-    else:
-        ranked = ranked.masked_fill(certain, torch.inf)
-    chosen = ranked.topk(quotas[0], -1).indices.sort(-1).values
-    return torch.cat((chosen, places[older:].expand(batch, groups, -1)), -1)
-
-
-def lookm_merge(
-    k: torch.Tensor, v: torch.Tensor, kept: torch.Tensor, merge: str | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values at the kept places, every dropped entry merged into the most similar kept key.
-
-    Args:
-        k, v: [B, G, N, D].
-        kept: [B, G, S] int64, ascending.
-        merge: "average": mean of the kept entry and all matched to it; "weighted": the same over
-            `similarity * entry`, of the dropped places whose similarity (mean over heads) reaches the mean
-            over all; "pivot": the same over `(entry + kept entry) / 2`; "none" or None: only drop.
-
-    Returns:
-        k and v [B, G, S, D], in their own dtypes; sums in float32. Values follow the keys' matches.
-
-    Raises:
-        ConfigError: `merge` is not one of these.
-
-    Reference:
-        LOOK-M (arXiv 2406.18139), merging of key-value pairs.
-    """
-    if merge is not None and merge not in MERGES:
-        raise ConfigError(f"merge is {merge!r}, wanted one of {', '.join(MERGES)}")
-    if kept.shape[-1] == k.shape[2]:
-        return k, v
-    kept_k, kept_v = gather_rows(k, kept), gather_rows(v, kept)
-    if merge in (None, "none"):
-        return kept_k, kept_v
-    dropped = _complement(kept, k.shape[2])
-    similarity, match = best_match(gather_rows(k, dropped), kept_k)
-    weight = None
-    if merge == "weighted":
-        # [B, N - S]: heads drop different entries, so the mean over heads goes by order among the dropped
-        reaches = similarity.mean(1) >= similarity.mean((1, 2))[:, None]
-        weight = reaches[:, None].expand_as(similarity).to(similarity.dtype)
-    merged = []
-    for entries, kept_entries in ((k, kept_k), (v, kept_v)):
-        source = gather_rows(entries, dropped).to(similarity.dtype)
-        if merge == "weighted":
-            source = source * similarity[..., None]
-        elif merge == "pivot":
-            source = source.add_(gather_rows(kept_entries, match)).mul_(0.5)
-        merged.append(merge_rows(kept_entries, source, match, src_weight=weight)[0])
-    return merged[0], merged[1]
-
-
-def _complement(kept: torch.Tensor, entries: int) -> torch.Tensor:
-    """Places not in `kept`, ascending: [B, G, N - S]."""
-    dropped = torch.ones(*kept.shape[:-1], entries, dtype=torch.bool, device=kept.device)
-    dropped.scatter_(-1, kept, False)
-    return dropped.nonzero()[:, -1].view(*kept.shape[:-1], -1)

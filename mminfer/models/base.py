@@ -14,6 +14,7 @@ from torch import Tensor
 from mminfer.embeddings import ReadyRows
 from mminfer.errors import InputError, UnsupportedModelError
 from mminfer.layout import Modality, TokenLayout
+from mminfer.models.packing import PackedRows
 
 PIXEL_INPUTS = {Modality.IMAGE: "pixel_values", Modality.VIDEO: "pixel_values_videos"}
 
@@ -232,7 +233,7 @@ class ModelAdapter:
         else:
             ids = inputs["input_ids"][mask]
             embeds = self.model.get_input_embeddings()(ids)
-        packed = _PackedRows(embeds)
+        packed = PackedRows(embeds)
         if ready is not None:
             rows = ready.mask[mask].nonzero()[:, 0]
             packed.put(rows, ready.features, ready.modality, ready.part, rows.new_ones(len(rows)))
@@ -269,54 +270,6 @@ class ModelAdapter:
                 f"pass the {name}s of exactly the placeholders in the prompt, as the processor prepares them"
             )
         return rows
-
-
-class _PackedRows:
-    """Rows of a prompt while they are put together; text until something else is put in their place.
-
-    Args:
-        embeds: [T, C] embeddings of the token ids.
-    """
-
-    def __init__(self, embeds: Tensor) -> None:
-        count = len(embeds)
-        self.embeds = embeds
-        self._modality = torch.zeros(count, dtype=torch.int8, device=embeds.device)
-        self._image_id = torch.full((count,), -1, device=embeds.device)
-        self._size = torch.ones(count, device=embeds.device)
-        self._num_parts = 0
-        self._companions: Tensor | None = None  # [T, K, C]
-
-    def put(self, rows: Tensor, features: Tensor, modality: Tensor, part: Tensor, size: Tensor) -> None:
-        """Embeddings ([K, C]), modality, part they belong to (counted from 0) and patches of some rows ([K] each)."""
-        self.embeds = self.embeds.index_copy(0, rows.to(self.embeds.device), features.to(self.embeds))
-        self._modality[rows] = modality.to(self._modality)
-        visual = modality != Modality.TEXT
-        self._image_id[rows[visual]] = (self._num_parts + part[visual]).to(self._image_id)
-        self._size[rows] = size.to(self._size)
-        self._num_parts += int(part.max()) + 1
-
-    def accompany(self, rows: Tensor, companions: list[Tensor]) -> None:
-        """What joins the hidden states of these rows behind the first layers, if the model has such features."""
-        if not companions:
-            return
-        features = torch.cat(companions).to(self.embeds)  # [K, levels, C]
-        if self._companions is None:
-            self._companions = features.new_zeros(len(self.embeds), *features.shape[1:])
-        self._companions[rows] = features
-
-    def layout(self, sequence: Tensor, position: Tensor, next_position: Tensor) -> TokenLayout:
-        visual = self._modality != Modality.TEXT
-        return TokenLayout(
-            sequence=sequence,
-            modality=self._modality,
-            image_id=self._image_id,
-            size=self._size,
-            source=torch.arange(len(sequence), device=sequence.device),
-            position=position,
-            next_position=next_position,
-            companions=None if self._companions is None else self._companions[visual],
-        )
 
 
 def rescaled(inv_freq: Tensor, factors: Tensor | None) -> Tensor:

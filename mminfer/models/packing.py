@@ -1,0 +1,56 @@
+"""Putting the rows of a prompt together: embeddings of tokens, and what stands in their place."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mminfer.layout import Modality, TokenLayout
+
+
+class PackedRows:
+    """Rows of a prompt while they are put together; text until something else is put in their place.
+
+    Args:
+        embeds: [T, C] embeddings of the token ids.
+    """
+
+    def __init__(self, embeds: Tensor) -> None:
+        count = len(embeds)
+        self.embeds = embeds
+        self._modality = torch.zeros(count, dtype=torch.int8, device=embeds.device)
+        self._image_id = torch.full((count,), -1, device=embeds.device)
+        self._size = torch.ones(count, device=embeds.device)
+        self._num_parts = 0
+        self._companions: Tensor | None = None  # [T, K, C]
+
+    def put(self, rows: Tensor, features: Tensor, modality: Tensor, part: Tensor, size: Tensor) -> None:
+        """Embeddings ([K, C]), modality, part they belong to (counted from 0) and patches of some rows ([K] each)."""
+        self.embeds = self.embeds.index_copy(0, rows.to(self.embeds.device), features.to(self.embeds))
+        self._modality[rows] = modality.to(self._modality)
+        visual = modality != Modality.TEXT
+        self._image_id[rows[visual]] = (self._num_parts + part[visual]).to(self._image_id)
+        self._size[rows] = size.to(self._size)
+        self._num_parts += int(part.max()) + 1
+
+    def accompany(self, rows: Tensor, companions: list[Tensor]) -> None:
+        """What joins the hidden states of these rows behind the first layers, if the model has such features."""
+        if not companions:
+            return
+        features = torch.cat(companions).to(self.embeds)  # [K, levels, C]
+        if self._companions is None:
+            self._companions = features.new_zeros(len(self.embeds), *features.shape[1:])
+        self._companions[rows] = features
+
+    def layout(self, sequence: Tensor, position: Tensor, next_position: Tensor) -> TokenLayout:
+        visual = self._modality != Modality.TEXT
+        return TokenLayout(
+            sequence=sequence,
+            modality=self._modality,
+            image_id=self._image_id,
+            size=self._size,
+            source=torch.arange(len(sequence), device=sequence.device),
+            position=position,
+            next_position=next_position,
+            companions=None if self._companions is None else self._companions[visual],
+        )
