@@ -272,11 +272,26 @@ def test_turns_within_the_budget_vote_too(passes):
     torch.testing.assert_close(second.out.score[0].double(), votes.gather(1, kept), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:LookM")
 @pytest.mark.parametrize("budget", [1, 5, 26, 40])
-def test_a_budget_holds_over_turns_and_steps(budget, passes):
+def test_a_budget_is_a_bound_over_turns(budget, passes):
+    """Visual entries go first; then the text before the recent entries that is looked at least."""
+    cache, counts = feed("llava", InferenceConfig(cache=LookM(budget=budget)), TURNS)
+    texts = [sum(turn[row][0] - turn[row][1] for turn in counts) for row in range(2)]
+    for layer in cache.layers:
+        for row in range(2):
+            visual, recent = layer.row(row).is_visual, budget // 2
+            assert visual.shape[2] == min(budget, layer.seen[row])
+            older = visual[:, :, : visual.shape[2] - recent]
+            assert not older.any() or ((~visual).sum(-1) == texts[row]).all()  # no text gave way to a visual entry
+
+
+@pytest.mark.filterwarnings("ignore:LookM")
+@pytest.mark.parametrize("budget", [1, 5, 26, 40])
+def test_a_budget_that_text_may_outgrow_holds_over_turns_and_steps(budget, passes):
     """Visual entries go first; text is never dropped, so it may exceed the budget alone."""
     model = tiny_model("llava")
-    config = InferenceConfig(cache=LookM(budget=budget))
+    config = InferenceConfig(cache=LookM(budget=budget, text_overflow="keep"))
     cache, counts = feed("llava", config, TURNS)
     texts = [sum(turn[row][0] - turn[row][1] for turn in counts) for row in range(2)]
     for layer in cache.layers:
