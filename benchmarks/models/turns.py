@@ -13,6 +13,9 @@ TURN = [{"type": "text", "text": "Image BD:"}, PICTURE, {"type": "text", "text":
 SETTINGS = {
     "v2pe-16": InferenceConfig(V2PE(1 / 16)),
     "v2pe-16, budget 600": InferenceConfig(V2PE(1 / 16), cache=LookM(budget=600)),
+    "v2pe-16, budget 600, text may pass it": InferenceConfig(
+        V2PE(1 / 16), cache=LookM(budget=600, text_overflow="keep")
+    ),
     "v2pe-16, budget 600, no text prior": InferenceConfig(V2PE(1 / 16), cache=LookM(budget=600, text_prior=False)),
 }
 

@@ -29,7 +29,8 @@ def length() -> Path:
     for panel, cache in zip(panels[0], caches, strict=True):
         for positions, (colour, dash) in CURVES.items():
             own = sorted((int(r["images"]), float(r["accuracy"])) for r in rows if _is(r, cache, positions))
-            panel.plot(*zip(*own, strict=True), dash, color=colour, marker="o", ms=3, label=_name(positions))
+            if own:
+                panel.plot(*zip(*own, strict=True), dash, color=colour, marker="o", ms=3, label=_name(positions))
         window = int(rows[0]["window"])
         panel.axvline(window / 67, color="grey", lw=0.8, ls=":")
         panel.text(window / 67, 3, " plain positions\n leave the window", fontsize=7, color="grey")
