@@ -137,7 +137,7 @@ def _origin(rows: list[dict[str, str]]) -> str:
     r, commits = rows[0], dict.fromkeys(row["commit"] for row in rows)
     told = ", ".join(f"`{commit}`" for commit in commits)
     return (
-        f"{r['device']}, {r['threads']} threads, float32, torch {r['torch']}, transformers {r['transformers']}, commit "
+        f"{r['device']}, {r['threads']} thread{'' if r['threads'] == '1' else 's'}, float32, torch {r['torch']}, transformers {r['transformers']}, commit "
         f"{told}"
     )
 
