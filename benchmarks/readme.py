@@ -136,10 +136,8 @@ def _origin(rows: list[dict[str, str]]) -> str:
     """Where rows come from, for the line below a table; all of one machine, maybe of several commits."""
     r, commits = rows[0], dict.fromkeys(row["commit"] for row in rows)
     told = ", ".join(f"`{commit}`" for commit in commits)
-    return (
-        f"{r['device']}, {r['threads']} thread{'' if r['threads'] == '1' else 's'}, float32, torch {r['torch']}, transformers {r['transformers']}, commit "
-        f"{told}"
-    )
+    threads = "1 thread" if r["threads"] == "1" else f"{r['threads']} threads"
+    return f"{r['device']}, {threads}, float32, torch {r['torch']}, transformers {r['transformers']}, commit {told}"
 
 
 def decode() -> str:
