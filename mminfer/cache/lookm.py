@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ from torch import Tensor
 from mminfer.cache.kv_cache import CacheEntries
 from mminfer.cache.lookm_rules import MERGES, lookm_keep, lookm_merge
 from mminfer.errors import ConfigError
-from mminfer.technique import CacheTechnique, check_fraction, is_whole
+from mminfer.technique import CacheTechnique, LayerWork, check_fraction, is_whole
 
 if TYPE_CHECKING:
     from mminfer.models.base import ModelSpec
@@ -189,13 +188,21 @@ class LookM(CacheTechnique):
         return torch.arange((queries - 1) % self.stride, queries, self.stride, device=device)
 
     def cost(self, spec: ModelSpec, lengths: Sequence[int]) -> int:
-        """One product for the logits, and one of a vote with the probabilities; matching the keys is left out."""
-        pairs = sum(lengths)
-        if self.queries == "strided":
-            pairs //= self.stride
-        elif self.queries == "last":  # of n tokens, n * n / 2 pairs, the last see about n keys each
-            pairs = sum(min(p, int(self.window * math.sqrt(2 * p))) for p in lengths)
-        return 2 * spec.num_attention_heads * (spec.head_dim + 1) * pairs
+        """One product for the logits, and one of a vote with the probabilities, for pairs of queries that count."""
+        return 2 * spec.num_attention_heads * (spec.head_dim + 1) * sum(lengths)
+
+    def layer_cost(self, spec: ModelSpec, work: LayerWork) -> int:
+        """Scores, where the attention did not hand them over, and the matching of dropped keys to kept ones."""
+        if self._keeps_all(work.seen, work.layer_idx):
+            return 0
+        scores = 0 if work.mass_given else self.cost(spec, [self._voting_pairs(work)])
+        matched = 0 if self.merge == "none" else (work.keys - work.kept) * work.kept
+        return scores + 2 * spec.num_key_value_heads * spec.head_dim * matched
+
+    def _voting_pairs(self, work: LayerWork) -> int:
+        """Pairs of the queries whose attention counts, if the queries are the last entries."""
+        chosen = self._chosen(work.queries, torch.device("cpu")) if work.pairs else None
+        return work.pairs if chosen is None else int((chosen + work.keys - work.queries + 1).sum())
 
 
 def _sum_of_groups(mass: Tensor, groups: int) -> Tensor:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 
-PER_SEQUENCE = ("rows", "queries", "ffn", "pairs", "entries")  # fields of a layer's record
+# fields of a layer's record
+PER_SEQUENCE = ("rows", "queries", "ffn", "pairs", "dense_pairs", "entries", "cache_flops", "prune_flops")
 
 
 @dataclass(frozen=True)
@@ -16,17 +18,21 @@ class LayerRecord:
         rows: rows that entered the layer.
         queries: rows that issued a query.
         ffn: rows that went through the FFN.
-        pairs: query-key pairs of the attention.
+        pairs: query-key pairs that the attention looked at.
+        dense_pairs: pairs of all queries with all keys they had before them, whether they saw them or not.
         entries: entries a head that the layer's cache holds afterwards.
-        overhead_flops: what the techniques themselves spent in this layer, over the whole batch.
+        cache_flops: what compressing the cache spent.
+        prune_flops: what choosing the tokens that leave spent.
     """
 
     rows: tuple[int, ...]
     queries: tuple[int, ...]
     ffn: tuple[int, ...]
     pairs: tuple[int, ...]
+    dense_pairs: tuple[int, ...]
     entries: tuple[int, ...]
-    overhead_flops: int = 0
+    cache_flops: tuple[int, ...]
+    prune_flops: tuple[int, ...]
 
 
 @dataclass
@@ -41,6 +47,7 @@ class PromptRecord:
         layers: one record a layer.
         merge_flops: what merging spent, over the whole batch.
         ahead: pairs of each sequence's prompt in which a token sees a later one of its image; empty where none does.
+        vision_flops: of the vision tower and projector, for each sequence; empty where features came ready made.
     """
 
     past: tuple[int, ...]
@@ -50,6 +57,7 @@ class PromptRecord:
     layers: list[LayerRecord] = field(default_factory=list)
     merge_flops: int = 0
     ahead: tuple[int, ...] = ()
+    vision_flops: tuple[int, ...] = ()
 
 
 def joined_layers(chunks: Sequence[Sequence[LayerRecord]]) -> list[LayerRecord]:
@@ -61,7 +69,6 @@ def joined(records: Sequence[PromptRecord]) -> PromptRecord:
     """Passes that took a prompt in piece by piece, as one."""
     if len(records) == 1:
         return records[0]
-    ahead = tuple(map(sum, zip(*(r.ahead or (0,) * len(r.prompt) for r in records), strict=True)))
     return PromptRecord(
         past=records[0].past,
         prompt=tuple(map(sum, zip(*(r.prompt for r in records), strict=True))),
@@ -69,7 +76,8 @@ def joined(records: Sequence[PromptRecord]) -> PromptRecord:
         merged=tuple(map(sum, zip(*(r.merged for r in records), strict=True))),
         layers=joined_layers([r.layers for r in records]),
         merge_flops=sum(r.merge_flops for r in records),
-        ahead=ahead if any(ahead) else (),
+        ahead=_some(map(sum, zip(*(r.ahead or (0,) * len(r.prompt) for r in records), strict=True))),
+        vision_flops=_some(map(sum, zip(*(r.vision_flops or (0,) * len(r.prompt) for r in records), strict=True))),
     )
 
 
@@ -80,24 +88,35 @@ def stacked(records: Sequence[PromptRecord]) -> PromptRecord:
     layers = [_stacked_layer(of_all) for of_all in zip(*(r.layers for r in records), strict=True)]
     names = ("past", "prompt", "visual", "merged")
     facts = {name: tuple(n for r in records for n in getattr(r, name)) for name in names}
-    ahead = tuple(n for r in records for n in r.ahead or (0,))
     return PromptRecord(
         **facts,
         layers=layers,
         merge_flops=sum(r.merge_flops for r in records),
-        ahead=ahead if any(ahead) else (),
+        ahead=_some(n for r in records for n in r.ahead or (0,)),
+        vision_flops=_some(n for r in records for n in r.vision_flops or (0,)),
     )
+
+
+def shares(total: int, weights: Sequence[int]) -> tuple[int, ...]:
+    """A total shared out in whole numbers by these weights; nothing is lost by rounding unless all weights are 0."""
+    whole = max(1, sum(weights))
+    ends = [total * part // whole for part in accumulate(weights, initial=0)]
+    return tuple(b - a for a, b in pairwise(ends))
+
+
+def _some(values: Iterable[int]) -> tuple[int, ...]:
+    """The values, or nothing if all are 0."""
+    found = tuple(values)
+    return found if any(found) else ()
 
 
 def _joined_layer(chunks: Sequence[LayerRecord]) -> LayerRecord:
     if len(chunks) == 1:
         return chunks[0]
     sums = {name: tuple(map(sum, zip(*(getattr(c, name) for c in chunks), strict=True))) for name in PER_SEQUENCE}
-    overhead_flops = sum(c.overhead_flops for c in chunks)
-    return LayerRecord(**{**sums, "entries": chunks[-1].entries}, overhead_flops=overhead_flops)
+    return LayerRecord(**{**sums, "entries": chunks[-1].entries})
 
 
 def _stacked_layer(sequences: Sequence[LayerRecord]) -> LayerRecord:
     facts = {name: tuple(n for s in sequences for n in getattr(s, name)) for name in PER_SEQUENCE}
-    overhead_flops = sum(s.overhead_flops for s in sequences)
-    return LayerRecord(**facts, overhead_flops=overhead_flops)
+    return LayerRecord(**facts)
