@@ -15,7 +15,7 @@ from mminfer.cache.lookm import LookM
 from mminfer.cache.lookm_rules import SINKS
 from mminfer.errors import ConfigError
 from mminfer.layout import TokenLayout
-from mminfer.technique import MergeTechnique, PruneTechnique, check_fraction, check_layer, is_whole
+from mminfer.technique import LayerWork, MergeTechnique, PruneTechnique, check_fraction, check_layer, is_whole
 from mminfer.tokens.grid import image_views, patch_places
 from mminfer.tokens.prune import AIMPrune, aim_keep
 
@@ -129,9 +129,12 @@ class FastV(PruneTechnique):
         return aim_keep(importance, is_visual, origin[0], self.ratio)
 
     def cost(self, spec: ModelSpec, lengths: Sequence[int]) -> int:
-        """One query's logits and probabilities over the keys of each sequence, about sqrt(2 pairs) of them."""
-        keys = sum(round((2 * pairs) ** 0.5) for pairs in lengths)
-        return 2 * spec.num_attention_heads * (spec.head_dim + 1) * keys
+        """One product for the logits, and one of a vote with the probabilities, for pairs of queries that count."""
+        return 2 * spec.num_attention_heads * (spec.head_dim + 1) * sum(lengths)
+
+    def layer_cost(self, spec: ModelSpec, work: LayerWork) -> int:
+        """The last query alone counts, if there is one."""
+        return self.cost(spec, [work.keys]) if work.queries else 0
 
 
 @dataclass(frozen=True)
