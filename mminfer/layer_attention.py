@@ -162,13 +162,13 @@ class LayerAttention:
     def record(self, ffn: Tensor | None) -> LayerRecord:
         """What the layer did; ffn: [K] packed rows that went through its FFN, None: all."""
         lengths, spec = self.layout.lengths, self.adapter.spec
-        cache, prune = self.config.cache, self.prune
+        cache, prune, windowed = self.config.cache, self.prune, self.layer_idx in spec.sliding_layers
         return LayerRecord(
             rows=lengths,
             queries=tuple(w.queries for w in self.work),
+            keys=tuple(w.seen if windowed else w.keys for w in self.work),
             ffn=lengths if ffn is None else tuple(self.layout.sequence[ffn].bincount(minlength=len(lengths)).tolist()),
             pairs=tuple(w.pairs for w in self.work),
-            dense_pairs=tuple(w.queries * w.keys for w in self.work),
             entries=tuple(len(e) for e in self.entries),
             cache_flops=tuple(
                 mass + (0 if cache is None else cache.layer_cost(spec, w))

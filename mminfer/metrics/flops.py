@@ -130,8 +130,8 @@ def prompt_counts(spec: ModelSpec, record: PromptRecord, dense: bool = False) ->
     Args:
         spec: the model's geometry.
         record: what was done.
-        dense: count the attention as if every query looked at every key it had before it, as papers do, and not only
-            at those that causality and windows let it see.
+        dense: count the attention as if every query looked at every key there was, as papers do, and not only at
+            those that causality and windows let it see.
     """
     layers = tuple(
         layer_counts(
@@ -139,7 +139,7 @@ def prompt_counts(spec: ModelSpec, record: PromptRecord, dense: bool = False) ->
             sum(x.rows),
             sum(x.queries),
             sum(x.ffn),
-            sum(x.dense_pairs if dense else x.pairs),
+            sum(q * k for q, k in zip(x.queries, x.keys, strict=True)) if dense else sum(x.pairs),
             sum(x.prune_flops),
             sum(x.cache_flops),
         )

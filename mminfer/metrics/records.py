@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 
-# fields of a layer's record
-PER_SEQUENCE = ("rows", "queries", "ffn", "pairs", "dense_pairs", "entries", "cache_flops", "prune_flops")
+SUMS = ("rows", "queries", "ffn", "pairs", "cache_flops", "prune_flops")  # over the chunks of a prompt
+PER_SEQUENCE = (*SUMS, "keys", "entries")  # fields of a layer's record
 
 
 @dataclass(frozen=True)
@@ -17,9 +17,10 @@ class LayerRecord:
     Args:
         rows: rows that entered the layer.
         queries: rows that issued a query.
+        keys: entries a head there were for the queries, their own and those beyond a window included; in chunks, the
+            most.
         ffn: rows that went through the FFN.
         pairs: query-key pairs that the attention looked at.
-        dense_pairs: pairs of all queries with all keys they had before them, whether they saw them or not.
         entries: entries a head that the layer's cache holds afterwards.
         cache_flops: what compressing the cache spent.
         prune_flops: what choosing the tokens that leave spent.
@@ -27,9 +28,9 @@ class LayerRecord:
 
     rows: tuple[int, ...]
     queries: tuple[int, ...]
+    keys: tuple[int, ...]
     ffn: tuple[int, ...]
     pairs: tuple[int, ...]
-    dense_pairs: tuple[int, ...]
     entries: tuple[int, ...]
     cache_flops: tuple[int, ...]
     prune_flops: tuple[int, ...]
@@ -113,8 +114,9 @@ def _some(values: Iterable[int]) -> tuple[int, ...]:
 def _joined_layer(chunks: Sequence[LayerRecord]) -> LayerRecord:
     if len(chunks) == 1:
         return chunks[0]
-    sums = {name: tuple(map(sum, zip(*(getattr(c, name) for c in chunks), strict=True))) for name in PER_SEQUENCE}
-    return LayerRecord(**{**sums, "entries": chunks[-1].entries})
+    sums = {name: tuple(map(sum, zip(*(getattr(c, name) for c in chunks), strict=True))) for name in SUMS}
+    keys = tuple(map(max, zip(*(c.keys for c in chunks), strict=True)))
+    return LayerRecord(**sums, keys=keys, entries=chunks[-1].entries)
 
 
 def _stacked_layer(sequences: Sequence[LayerRecord]) -> LayerRecord:
