@@ -119,9 +119,8 @@ class LayerAttention:
         if window is not None:
             entries = entries.last(window - 1)  # a later query sees no more, itself included
         self.entries.append(self._compress(sequence, q, entries, places, scale, mass))
-        visual, kept = self.layout.visual_lengths[sequence], len(self.entries[-1])
-        given = (q.shape[2], keys, pairs, kept, mass is not None)
-        self.work.append(LayerWork(self.layer_idx, self.seen[sequence], visual, *given))
+        did = (self.layout.visual_lengths[sequence], q.shape[2], keys, pairs, len(self.entries[-1]), mass is not None)
+        self.work.append(LayerWork(self.layer_idx, self.seen[sequence], *did))
         self.mass_flops.append(mass_flops)
         return out
 
