@@ -20,7 +20,7 @@ from tqdm import tqdm
 from benchmarks.common import write_rows
 from benchmarks.quality.settings import GROUPS, OFF, Settings
 from mminfer import Engine
-from mminfer.bench.fidelity import Continuation, Fidelity, continuation, fidelity, forced_logits
+from mminfer.bench.fidelity import Continuation, Fidelity, continuation, fidelity, forced, logits_of
 from mminfer.bench.protocols import Ask, Protocol, reader
 from mminfer.nano import data
 from mminfer.nano.evaluate import TASKS, question_plan
@@ -89,8 +89,8 @@ def judge(ask: Ask, questions: list[data.Question], reference: Reference, end_id
         right = output.text == question.answer and output.token_ids[1:] == [end_id]
         cell.hits.setdefault(question.task, []).append(right)
         cell.answers.append(fidelity(first, output.logits[:1]))
-    forced = forced_logits(ask, questions[0].text, reference.long.token_ids)
-    cell.long.append(fidelity(reference.long.logits, forced))
+    told = forced(ask, questions[0].text, reference.long.token_ids)
+    cell.long.append(fidelity(reference.long.logits, logits_of(told)))
     _note_costs(output, cell)
 
 
