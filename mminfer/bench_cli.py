@@ -83,6 +83,8 @@ def measure(
     )
     repeats = (5 if plot is None else 0) if repeats is None else repeats
     files = bool(image or video)
+    if not repeats and not contexts:
+        raise InputError("--repeats 0 and --contexts 0: nothing is left to measure: leave one of them out")
     for path, option in ((csv_path, "--csv"), (plot, "--plot")):
         writable(path, option)
     if plot is not None and not contexts:

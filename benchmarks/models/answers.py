@@ -3,7 +3,7 @@
     python -m benchmarks.models.answers --models nano --images 16 64
     python -m benchmarks.models.answers --models 0.5b --images 4 --repeats 3
 
-The rows of `mminfer bench` (`mminfer.bench.speed`), on nano and on LLaVA-OneVision-0.5B's geometry with its vision tower
+The rows of `mminfer bench`, on nano and on LLaVA-OneVision-0.5B's geometry with its vision tower
 (random weights).
 """
 
