@@ -53,6 +53,6 @@ def patch_places(rows: Tensor, layout: TokenLayout) -> tuple[Tensor, Tensor]:
     line = torch.cat([rows.new_zeros(1), (rows.diff() > 1).cumsum(0)])
     lines = int(line[-1]) + 1
     width = math.isqrt(count) if lines == 1 else count // lines
-    if count % width == 0 and (lines == 1 and width**2 == count or torch.equal(line, order // width)):
+    if count % width == 0 and ((lines == 1 and width**2 == count) or torch.equal(line, order // width)):
         return order // width, order % width
     return torch.zeros_like(order), order
