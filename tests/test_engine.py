@@ -94,7 +94,7 @@ def test_off_counts_the_full_models_flops(engine):
 
 
 def test_the_vision_tower_is_counted_apart(engine, chats):
-    """The same by every door: a chat alone, in a batch, in chunks, with beams; nothing where there is nothing to see."""
+    """The same by every door: a chat alone, in a batch, in chunks, with beams; none where there is nothing to see."""
 
     def counted(chat, **kwargs):
         outputs = engine.generate(chat, max_new_tokens=1, **kwargs)

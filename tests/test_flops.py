@@ -70,6 +70,21 @@ def test_both_counts_of_a_call_agree(family, name):
         assert ours == full_prompt_flops(spec, record.prompt, record.past, record.ahead)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_unpatched_host_is_counted_alike(family):
+    """Its masks (windows, images that look both ways, padding) let through what the analytic count says."""
+    model, prompts = tiny_model(family), [[30, IMAGE, 3], [9, IMAGE, 2]]
+    inputs = tiny_inputs(family, prompts)
+    with torch.no_grad(), measured_flops() as counter:
+        model(**inputs, logits_to_keep=1, use_cache=False)
+    handle, *_ = run(family, CONFIGS["off"], prompts)
+    (record,), spec = handle.records, handle.adapter.spec
+    padding = 2 * max(record.prompt) - sum(record.prompt)  # the host computes its rows, as keys that nobody sees
+    ours = full_prompt_flops(spec, record.prompt, record.past, record.ahead) + sum(record.vision_flops)
+    extra = spec.num_layers * layer_flops(spec, padding, padding, padding, 0)
+    assert ours + extra == pytest.approx(counter.get_total_flops(), rel=EXACT)
+
+
 @pytest.mark.parametrize("name", ["off", "all of it"])
 def test_batches_of_uneven_prompts(name):
     handle, output, counted = run("llava_next", CONFIGS[name], [[3, IMAGE, 5, IMAGE, 4], [9], [2, IMAGE, 7]])

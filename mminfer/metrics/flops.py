@@ -25,6 +25,7 @@ __all__ = [
     "full_prompt_counts",
     "full_prompt_flops",
     "head_flops",
+    "layer_counts",
     "layer_flops",
     "measured_flops",
     "prompt_counts",

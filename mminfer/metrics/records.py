@@ -48,7 +48,8 @@ class PromptRecord:
         layers: one record a layer.
         merge_flops: what merging spent, over the whole batch.
         ahead: pairs of each sequence's prompt in which a token sees a later one of its image; empty where none does.
-        vision_flops: of the vision tower and projector, for each sequence; empty where features came ready made.
+        vision_flops: of the vision tower and projector, for each sequence; empty where features came ready made, as
+            the host's `generate` hands them to a patched model.
     """
 
     past: tuple[int, ...]
