@@ -121,8 +121,10 @@ class VisionTower:
 
     def part(self, name: str) -> Any:
         """The part of the base model with this dotted name; None where there is none."""
-        found = self.base
-        for step in name.split("."):
+        first, *steps = name.split(".")
+        found = getattr(self.base, first, None)
+        found = getattr(found, "vision_model", found)  # older hosts wrap CLIP and SigLIP once more
+        for step in steps:
             found = getattr(found, step, None)
         return found
 

@@ -1,13 +1,16 @@
 """Vision towers counted by geometry where they differ: images of several sizes, padding, windows, towers of others."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, PixtralVisionConfig
 
 from mminfer import UnsupportedModelError
+from mminfer.layout import Modality
 from mminfer.metrics.flops import measured_flops
 from mminfer.metrics.records import shares
-from mminfer.metrics.vision import vision_flops, vision_shares
+from mminfer.metrics.vision import tower_flops, vision_flops, vision_shares
 from mminfer.models.registry import adapter_for
 from tests.tiny import IMAGE, tiny_inputs, tiny_model
 from tests.tiny_models import IMAGE_ID, TEXT, VISION
@@ -98,6 +101,14 @@ def test_a_tower_of_unknown_build():
     finally:
         adapter.base.vision_tower.encoder.layers = layers
     assert vision_flops(adapter, inputs).total > 0
+
+
+def test_older_hosts_wrap_the_tower_once_more():
+    adapter, inputs = adapter_for(tiny_model("llava")), tiny_inputs("llava", [[3, IMAGE]])
+    tower, base = adapter.tower, adapter.base
+    wrapped = SimpleNamespace(vision_model=base.vision_tower)
+    tower.base = SimpleNamespace(vision_tower=wrapped, multi_modal_projector=base.multi_modal_projector)
+    assert tower_flops(tower, tower.work(Modality.IMAGE, inputs)) == vision_flops(adapter, inputs)
 
 
 def test_shares():
