@@ -40,6 +40,10 @@ class Call:
     rest: tuple[Any, ...] = ()
     mutates: bool = False
     beside: Runs = field(default_factory=dict)
+    _before: tuple[Any, ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._before = tree_map(_cloned, self.inputs) if self.mutates else ()
 
     def run(self, backend: str) -> Callable[[], Any]:
         """The public op with a backend."""
@@ -93,14 +97,18 @@ class Call:
         return self._result(self.run("reference"))
 
     def _result(self, run: Callable[[], Any]) -> list[torch.Tensor]:
-        """Tensors returned, and the inputs written into; these are put back."""
-        before = tree_map(_cloned, self.inputs) if self.mutates else ()
+        """Tensors returned, and the inputs written into, which are what they were before and afterwards."""
+        self._put_back()
         out = [x for x in tree_leaves(run()) if isinstance(x, torch.Tensor)]
         if self.mutates:
             new = [x for x in out if not any(x is y for y in self._tensors)]
             out = [x.clone() for x in (*new, *self._tensors)]
-            tree_map(_put_back, self.inputs, before)
+            self._put_back()
         return out
+
+    def _put_back(self) -> None:
+        if self.mutates:
+            tree_map(_copy, self.inputs, self._before)
 
 
 def _wrong(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> int:
@@ -117,6 +125,6 @@ def _cloned(x: Any) -> Any:
     return x.clone() if isinstance(x, torch.Tensor) else x
 
 
-def _put_back(target: Any, source: Any) -> None:
+def _copy(target: Any, source: Any) -> None:
     if isinstance(target, torch.Tensor):
         target.copy_(source)

@@ -5,9 +5,9 @@
     python -m pytest benchmarks/kernels -k "swiglu and not compiled"
     python -m pytest benchmarks/kernels --dtype bfloat16 --device cuda
 
-One group an op and size. `extra_info` holds bytes and flops of a call, gflops_a_s, gb_a_s, of_peak and bound at the median, and
-the peaks that were measured in the same run (`benchmarks.machine`); of compiled runs also compile_s and status. Results
-are compared with the reference's before anything is timed. A compilation that takes longer than
+One group an op and size. `extra_info` holds bytes and flops of a call, gflops_a_s, gb_a_s, of_peak and bound at the
+median, and the peaks that were measured in the same run (`benchmarks.machine`); of compiled runs also compile_s and
+status. Results are compared with the reference's before anything is timed. A compilation that takes longer than
 `--compile-limit` is given up; what cannot run is skipped with its reason (`-rs` prints them). The stored rows are those
 of `benchmarks.kernels.ops`, which interleaves its runs.
 """
@@ -39,13 +39,12 @@ def test_op(
 
 
 def _function(call: Call, run: str, compilation: Compilation | None) -> Callable[[], Any]:
-    if compilation is None:
-        reason = call.why_not(run)
-    else:
-        reason = "" if compilation.runs else compilation.status
-    if reason:
+    """Skips what cannot run."""
+    if compilation is not None:
+        return compiled(call) if compilation.runs else pytest.skip(compilation.status)
+    if reason := call.why_not(run):
         pytest.skip(reason)
-    return call.run(run) if compilation is None else compiled(call)
+    return call.run(run)
 
 
 def _finished(function: Callable[[], Any], device: torch.device) -> Callable[[], Any]:

@@ -1,11 +1,14 @@
 """The table of kernel benchmarks: all ops are in it, results agree at small sizes, and the roofline is right."""
 
 import csv
+import sys
+from pathlib import Path
 
 import mminfer_kernels
 import pytest
 import torch
 from mminfer_kernels import best_match, swiglu
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import common, readme
@@ -39,26 +42,33 @@ def test_backends_and_bare_references_agree(call):
 
 def test_calls_leave_their_inputs_as_they_were(call):
     held = [x.clone() for x in call._tensors]
-    call.difference(call.run("reference"))
+    call.run("reference")()  # timing writes, checking puts back
+    assert call.difference(call.run("reference")) == ""
     assert all(torch.equal(a, b) for a, b in zip(call._tensors, held, strict=True))
 
 
-def test_runs_beside_run(call):
-    assert [run() for run in call.beside.values()] is not None
+def test_runs_beside_it_run(call):
+    for run in call.beside.values():
+        run()
 
 
-def test_costs_are_there(call):
-    assert call.moved > 0 and (call.flops > 0 or call.op == "gather_rows")
-    read = sum(x.nbytes for x in call._tensors)
-    assert call.moved < 40 * read
+def test_bytes_are_those_of_inputs_and_results(call):
+    assert call.flops > 0 or call.op == "gather_rows"
+    if call.mutates:
+        return
+    everything = sum(x.nbytes for x in (*call._tensors, *tree_leaves(call.run("reference")())))
+    if call.op in ("gather_rows", "gather_rms_norm", "decode_attention"):  # these leave rows unread
+        assert 0 < call.moved < everything
+    else:
+        assert call.moved == everything
 
 
 def test_flops_are_the_counters(call):
-    """Of ops that do more than the least by backend, and of element-wise ones, the counter has no number to compare."""
+    """Where the op has a formula; what differs on purpose is named."""
     with FlopCounterMode(display=False) as counter:
         call.run("auto")()
-    padded = call.op == "decode_attention"  # the counter does not see where rows start
-    if counter.get_total_flops() and call.op not in ("prompt_attention_mass", "decode_step") and not padded:
+    more = call.op in ("prompt_attention_mass", "decode_attention", "decode_step")  # repeats, rows that start late
+    if counter.get_total_flops() and not more:
         assert call.flops == counter.get_total_flops()
 
 
@@ -94,19 +104,43 @@ def test_peaks_are_measured():
     assert 1e8 < peak.flops_a_s < 1e15 and 1e7 < peak.bytes_a_s < 1e14
 
 
-def test_a_compilation_is_given_up_after_its_limit():
-    given_up = compiled.try_compiling(NAMES[0], limit_s=0.01, quick=True)
-    assert not given_up.runs and "within 0.01 s" in given_up.status
+@pytest.fixture
+def compiler(monkeypatch, tmp_path):
+    """Puts a shell script in the place of the process that compiles."""
+
+    def put(script):
+        path = tmp_path / "compiler"
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(0o755)
+        monkeypatch.setattr(sys, "executable", str(path))
+
+    return put
 
 
-def test_a_compilation_that_fails_says_how():
-    failed = compiled.try_compiling("no such case", limit_s=60, quick=True)
-    assert not failed.runs and "no case is called" in failed.status
+def test_a_compilation_is_given_up_after_its_limit(compiler, tmp_path):
+    """With what it started."""
+    compiler(f"sleep 600 & echo $! > {tmp_path}/pid; wait")
+    given_up = compiled.try_compiling(NAMES[0], limit_s=2)
+    assert not given_up.runs and given_up.status == "not compiled within 2 s"
+    left = Path("/proc", (tmp_path / "pid").read_text().strip(), "stat")
+    assert not left.exists() or left.read_text().split()[2] == "Z"
 
 
-@pytest.mark.parametrize(
-    "compilation", [compiled.Compilation("2 graphs, 1 break", 3.0, 1.0), compiled.Compilation("no")]
-)
+def test_what_a_compilation_tells(compiler):
+    compiler("echo a warning; echo broken >&2; exit 1")
+    failed = compiled.try_compiling(NAMES[0], limit_s=60)
+    assert not failed.runs and failed.status == "failed: broken"
+    compiler("""echo '{"status": "1 graph", "seconds": 2.5, "extra_mib": 0.5}'""")
+    assert compiled.try_compiling(NAMES[0], limit_s=60) == compiled.Compilation("1 graph", 2.5, 0.5)
+    assert compiled._status(1, 0) == "1 graph" and compiled._status(0, 2) == "0 graphs, 2 breaks"
+
+
+def test_an_unknown_case_is_told():
+    with pytest.raises(ValueError, match="no case is called 'x'; there are prompt_attention, 2,048 tokens"):
+        case_named("x")
+
+
+@pytest.mark.parametrize("compilation", [compiled.Compilation("1 graph", 3.0, 1.0), compiled.Compilation("no")])
 def test_rows_tell_what_was_not_timed(monkeypatch, tmp_path, compilation):
     """The script's rows, stored and shown, with a compiler's answer made up."""
     monkeypatch.setattr(ops, "try_compiling", lambda *args: compilation)
@@ -119,6 +153,6 @@ def test_rows_tell_what_was_not_timed(monkeypatch, tmp_path, compilation):
     assert rows[0]["of_peak"] > 0 and rows[0]["bound"] == "memory" and rows[0]["status"] == ""
     assert rows[1]["median_ms"] == "" and rows[1]["status"].startswith("wrong: " if compilation.runs else "no")
     with common.write_rows("kernels", rows, key=("op", "run")).open() as file:
-        assert list(csv.DictReader(file))[0]["peak_gb_a_s"] == "10.0"
+        assert next(csv.DictReader(file))["peak_gb_a_s"] == "10.0"
     shown = readme.kernels()
     assert f"{ops.COMPILED}: {rows[1]['status']}" in shown and "of peak" in shown and " %, memory" in shown
