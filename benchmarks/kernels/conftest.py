@@ -16,7 +16,7 @@ RUNS = ("reference", "compiled", "native", "triton")
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("ops")
     group.addoption("--quick", action="store_true", help="small sizes, for trying")
-    group.addoption("--compile-limit", type=float, default=180, help="seconds for compiling one reference")
+    group.addoption("--compile-limit", type=float, default=120, help="seconds for compiling one reference")
     group.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     group.addoption("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
 

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from mminfer_kernels import best_match
+from mminfer_kernels import available_backends, best_match
 
 from benchmarks.common import interleaved, write_rows
 from benchmarks.kernels.call import Call, Runs
@@ -57,9 +57,11 @@ def measure(case: Case, peak: Peak, args: argparse.Namespace) -> list[dict[str, 
     if compilation.runs:
         runs = {"reference": runs.pop("reference"), COMPILED: compiled(call), **runs}
     told = {run: _wrong(call, function) for run, function in runs.items() if run not in call.beside}
+    if "native" in available_backends(call.op) and "native" not in runs:
+        told["native"] = call.why_not("native")
     times = interleaved({run: function for run, function in runs.items() if not told.get(run)}, args.repeats)
     rows = []
-    for run in dict.fromkeys(("reference", COMPILED, *runs)):
+    for run in dict.fromkeys(("reference", COMPILED, *told, *runs)):
         row = dict.fromkeys(("op", "run", *TIMES, *RATES, "extra_mib", "compile_s", "status"), "")
         row |= {"op": name, "run": run, "status": told.get(run, ""), **peak.columns, "repeats": args.repeats}
         if run in times:
@@ -95,7 +97,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--repeats", type=int, default=5)
     options.add_argument("--only", default="", help="ops whose name holds this")
     options.add_argument("--quick", action="store_true", help="small sizes, for trying; stores nothing")
-    options.add_argument("--compile-limit", type=float, default=180, help="seconds for compiling one reference")
+    options.add_argument("--compile-limit", type=float, default=120, help="seconds for compiling one reference")
     options.add_argument("--memory-of", nargs=2, metavar=("CASE", "RUN"), help="print the extra MiB of one call")
     options.add_argument("--out", default="kernels", help="name of the CSV in benchmarks/results; '-' for none")
     return options
