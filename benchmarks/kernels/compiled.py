@@ -87,7 +87,8 @@ def try_compiling(
         dtype: of its tensors.
     """
     command = [sys.executable, "-m", "benchmarks.kernels.compiled", "--case", name, "--device", device]
-    command += ["--dtype", dtype, "--threads", str(torch.get_num_threads()), *(["--quick"] if quick else [])]
+    command += ["--dtype", dtype, "--threads", str(torch.get_num_threads()), "--limit", str(limit_s)]
+    command += ["--quick"] if quick else []
     path = os.pathsep.join(entry for entry in sys.path if entry)  # pytest's own entries among them
     process = subprocess.Popen(
         command,
@@ -150,7 +151,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--limit", type=float, default=0, help="seconds until it ends itself, should nobody end it")
     args = parser.parse_args()
+    signal.setitimer(signal.ITIMER_REAL, args.limit)
     torch.set_num_threads(args.threads)
     case = case_named(args.case, args.quick)
     call = case.build(args.quick, args.device, getattr(torch, args.dtype))
