@@ -125,7 +125,7 @@ class LookM(CacheTechnique):
             score = self.score(q, entries.keys, layer_idx, query_index, scale)
         else:
             score = _sum_of_groups(mass, entries.keys.shape[1])
-        entries = replace(entries, score=score if entries.score is None else entries.score + score)
+        entries = replace(entries, score=self.accumulate(entries.score, score))
         if len(entries) <= important + recent or entries.score is None or entries.is_visual is None:
             return entries
         bounded = self.budget is not None and self.text_overflow == "evict"
@@ -179,6 +179,10 @@ class LookM(CacheTechnique):
             q, query_index = q.index_select(2, chosen), places[chosen]
         mass = column_mass(q, k, query_index=query_index, scale=scale)
         return _sum_of_groups(mass, groups)
+
+    def accumulate(self, earlier: Tensor | None, now: Tensor) -> Tensor:
+        """[1, G, N] float32: the score of all passes, from that of the earlier ones (None: no pass) and of this one."""
+        return now if earlier is None else earlier + now
 
     def _chosen(self, queries: int, device: torch.device) -> Tensor | None:
         """[K] int64: the queries whose attention counts; None: all."""

@@ -11,11 +11,12 @@ from mminfer_kernels import best_match, swiglu
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import common, readme
+from benchmarks import common
 from benchmarks.kernels import compiled, ops
 from benchmarks.kernels.call import Call
 from benchmarks.kernels.cases import CASES, case_named
 from benchmarks.machine import Peak, measured_peak, rates
+from benchmarks.tables import kernels
 
 NAMES = [case.name(quick=True) for case in CASES]
 PEAK = Peak(flops_a_s=100e9, bytes_a_s=10e9)
@@ -154,5 +155,5 @@ def test_rows_tell_what_was_not_timed(monkeypatch, tmp_path, compilation):
     assert rows[1]["median_ms"] == "" and rows[1]["status"].startswith("wrong: " if compilation.runs else "no")
     with common.write_rows("kernels", rows, key=("op", "run")).open() as file:
         assert next(csv.DictReader(file))["peak_gb_a_s"] == "10.0"
-    shown = readme.kernels()
+    shown = kernels.kernels()
     assert f"{ops.COMPILED}: {rows[1]['status']}" in shown and "of peak" in shown and " %, memory" in shown
