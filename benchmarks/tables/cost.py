@@ -105,18 +105,3 @@ def long_context() -> str:
         line += [f"{float(r[name]):,.0f} MiB" for name in ("peak_rss_mib", "cache_mib", "full_cache_mib")]
         table.append(line)
     return f"{markdown(header, table)}\n\n{origin(rows)}; resident memory of the whole process, weights included."
-
-
-def kernels() -> str:
-    """Every op's native kernel beside what it is compared with."""
-    rows = read_rows("kernels")
-    header = ["op", "run", "ms (p20 to p80)", "of the first", "GFLOP/s", "GB/s", "extra MiB"]
-    table, before = [], ""
-    for r in rows:
-        span = f"{float(r['median_ms']):,.1f} ({float(r['p20_ms']):,.1f} to {float(r['p80_ms']):,.1f})"
-        name = "" if r["op"] == before else r["op"]
-        table.append(
-            [name, r["run"], span, f"{float(r['of_first']):.2f}", r["gflops_a_s"], r["gb_a_s"], r["extra_mib"]]
-        )
-        before = r["op"]
-    return f"{markdown(header, table)}\n\n{origin(rows)}; medians of runs interleaved in one process."
