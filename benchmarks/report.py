@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from benchmarks.tables import cost, kernels, needle, quality
+from benchmarks.tables import cost, kernels, needle, paper, quality
 from mminfer.bench.protocols import Protocol
 
 REPORT = Path(__file__).with_name("REPORT.md")
@@ -23,7 +23,7 @@ says, forced upon each setting.
 whatever the budget."""
 
 SECTIONS: list[Section] = [
-    ("Published counts", "FLOPs and bytes that papers print, from geometry by our counter.", [cost.paper]),
+    ("Published counts", "FLOPs and bytes that papers print, from geometry by our counter.", [paper.paper]),
     (
         "Whole answers, stage by stage",
         "Host and settings answer in turn in one process. `prompt pass` is the time to the first token less processor "
