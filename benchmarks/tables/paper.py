@@ -20,6 +20,5 @@ def paper() -> str:
     ]
     notes = "\n".join(f"{n}. {reason}" for n, reason in enumerate(reasons, 1))
     sources = ", ".join(dict.fromkeys(r["paper"] for r in rows))
-    return (
-        f"{markdown(header, table)}\n\n{notes}\n\nCounted, not timed; published figures from {sources}. {origin(rows)}."
-    )
+    told = f"Counted, not timed; published figures from {sources}. Commit `{rows[0]['commit']}`."
+    return f"{markdown(header, table)}\n\n{notes}\n\n{told}"
