@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from benchmarks.tables import cost, kernels, needle, paper, quality
+from benchmarks.tables import cost, kernels, needle, paper, peers, quality
 from mminfer.bench.protocols import Protocol
 
 REPORT = Path(__file__).with_name("REPORT.md")
@@ -63,7 +63,7 @@ SECTIONS: list[Section] = [
     ),
     ("Presets", "", [partial(needle.by_length, "presets", Protocol.NEXT_TURN)]),
     ("Prompts that memory would not hold", "", [cost.long_context]),
-    ("Peers", "Each in its own environment, on the same weights and prompts.", [cost.peers]),
+    ("Peers", "Each in its own environment, on the same weights and prompts.", [peers.quality, peers.times]),
     ("Kernels", "Every op beside its reference and the machine's measured peak.", [kernels.kernels, quality.scores]),
     ("Every setting, task by task", "", [partial(needle.by_task, protocol) for protocol in Protocol]),
 ]
