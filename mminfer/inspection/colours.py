@@ -1,0 +1,47 @@
+"""Colours and strengths that pictures, page and legend share."""
+
+from __future__ import annotations
+
+import colorsys
+
+Colour = tuple[int, int, int]
+
+SHADE: Colour = (255, 176, 0)
+STRIKE: Colour = (255, 45, 120)
+MOST_SHADE = 0.42  # opacity over the most important patch
+LEAST_DIM, MOST_DIM = 0.25, 0.62  # opacity of the dark over patches that left last and first
+LEAST_STRIKE = 0.02  # below this share nothing is struck
+_HUES = 8
+
+
+def group_colour(number: int) -> Colour:
+    """Colour of the so-manieth merged group of an image; neighbours in number lie far apart."""
+    hue = number * 3 % _HUES / _HUES
+    lightness = 0.68 if number // _HUES % 2 else 0.55
+    red, green, blue = colorsys.hls_to_rgb(hue, lightness, 0.95)
+    return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def shade(rank: float) -> float:
+    """Opacity over a patch of this rank (0..1); the lower half of the ranks leaves the picture nearly as it is."""
+    return MOST_SHADE * rank**2
+
+
+def dimness(layers_entered: int, num_layers: int, leaving: tuple[int, ...]) -> float:
+    """Opacity of the dark over a patch whose token went through so many layers; 0 where it went through all.
+
+    Args:
+        layers_entered: how many.
+        num_layers: of the model.
+        leaving: layers behind which any token left, ascending.
+    """
+    last = layers_entered - 1
+    if layers_entered >= num_layers and last not in leaving:
+        return 0.0
+    place = sum(layer < last for layer in leaving) / max(len(leaving) - 1, 1)
+    return MOST_DIM - (MOST_DIM - LEAST_DIM) * min(place, 1.0)
+
+
+def css(colour: Colour, opacity: float = 1.0) -> str:
+    """As CSS writes it."""
+    return f"rgb({colour[0]} {colour[1]} {colour[2]} / {opacity:.2f})"
