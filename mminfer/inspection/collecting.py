@@ -160,13 +160,15 @@ def _token_facts(
     size = np.zeros(count, np.float32)
     np.add.at(size, owner, host.size.cpu().numpy())
     present = np.zeros((spec.num_layers, count), np.bool_)
-    held = np.zeros((spec.num_layers, count), np.int64)
+    left, held = np.full(count, -1, np.int64), np.zeros((spec.num_layers, count), np.int64)
+    for layer, rows in record.left.items():
+        left[rows.cpu().numpy()] = layer
     for layer, rows in enumerate(record.rows):
         present[layer, rows.cpu().numpy()] = True
         held[layer] = present[layer] * heads
         if layer in record.held:
             held[layer] = torch.bincount(record.held[layer].flatten(), minlength=count).cpu().numpy()
-    return TokenFacts(image_of, is_patch, owner, size, present, held, heads, importance)
+    return TokenFacts(image_of, is_patch, owner, size, present, left, held, heads, importance)
 
 
 def _importance(record: PassRecord, config: InferenceConfig, count: int) -> tuple[Floats, str]:

@@ -27,19 +27,17 @@ def shade(rank: float) -> float:
     return MOST_SHADE * rank**2
 
 
-def dimness(layers_entered: int, num_layers: int, leaving: tuple[int, ...]) -> float:
-    """Opacity of the dark over a patch whose token went through so many layers; 0 where it went through all.
+def dimness(left: int, leaving: tuple[int, ...]) -> float:
+    """Opacity of the dark over a patch whose token left behind a layer; 0 where it left behind none (-1).
 
     Args:
-        layers_entered: how many.
-        num_layers: of the model.
+        left: that layer.
         leaving: layers behind which any token left, ascending.
     """
-    last = layers_entered - 1
-    if layers_entered >= num_layers and last not in leaving:
+    if left < 0:
         return 0.0
-    place = sum(layer < last for layer in leaving) / max(len(leaving) - 1, 1)
-    return MOST_DIM - (MOST_DIM - LEAST_DIM) * min(place, 1.0)
+    place = sum(layer < left for layer in leaving) / max(len(leaving) - 1, 1)
+    return MOST_DIM - (MOST_DIM - LEAST_DIM) * place
 
 
 def css(colour: Colour, opacity: float = 1.0) -> str:

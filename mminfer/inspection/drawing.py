@@ -86,7 +86,7 @@ def _fills(draw: ImageDraw.ImageDraw, inspection: Inspection, grid: Rows, cells:
         left, top, right, bottom = cells.box(row, column)
         rank = tokens.rank[token]
         amber = 0.0 if np.isnan(rank) else shade(float(rank))
-        dim = dimness(int(tokens.layers_entered[token]), tokens.num_layers, leaving)
+        dim = dimness(int(tokens.left[tokens.owner[token]]), leaving)
         draw.rectangle((left, top, right - 1, bottom - 1), fill=_over(SHADE, amber, dim))
 
 

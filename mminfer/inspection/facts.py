@@ -27,6 +27,7 @@ class TokenFacts:
         owner: [T], the token that each became part of by merging; its own number where it stays.
         size: [T] float32, patches (or text tokens) that each stands for after merging; 0 where merged away.
         present: [L, T], whether a row of its own entered the layer.
+        left: [T], the layer behind which its row left; -1 where it went through all of them or was merged away.
         held: [L, T], heads that hold the token's entry after the prompt.
         num_heads: G.
         importance: [T] float32 that shades the pictures; nan where there is none.
@@ -37,6 +38,7 @@ class TokenFacts:
     owner: Rows
     size: Floats
     present: Mask
+    left: Rows
     held: Rows
     num_heads: int
     importance: Floats
@@ -50,7 +52,7 @@ class TokenFacts:
 
     @cached_property
     def layers_entered(self) -> Rows:
-        """[T], how many layers the token that each is part of went through; it left behind the last of them."""
+        """[T], how many layers the token that each is part of went through."""
         entered: Rows = self.present.sum(0)[self.owner]
         return entered
 
@@ -92,8 +94,8 @@ class ImageFacts:
 
     Args:
         kind: "image" or "frame".
-        grids: where its patches lie: [h, w] each, numbers of tokens, -1 where none is. LLaVA-NeXT shows an image
-            twice, once as a whole and once in tiles.
+        grids: where its patches lie: [h, w] each, numbers of tokens. LLaVA-NeXT shows an image twice, once as a
+            whole and once in tiles.
         picture: what the patches show; None where it is not known.
     """
 
@@ -104,8 +106,7 @@ class ImageFacts:
     @cached_property
     def tokens(self) -> Rows:
         """Numbers of its patches' tokens, ascending."""
-        numbers = np.concatenate([grid.ravel() for grid in self.grids])
-        return np.sort(numbers[numbers >= 0])
+        return np.sort(np.concatenate([grid.ravel() for grid in self.grids]))
 
 
 @dataclass(frozen=True)

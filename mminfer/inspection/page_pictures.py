@@ -126,11 +126,7 @@ def _fill(colour: str) -> str:
 
 def _shade_key(inspection: Inspection) -> str:
     if not inspection.importance_from:
-        return _item(
-            "",
-            "No shading: these settings weigh no token (nothing is pruned, no cache entry is scored), so the pictures "
-            "show the grid of tokens alone.",
-        )
+        return _item("", "No shading: these settings weigh no token (nothing is pruned, no cache entry is scored).")
     ranks = {"least": 0.0, "middle": 0.5, "most": 1.0}
     keys = "".join(_key(_fill(css(SHADE, shade(rank))), name) for name, rank in ranks.items())
     return _item(keys, f"Amber: {inspection.importance_from}, by rank among all visual tokens of the prompt.")
@@ -151,13 +147,11 @@ def _group_key(across: bool) -> str:
 
 
 def _dim_key(inspection: Inspection) -> str:
-    leaving, depth = inspection.leaving_layers, len(inspection.layers)
+    tokens, leaving = inspection.tokens, inspection.leaving_layers
     shown = leaving if len(leaving) <= 8 else (*leaving[:3], *leaving[-3:])
-    keys = "".join(
-        _key(_fill(f"rgb(0 0 0 / {dimness(layer + 1, depth, leaving):.2f})"), f"layer {layer}") for layer in shown
-    )
+    keys = "".join(_key(_fill(f"rgb(0 0 0 / {dimness(layer, leaving):.2f})"), f"layer {layer}") for layer in shown)
     text = "Dark: its token left the model behind that layer, the darker the earlier."
-    if bool((inspection.tokens.layers_entered[inspection.tokens.image >= 0] == depth).any()):
+    if bool((tokens.left[tokens.owner[tokens.image >= 0]] < 0).any()):
         keys += _key("", "never")
     return _item(keys, text)
 

@@ -50,8 +50,7 @@ def image_sentence(inspection: Inspection, facts: ImageFacts) -> str:
     said = [f"{len(facts.tokens)} patches"]
     if len(owners) < len(facts.tokens):
         said[0] += f" as {len(owners)} {_tokens(len(owners))}"
-    last = tokens.layers_entered[owners] - 1
-    left = [(layer, int((last == layer).sum())) for layer in inspection.leaving_layers]
+    left = [(layer, int((tokens.left[owners] == layer).sum())) for layer in inspection.leaving_layers]
     said += [f"{count} left behind layer {layer}" for layer, count in left if count]
     if left and not any(count for _, count in left):
         said.append("all go through every layer")

@@ -1,0 +1,97 @@
+"""Where tokens lie over a picture, and which picture that is."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mminfer.inspection.grids import grids_of
+from mminfer.inspection.pictures import frame_pictures, image_pictures
+
+LINE = np.zeros((1, 200))
+
+
+def shapes(rows, is_patch=None, position=LINE):
+    rows = np.asarray(rows)
+    is_patch = np.ones(len(rows), bool) if is_patch is None else np.asarray(is_patch, bool)
+    grids = grids_of(rows, is_patch, position[:, : len(rows)])
+    assert sorted(np.concatenate([grid.ravel() for grid in grids])) == rows[is_patch].tolist()
+    return [grid.shape for grid in grids]
+
+
+def axes(height, width, order=slice(None)):
+    down, across = np.divmod(np.arange(height * width), width)
+    return np.stack([np.full(height * width, 7), down + 7, across + 7])[:, order].astype(float)
+
+
+def test_a_square_count_is_a_square_and_others_a_line():
+    assert shapes(range(10, 26)) == [(4, 4)]
+    assert shapes(range(10, 22)) == [(1, 12)]
+    assert shapes([5]) == [(1, 1)]
+
+
+def test_axes_decide_where_there_are_three():
+    assert shapes(range(16), position=axes(2, 8)) == [(2, 8)]
+    backwards = np.arange(12)[::-1]
+    (grid,) = grids_of(np.arange(12), np.ones(12, bool), axes(3, 4, backwards))
+    assert grid.tolist() == backwards.reshape(3, 4).tolist()
+    assert shapes(range(16), position=np.tile(np.arange(16.0), (3, 1))) == [(4, 4)]  # text positions on all axes
+
+
+def test_newlines_and_gaps_end_rows():
+    row = [1] * 8 + [0]
+    assert shapes(range(16 + 36), [1] * 16 + row * 4) == [(4, 4), (4, 8)]
+    assert shapes(range(36), row * 4) == [(4, 8)]
+    assert shapes(range(17), [1] * 16 + [0]) == [(4, 4)]
+    assert shapes([0, 1, 2, 4, 5, 6, 8, 9, 10]) == [(3, 3)]
+    assert shapes([0, 1, 2, 5, 6, 7]) == [(2, 3)]
+    assert shapes([0, 1, 2, 5, 6, 9]) == [(1, 6)]  # no rows of one width
+
+
+MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.2, 0.4]
+
+
+def processor(**settings):
+    return SimpleNamespace(image_processor=SimpleNamespace(image_mean=MEAN, image_std=STD, **settings))
+
+
+def solid(colour, size=(8, 4)):
+    return Image.new("RGB", size, colour)
+
+
+def pixels(*colours):
+    """What the processor makes of pictures of one colour each."""
+    values = (torch.tensor(colours) / 255 - torch.tensor(MEAN)) / torch.tensor(STD)
+    return values[:, :, None, None].expand(-1, 3, 6, 6)
+
+
+RED, BLUE = (255, 0, 0), (0, 0, 200)
+
+
+def test_a_picture_for_each_image_is_taken_as_it_is():
+    given = [solid(RED), solid(BLUE)]
+    inputs = {"pixel_values": pixels(BLUE, RED)}
+    assert image_pictures(processor(), inputs, given, 2) == given
+    assert image_pictures(processor(do_pad=True), inputs | {"image_sizes": 0}, given, 2) == given
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 6, 6), (1, 2, 3, 6, 6)])
+def test_tiles_and_cut_pictures_come_from_the_pixels(shape):
+    inputs = {"pixel_values": pixels(BLUE, RED).reshape(shape)}
+    for settings, given in (({}, [solid(RED)]), ({"do_center_crop": True}, [solid(RED), solid(RED)])):
+        found = image_pictures(processor(**settings), inputs, given, 2)
+        assert [picture.getpixel((0, 0)) for picture in found] == [BLUE, RED] and found[0].size == (6, 6)
+
+
+def test_where_nobody_knows_there_is_no_picture():
+    assert image_pictures(processor(), {}, [solid(RED)], 3) == [None] * 3
+    assert image_pictures(SimpleNamespace(), {"pixel_values": torch.zeros(40, 12)}, [], 2) == [None] * 2
+
+
+def test_frames_that_are_joined_show_the_first():
+    video = np.arange(4, dtype=np.uint8)[:, None, None, None].repeat(3, 3)
+    assert [frame.getpixel((0, 0))[0] for frame in frame_pictures([video], 2)] == [0, 2]
+    assert len(frame_pictures([video, video], 8)) == 8
+    assert frame_pictures([video], 3) == [None] * 3 and frame_pictures([], 0) == []
