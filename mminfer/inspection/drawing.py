@@ -72,7 +72,7 @@ def draw_grid(inspection: Inspection, facts: ImageFacts, grid: Rows) -> Image.Im
     rows, columns = grid.shape
     cells = Cells(rows, columns, FINE * size[0], FINE * size[1])
     out = plain_grid(facts, grid, size).convert("RGBA")
-    for paint in (_fills, _lines, _groups, _strikes):
+    for paint in (_fills, _lines, _strikes, _groups):  # the last ones lie on top
         layer = Image.new("RGBA", (cells.width, cells.height), (0, 0, 0, 0))
         paint(ImageDraw.Draw(layer), inspection, grid, cells)
         out.alpha_composite(layer.resize(size, Image.Resampling.BOX))
@@ -115,7 +115,7 @@ def _groups(draw: ImageDraw.ImageDraw, inspection: Inspection, grid: Rows, cells
             continue
         colour = (*group_colour(int(group[token])), 255)
         left, top, right, bottom = cells.box(row, column)
-        thick = max(FINE, min(right - left, bottom - top) // 12)
+        thick = _thickness(cells, 12, 4)
         for down, across, edge in (
             (-1, 0, (left, top, right, top + thick)),
             (1, 0, (left, bottom - thick, right, bottom)),
@@ -125,10 +125,16 @@ def _groups(draw: ImageDraw.ImageDraw, inspection: Inspection, grid: Rows, cells
             if _at(owner, grid, row + down, column + across) != owner[token]:
                 draw.rectangle((edge[0], edge[1], edge[2] - 1, edge[3] - 1), fill=colour)
         if owner[token] == token:
-            radius = max(2 * FINE, min(right - left, bottom - top) // 7)
+            radius = _thickness(cells, 7, 10) + FINE
             x, y = (left + right) // 2, (top + bottom) // 2
             dot = (x - radius, y - radius, x + radius, y + radius)
             draw.ellipse(dot, fill=colour, outline=(0, 0, 0, 255), width=FINE)
+
+
+def _thickness(cells: Cells, part: int, most: int) -> int:
+    """Of a line, as drawn: that part of a cell's side, from one pixel of the picture to `most`."""
+    side = min(cells.width // cells.columns, cells.height // cells.rows)
+    return FINE * min(max(side // (FINE * part), 1), most)
 
 
 def _at(owner: Rows, grid: Rows, row: int, column: int) -> int:
@@ -147,6 +153,6 @@ def _strikes(draw: ImageDraw.ImageDraw, inspection: Inspection, grid: Rows, cell
         inset = min(right - left, bottom - top) / 7
         x, y = left + inset, bottom - inset
         line = (x, y, x + share * (right - inset - x), y + share * (top + inset - y))
-        thick = max(FINE, min(right - left, bottom - top) // 10)
+        thick = _thickness(cells, 10, 5)
         draw.line(line, fill=(0, 0, 0, 200), width=thick + 2 * FINE)
         draw.line(line, fill=(*STRIKE, 255), width=thick)

@@ -15,15 +15,16 @@ from mminfer.inspection.drawing import draw_grid, picture_size, plain_grid
 from mminfer.inspection.facts import ImageFacts, Inspection, Rows
 from mminfer.inspection.words import image_names, image_sentence
 
-FEW, SOME = 6, 24  # images that are shown large, and middling
+# Pixels that a picture takes at least, by how many there are at most.
+THUMBS = {2: 560, 6: 380, 24: 280}
+LEAST_THUMB = 170
 
 
 def pictures_html(inspection: Inspection) -> str:
     """The section, and its facts for the script."""
     if not inspection.images:
         return "<section><h2>Pictures</h2><p>There is no image in this prompt.</p></section>"
-    count = len(inspection.images)
-    thumb = 380 if count <= FEW else 280 if count <= SOME else 170
+    thumb = next((side for most, side in THUMBS.items() if len(inspection.images) <= most), LEAST_THUMB)
     figures = "".join(
         _figure(inspection, facts, name, place)
         for place, (facts, name) in enumerate(zip(inspection.images, image_names(inspection), strict=True))
@@ -38,8 +39,9 @@ def pictures_html(inspection: Inspection) -> str:
 
 def _figure(inspection: Inspection, facts: ImageFacts, name: str, place: int) -> str:
     grids = "".join(_grid(inspection, facts, grid, name) for grid in facts.grids)
+    kind = ' class="double"' if len(facts.grids) > 1 else ""
     return (
-        f'<figure id="image-{place}"><div class="grids">{grids}</div>'
+        f'<figure id="image-{place}"{kind}><div class="grids">{grids}</div>'
         f"<figcaption><b>{name}</b> {image_sentence(inspection, facts)}</figcaption></figure>"
     )
 

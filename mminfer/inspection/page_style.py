@@ -35,10 +35,11 @@ p { margin: 0 0 8px; } ul { margin: 0; padding-left: 20px; } .soft { color: var(
 .pictures { display: grid; gap: 16px 14px; align-items: start;
   grid-template-columns: repeat(auto-fill, minmax(min(var(--thumb), 100%), 1fr)); }
 figure { margin: 0; content-visibility: auto; contain-intrinsic-size: auto 300px; scroll-margin-top: 12px; }
-figure.large { grid-column: 1 / -1; } figure:target figcaption b { background: #ffe9a8; }
+figure.double { grid-column: span 2; } figure.large { grid-column: 1 / -1; }
+figure:target figcaption b { background: #ffe9a8; }
 figcaption { font-size: 14px; line-height: 1.35; margin-top: 5px; color: var(--soft); }
 figcaption b { color: var(--ink); }
-.grids { display: flex; flex-wrap: wrap; gap: 6px; cursor: zoom-in; max-width: 900px; }
+.grids { display: flex; flex-wrap: wrap; gap: 6px; cursor: zoom-in; max-width: 1000px; }
 figure.large .grids { cursor: zoom-out; }
 .grid { position: relative; flex: 1 1 130px; } .grid img { width: 100%; height: auto; display: block; }
 .grid canvas { position: absolute; inset: 0; width: 100%; height: 100%; display: none; }
@@ -60,6 +61,7 @@ th:first-child { text-align: right; }
 .chip { background: #e3ecfa; color: #1b478f; border-radius: 5px; padding: 1px 7px; font-size: 13px;
   text-decoration: none; white-space: nowrap; }
 pre { margin: 0; background: var(--ground); border-radius: 8px; padding: 12px; overflow: auto; font-size: 14px; }
-@media (max-width: 600px) { main { padding: 12px 8px 40px; } section { padding: 12px 10px; } h1 { font-size: 22px; }
+@media (max-width: 600px) { figure.double { grid-column: auto; } main { padding: 12px 8px 40px; }
+  section { padding: 12px 10px; } h1 { font-size: 22px; }
   .tile b { font-size: 20px; } .tiles { grid-template-columns: repeat(2, 1fr); } }
 """

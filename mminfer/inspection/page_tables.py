@@ -55,7 +55,7 @@ def text_html(inspection: Inspection) -> str:
     told = (
         f"Struck words lost cache entries: {struck:,} of {text:,} text tokens, each with its share of layers and heads."
         if struck
-        else f"All {text:,} text tokens keep their place in every layer and in the cache."
+        else f"None of the {text:,} text tokens lost a cache entry to these settings."
     )
     return (
         f'<section><h2>Text of the prompt</h2><p class="soft">{told}</p><div class="strip">{"".join(pieces)}</div>'

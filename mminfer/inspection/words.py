@@ -10,9 +10,9 @@ from mminfer.inspection.facts import ImageFacts, Inspection
 
 
 def percent(part: float, whole: float) -> str:
-    """A share, with a digit behind the point where it is near nothing or near all."""
+    """A share, with a digit behind the point where it is near nothing or near all; it never breaks over a line."""
     share = 100 * part / whole if whole else 0.0
-    return f"{share:.1f} %" if 0 < share < 10 or 99 <= share < 100 else f"{share:.0f} %"
+    return f"{share:.1f}\u00a0%" if 0 < share < 10 or 99 <= share < 100 else f"{share:.0f}\u00a0%"
 
 
 def layer_list(layers: Sequence[int]) -> str:
@@ -57,6 +57,8 @@ def image_sentence(inspection: Inspection, facts: ImageFacts) -> str:
     if inspection.evicts:
         had = int(tokens.present[:, owners].sum()) * tokens.num_heads
         said.append(f"{percent(int(tokens.gone[:, owners].sum()), had)} of its cache entries evicted")
+    if len(facts.grids) > 1:
+        said.append("shown as a whole and in tiles")
     return ", ".join(said)
 
 

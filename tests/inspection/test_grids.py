@@ -7,8 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
+from mminfer import AIMMerge, Engine, InferenceConfig
+from mminfer.inspection import inspect_chat
 from mminfer.inspection.grids import grids_of
 from mminfer.inspection.pictures import frame_pictures, image_pictures
+from tests.tiny_models import llava_onevision_engine
 
 LINE = np.zeros((1, 200))
 
@@ -95,3 +98,17 @@ def test_frames_that_are_joined_show_the_first():
     assert [frame.getpixel((0, 0))[0] for frame in frame_pictures([video], 2)] == [0, 2]
     assert len(frame_pictures([video, video], 8)) == 8
     assert frame_pictures([video], 3) == [None] * 3 and frame_pictures([], 0) == []
+
+
+def test_pictures_come_along_with_a_request():
+    """LLaVA-OneVision cuts an image that comes alone into tiles, others not; a video is one run of frames."""
+    engine = Engine(*llava_onevision_engine(), InferenceConfig(merge=AIMMerge(0.5)))
+    wide, video = solid(RED, (240, 120)), np.zeros((4, 32, 32, 3), np.uint8)
+    question = {"type": "text", "text": "Which image shows a blue 1?"}
+    alone = inspect_chat(engine, [{"type": "image", "image": wide}, question], 2)
+    assert [[grid.shape for grid in image.grids] for image in alone.images] == [[(4, 4), (4, 8)]]
+    parts = [{"type": "image", "image": wide}, {"type": "video", "video": video}, {"type": "image", "image": wide}]
+    several = inspect_chat(engine, [*parts, question], 2)
+    assert [image.kind for image in several.images] == ["image", *["frame"] * 4, "image"]
+    assert [image.picture.size for image in several.images] == [(240, 120), *[(32, 32)] * 4, (240, 120)]
+    assert "".join(several.texts).replace("<|user|>", "").startswith("Which image shows")
