@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -69,9 +70,10 @@ def inspect(
 def _make_folder(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / PAGE).touch()
     except OSError as error:
-        raise InputError(f"--out {out}: {error.strerror}: wanted a folder that can be made and written to") from error
+        raise InputError(f"--out {out}: {error.strerror}: wanted a folder that can be made") from error
+    if not os.access(out, os.W_OK):
+        raise InputError(f"--out {out}: nothing can be written there: wanted a folder of your own")
 
 
 def _write(inspection: Inspection, title: str, out: Path) -> int:

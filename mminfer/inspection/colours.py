@@ -27,17 +27,18 @@ def shade(rank: float) -> float:
     return MOST_SHADE * rank**2
 
 
-def dimness(left: int, leaving: tuple[int, ...]) -> float:
+def dimness(left: int, leaving: tuple[int, ...], some_stay: bool) -> float:
     """Opacity of the dark over a patch whose token left behind a layer; 0 where it left behind none (-1).
 
     Args:
         left: that layer.
-        leaving: layers behind which any token left, ascending.
+        leaving: layers behind which any token left.
+        some_stay: whether any visual token goes through all layers; then even the last to leave are darker than those.
     """
     if left < 0:
         return 0.0
-    place = sum(layer < left for layer in leaving) / max(len(leaving) - 1, 1)
-    return MOST_DIM - (MOST_DIM - LEAST_DIM) * place
+    later = sum(layer > left for layer in leaving) + some_stay
+    return LEAST_DIM + (MOST_DIM - LEAST_DIM) * later / max(len(leaving) + some_stay - 1, 1)
 
 
 def css(colour: Colour, opacity: float = 1.0) -> str:

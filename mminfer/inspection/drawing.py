@@ -81,12 +81,12 @@ def draw_grid(inspection: Inspection, facts: ImageFacts, grid: Rows) -> Image.Im
 
 def _fills(draw: ImageDraw.ImageDraw, inspection: Inspection, grid: Rows, cells: Cells) -> None:
     """Shades by importance, then darkens what left early."""
-    tokens, leaving = inspection.tokens, inspection.leaving_layers
+    tokens, leaving, some_stay = inspection.tokens, inspection.leaving_layers, inspection.some_stay
     for (row, column), token in np.ndenumerate(grid):
         left, top, right, bottom = cells.box(row, column)
         rank = tokens.rank[token]
         amber = 0.0 if np.isnan(rank) else shade(float(rank))
-        dim = dimness(int(tokens.left[tokens.owner[token]]), leaving)
+        dim = dimness(int(tokens.left[tokens.owner[token]]), leaving, some_stay)
         draw.rectangle((left, top, right - 1, bottom - 1), fill=_over(SHADE, amber, dim))
 
 

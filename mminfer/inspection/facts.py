@@ -168,6 +168,12 @@ class Inspection:
         """Whether any entry was evicted."""
         return bool(self.tokens.gone.any())
 
+    @cached_property
+    def some_stay(self) -> bool:
+        """Whether any visual token goes through all layers."""
+        tokens = self.tokens
+        return bool((tokens.left[tokens.owner[tokens.is_patch]] < 0).any())
+
     @property
     def leaving_layers(self) -> tuple[int, ...]:
         """Layers behind which tokens left."""

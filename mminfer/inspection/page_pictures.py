@@ -149,11 +149,13 @@ def _group_key(across: bool) -> str:
 
 
 def _dim_key(inspection: Inspection) -> str:
-    tokens, leaving = inspection.tokens, inspection.leaving_layers
+    leaving, some_stay = inspection.leaving_layers, inspection.some_stay
     shown = leaving if len(leaving) <= 8 else (*leaving[:3], *leaving[-3:])
-    keys = "".join(_key(_fill(f"rgb(0 0 0 / {dimness(layer, leaving):.2f})"), f"layer {layer}") for layer in shown)
+    keys = "".join(
+        _key(_fill(f"rgb(0 0 0 / {dimness(layer, leaving, some_stay):.2f})"), f"layer {layer}") for layer in shown
+    )
     text = "Dark: its token left the model behind that layer, the darker the earlier."
-    if bool((tokens.left[tokens.owner[tokens.image >= 0]] < 0).any()):
+    if some_stay:
         keys += _key("", "never")
     return _item(keys, text)
 

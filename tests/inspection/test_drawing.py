@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from mminfer import AIMMerge, InferenceConfig
-from mminfer.inspection.colours import STRIKE, dimness, group_colour
+from mminfer.inspection.colours import LEAST_DIM, MOST_DIM, STRIKE, dimness, group_colour
 from mminfer.inspection.drawing import GAP, LEAST_SIDE, MOST_SIDE, draw_image, picture_size
 from mminfer.inspection.facts import ImageFacts
 from tests.inspection.stub import inspect_tiny
@@ -71,7 +71,12 @@ def test_patches_that_left_earlier_are_darker(nano_inspection):
         left = tokens.left[tokens.owner[image.grids[0].ravel()]]
         early, late = brightness[left == 3], brightness[left == 4]
         assert not len(early) or early.max() < late.min()
-    assert dimness(-1, (3, 4)) == 0 < dimness(4, (3, 4)) < dimness(3, (3, 4)) == dimness(3, (3,))
+
+
+def test_the_dark_tells_layers_apart_and_hides_no_more_than_it_must():
+    assert dimness(-1, (3, 4), True) == 0 < dimness(4, (3, 4), True) < dimness(3, (3, 4), True) == MOST_DIM
+    assert dimness(4, (3, 4), False) == dimness(3, (3,), False) == LEAST_DIM
+    assert dimness(3, (3,), True) == dimness(3, (3, 4), False) == MOST_DIM
 
 
 def test_important_patches_are_amber(nano_inspection):
