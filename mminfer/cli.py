@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 from rich.table import Table
 
+from mminfer.asking import request_messages, request_settings
 from mminfer.bench_cli import bench
 from mminfer.command import ERR as _err
 from mminfer.command import OUT as _out
-from mminfer.command import read_messages, read_settings, told_plainly
+from mminfer.command import told_plainly
 from mminfer.inspect_cli import inspect
 
 if TYPE_CHECKING:
@@ -73,8 +74,8 @@ def generate(
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ... Default: float32 on the CPU.")] = None,
 ) -> None:
     """Answer a question about images or a video, and say what that took."""
-    settings = read_settings(preset, config, delta)
-    messages = read_messages(model, prompt, image or [], video or [], frames, images_from)
+    settings = request_settings(preset, config, delta)
+    messages = request_messages(model, prompt, image or [], video or [], frames, images_from)
     from mminfer.engine import Engine  # the heavy imports come after the cheap checks
     from mminfer.messages import MediaOptions, normalise_messages
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mminfer.command import OUT, read_messages, read_settings, told_plainly
+from mminfer.asking import request_messages, request_settings
+from mminfer.command import OUT, told_plainly
 from mminfer.errors import InputError
 
 if TYPE_CHECKING:
@@ -50,8 +51,8 @@ def inspect(
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ... Default: float32 on the CPU.")] = None,
 ) -> None:
     """Show what the settings did to a prompt: which patches merged, left or lost their cache entries."""
-    settings = read_settings(preset, config, delta)
-    messages = read_messages(model, prompt, image or [], video or [], frames)
+    settings = request_settings(preset, config, delta)
+    messages = request_messages(model, prompt, image or [], video or [], frames)
     from mminfer.engine import Engine  # the heavy imports come after the cheap checks
     from mminfer.inspection import inspect_chat
     from mminfer.messages import MediaOptions, normalise_messages

@@ -13,7 +13,6 @@ from torch import Tensor
 from mminfer.config import InferenceConfig
 from mminfer.errors import InputError
 from mminfer.inspection.facts import Floats, ImageFacts, Inspection, LayerFacts, Mask, Rows, TokenFacts
-from mminfer.inspection.grids import grids_of
 from mminfer.inspection.pictures import Pictures, frame_pictures, image_pictures
 from mminfer.inspection.recording import PassRecord, recording
 from mminfer.layout import Modality, TokenLayout
@@ -22,6 +21,7 @@ from mminfer.models.base import ModelSpec, attention_mask
 from mminfer.models.registry import adapter_for
 from mminfer.request import GenerationOutput, build_inputs
 from mminfer.running import Runner
+from mminfer.tokens.grid import image_views, patch_places
 
 if TYPE_CHECKING:
     from mminfer.engine import Engine
@@ -137,18 +137,30 @@ def _images(layout: TokenLayout, kind: Modality) -> list[int]:
 
 def _image_facts(layout: TokenLayout, shown: dict[Modality, Pictures]) -> tuple[tuple[ImageFacts, ...], Rows]:
     """The images in the order of the prompt, and [T] the image of each token, -1 for text."""
-    image_id, size = layout.image_id.cpu().numpy(), layout.size.cpu().numpy()
-    position, found = layout.position.cpu().numpy(), []
+    grids: dict[int, list[Rows]] = {}
+    for view in image_views(layout):
+        grids.setdefault(int(layout.image_id[view[0]]), []).append(_grid(view, layout))
+    image_id, found = layout.image_id.cpu().numpy(), []
     for kind, pictures in shown.items():
+        name = "image" if kind is Modality.IMAGE else "frame"
         for image, picture in zip(_images(layout, kind), pictures, strict=True):
-            rows = np.flatnonzero(image_id == image)
-            grids = grids_of(rows, size[rows] > 0, position[:, rows])
-            found.append((rows, ImageFacts("image" if kind is Modality.IMAGE else "frame", grids, picture)))
+            found.append((np.flatnonzero(image_id == image), ImageFacts(name, tuple(grids.get(image, ())), picture)))
     found.sort(key=lambda pair: int(pair[0][0]))
     image_of = np.full(len(layout), -1, np.int64)
     for place, (rows, _) in enumerate(found):
         image_of[rows] = place
     return tuple(facts for _, facts in found), image_of
+
+
+def _grid(view: Tensor, layout: TokenLayout) -> Rows:
+    """[h, w]: the tokens of a view in their places; in one line where these leave holes."""
+    rows, (y, x) = view.cpu().numpy(), (places.cpu().numpy() for places in patch_places(view, layout))
+    height, width = int(y.max()) + 1, int(x.max()) + 1
+    if height * width != len(rows):
+        return rows[None]
+    grid = np.empty((height, width), np.int64)
+    grid[y, x] = rows
+    return grid
 
 
 def _token_facts(
@@ -178,8 +190,7 @@ def _importance(record: PassRecord, config: InferenceConfig, count: int) -> tupl
         return _array(record.importance), f"importance by {type(config.prune).__name__} behind layer {first}"
     if record.scores:
         shares = torch.stack([score / score.nansum().clamp_min(1e-30) for score in record.scores])
-        name = type(config.cache).__name__
-        return _array(shares.mean(0)), f"score by {name} (attention received; early tokens have more to look at them)"
+        return _array(shares.mean(0)), f"score by {type(config.cache).__name__}, mean over the layers"
     return np.full(count, np.nan, np.float32), ""
 
 

@@ -128,10 +128,12 @@ def _fill(colour: str) -> str:
 
 def _shade_key(inspection: Inspection) -> str:
     if not inspection.importance_from:
-        return _item("", "No shading: these settings weigh no token (nothing is pruned, no cache entry is scored).")
+        return _item("", "No shading: these settings weigh no token.")
     ranks = {"least": 0.0, "middle": 0.5, "most": 1.0}
     keys = "".join(_key(_fill(css(SHADE, shade(rank))), name) for name, rank in ranks.items())
-    return _item(keys, f"Amber: {inspection.importance_from}, by rank among all visual tokens of the prompt.")
+    text = f"Amber: {inspection.importance_from}, by rank among all visual tokens of the prompt."
+    early = " Where all queries count, early tokens have more to look at them."
+    return _item(keys, text + (early if inspection.importance_from.startswith("score") else ""))
 
 
 def _group_key(across: bool) -> str:

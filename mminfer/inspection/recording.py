@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from mminfer.baselines import FastV
 from mminfer.cache.kv_cache import CacheEntries
 from mminfer.cache.lookm import LookM
 from mminfer.config import InferenceConfig
 from mminfer.layout import TokenLayout
 from mminfer.technique import (
     CacheTechnique,
+    LayerWork,
     MergeTechnique,
     PositionTechnique,
     PruneTechnique,
@@ -102,6 +104,10 @@ class _Recorded(Technique):
         cost: int = self.technique.cost(spec, lengths)
         return cost
 
+    def layer_cost(self, spec: ModelSpec, work: LayerWork) -> int:
+        cost: int = self.technique.layer_cost(spec, work)
+        return cost
+
 
 class RecordedPositions(_Recorded, PositionTechnique):
     """Notes the layout before and after."""
@@ -164,7 +170,7 @@ class RecordedPrune(_Recorded, PruneTechnique):
         leaves = torch.ones_like(rows, dtype=torch.bool)
         leaves[kept] = False
         self.record.left[layer_idx] = rows[leaves]
-        if self.record.importance is None and isinstance(self.technique, AIMPrune):
+        if self.record.importance is None and isinstance(self.technique, (AIMPrune, FastV)):
             importance = self.technique.importance(q, k, layer_idx, query_index, scale)
             self.record.importance = self.record.scatter(importance[-len(rows) :], rows)
         return kept
@@ -181,6 +187,9 @@ class RecordedSkip(_Recorded, SkipTechnique):
 
     def cost(self, spec: ModelSpec, lengths: Sequence[int]) -> int:
         return 0 if self.technique is None else self.technique.cost(spec, lengths)
+
+    def layer_cost(self, spec: ModelSpec, work: LayerWork) -> int:
+        return 0 if self.technique is None else self.technique.layer_cost(spec, work)
 
     def apply(self, layout: TokenLayout, layer_idx: int, num_layers: int) -> tuple[Tensor | None, Tensor | None]:
         self.record.see(layout)

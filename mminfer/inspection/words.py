@@ -80,7 +80,7 @@ def _merge(inspection: Inspection) -> str:
     removed = stats.prompt_tokens - stats.merged_tokens
     visual = stats.visual_tokens
     return (
-        "similar patches of a picture were averaged before the language model; "
+        "patches of a picture were averaged into fewer tokens before the language model; "
         f"{visual:,} visual tokens became {visual - removed:,}."
     )
 

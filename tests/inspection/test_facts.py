@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mminfer import V2PE, AIMMerge, AIMPrune, InferenceConfig, InputError, LookM, OperatorSkip, patched
-from mminfer.baselines import RandomEvict, RandomPrune
+from mminfer.baselines import H2O, Downsample, FastV, RandomEvict, RandomPrune, SnapKV
 from mminfer.inspection.collecting import inspect_inputs
 from mminfer.inspection.recording import RecordedMerge, recording
 from mminfer.models.registry import adapter_for
@@ -191,6 +191,10 @@ def test_shading_falls_back_to_the_score_and_then_to_none():
     prompt = [3, IMAGE, 5, IMAGE, 4]
     by_prune = inspect_tiny("internvl", InferenceConfig(prune=RandomPrune(1, 3)), prompt)
     assert by_prune.importance_from == "importance by RandomPrune behind layer 1"
+    by_last = inspect_tiny("internvl", InferenceConfig(prune=FastV(2, 0.5)), prompt)
+    assert by_last.importance_from == "importance by FastV behind layer 1" and by_last.layers[1].left == 16
+    left = by_last.tokens.left == 1
+    assert by_last.tokens.importance[left].max() <= by_last.tokens.importance[by_last.tokens.is_patch & ~left].min()
     by_cache = inspect_tiny("internvl", InferenceConfig(cache=LookM(0.2, 0.1)), prompt)
     assert by_cache.importance_from.startswith("score by LookM")
     assert np.isfinite(by_cache.tokens.importance).all()
@@ -200,6 +204,31 @@ def test_shading_falls_back_to_the_score_and_then_to_none():
     off = inspect_tiny("internvl", InferenceConfig(), prompt)
     assert off.importance_from == "" and np.isnan(off.tokens.rank).all()
     assert off.answer == off.full_answer and off.first_token_kl == 0 and not off.evicts
+
+
+BASELINES = {
+    "downsample": InferenceConfig(merge=Downsample(0.25)),
+    "h2o": InferenceConfig(cache=H2O(0.2, 0.1)),
+    "snapkv": InferenceConfig(cache=SnapKV(0.2, 0.1)),
+}
+
+
+@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("family", ["internvl", "llava_next", "qwen2_vl"])
+def test_baselines_are_told_as_well(family, name):
+    found = inspect_tiny(family, BASELINES[name], prompt_of(family))
+    tokens = found.tokens
+    assert (tokens.owner == np.arange(len(tokens))).sum() == found.stats.merged_tokens
+    assert (tokens.held.sum(1) == np.array(found.stats.layer_entries) * tokens.num_heads).all()
+    assert found.evicts == (name != "downsample") == bool(found.importance_from)
+    assert (tokens.group >= 0).any() == (name == "downsample")
+
+
+def test_positions_without_a_grid_give_a_line():
+    inputs = tiny_inputs("qwen2_vl", [[3, IMAGE, 4]])
+    inputs["position_ids"] = torch.arange(inputs["input_ids"].shape[1])[None]
+    found = inspect_inputs(tiny_model("qwen2_vl"), PROCESSOR, InferenceConfig(), inputs, 1)
+    assert [grid.shape for grid in found.images[0].grids] == [(1, 24)]
 
 
 def test_groups_may_cross_frames():

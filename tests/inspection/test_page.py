@@ -160,7 +160,8 @@ def test_a_page_of_text_alone():
 def test_sentences_count(nano_inspection):
     found = nano_inspection("balanced")
     assert sentences(found) == [
-        "AIMMerge: similar patches of a picture were averaged before the language model; 512 visual tokens became 168.",
+        "AIMMerge: patches of a picture were averaged into fewer tokens before the language model; 512 visual tokens "
+        "became 168.",
         "AIMPrune: visual tokens left inside the language model: 84 behind layer 3, 84 behind layer 4. They exist in "
         "no later layer or cache.",
         "OperatorSkip: visual tokens skip the FFN in layers 3 to 5.",

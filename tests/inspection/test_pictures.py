@@ -1,4 +1,4 @@
-"""Where tokens lie over a picture, and which picture that is."""
+"""Which picture lies under the tokens of an image."""
 
 from types import SimpleNamespace
 
@@ -9,49 +9,8 @@ from PIL import Image
 
 from mminfer import AIMMerge, Engine, InferenceConfig
 from mminfer.inspection import inspect_chat
-from mminfer.inspection.grids import grids_of
 from mminfer.inspection.pictures import frame_pictures, image_pictures
 from tests.tiny_models import llava_onevision_engine
-
-LINE = np.zeros((1, 200))
-
-
-def shapes(rows, is_patch=None, position=LINE):
-    rows = np.asarray(rows)
-    is_patch = np.ones(len(rows), bool) if is_patch is None else np.asarray(is_patch, bool)
-    grids = grids_of(rows, is_patch, position[:, : len(rows)])
-    assert sorted(np.concatenate([grid.ravel() for grid in grids])) == rows[is_patch].tolist()
-    return [grid.shape for grid in grids]
-
-
-def axes(height, width, order=slice(None)):
-    down, across = np.divmod(np.arange(height * width), width)
-    return np.stack([np.full(height * width, 7), down + 7, across + 7])[:, order].astype(float)
-
-
-def test_a_square_count_is_a_square_and_others_a_line():
-    assert shapes(range(10, 26)) == [(4, 4)]
-    assert shapes(range(10, 22)) == [(1, 12)]
-    assert shapes([5]) == [(1, 1)]
-
-
-def test_axes_decide_where_there_are_three():
-    assert shapes(range(16), position=axes(2, 8)) == [(2, 8)]
-    backwards = np.arange(12)[::-1]
-    (grid,) = grids_of(np.arange(12), np.ones(12, bool), axes(3, 4, backwards))
-    assert grid.tolist() == backwards.reshape(3, 4).tolist()
-    assert shapes(range(16), position=np.tile(np.arange(16.0), (3, 1))) == [(4, 4)]  # text positions on all axes
-
-
-def test_newlines_and_gaps_end_rows():
-    row = [1] * 8 + [0]
-    assert shapes(range(16 + 36), [1] * 16 + row * 4) == [(4, 4), (4, 8)]
-    assert shapes(range(36), row * 4) == [(4, 8)]
-    assert shapes(range(17), [1] * 16 + [0]) == [(4, 4)]
-    assert shapes([0, 1, 2, 4, 5, 6, 8, 9, 10]) == [(3, 3)]
-    assert shapes([0, 1, 2, 5, 6, 7]) == [(2, 3)]
-    assert shapes([0, 1, 2, 5, 6, 9]) == [(1, 6)]  # no rows of one width
-
 
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.2, 0.4]
 
