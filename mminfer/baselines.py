@@ -124,9 +124,15 @@ class FastV(PruneTechnique):
         is_visual = torch.cat([is_visual[:-1], is_visual.new_zeros(1)])  # the last token asks for the next one
         if q.shape[2] == 0:
             return torch.arange(rows, device=k.device)
-        last = query_index[-1:] if query_index is not None else None
-        importance = column_mass(q[:, :, -1:], k, query_index=last, scale=scale).mean(1)[0, -rows:]
+        importance = self.importance(q, k, layer_idx, query_index, scale)[-rows:]
         return aim_keep(importance, is_visual, origin[0], self.ratio)
+
+    def importance(self, q: Tensor, k: Tensor, layer_idx: int, query_index: Tensor | None, scale: float) -> Tensor:
+        """[N] float32, of every key of one sequence: what the last query looks at; zero where there is no query."""
+        if q.shape[2] == 0:
+            return torch.zeros(k.shape[2], device=k.device)
+        last = query_index[-1:] if query_index is not None else None
+        return column_mass(q[:, :, -1:], k, query_index=last, scale=scale).mean(1)[0]
 
     def cost(self, spec: ModelSpec, lengths: Sequence[int]) -> int:
         """One product for the logits, and one of a vote with the probabilities, for pairs of queries that count."""

@@ -1,4 +1,4 @@
-"""The command line: mminfer generate | bench | doctor."""
+"""The command line: mminfer generate | bench | inspect | doctor."""
 
 from __future__ import annotations
 
@@ -6,20 +6,18 @@ import json
 import platform
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.table import Table
 
+from mminfer.asking import request_messages, request_settings
 from mminfer.bench_cli import bench
 from mminfer.command import ERR as _err
 from mminfer.command import OUT as _out
-from mminfer.command import read_config, read_delta, told_plainly
-from mminfer.errors import InputError
+from mminfer.command import told_plainly
+from mminfer.inspect_cli import inspect
 
 if TYPE_CHECKING:
     from mminfer.engine import Engine
@@ -31,6 +29,7 @@ app = typer.Typer(
     help="Vision-language models over long contexts, at a fraction of the compute.",
 )
 app.add_typer(bench, name="bench")
+app.command()(inspect)
 
 
 @app.command()
@@ -75,8 +74,8 @@ def generate(
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ... Default: float32 on the CPU.")] = None,
 ) -> None:
     """Answer a question about images or a video, and say what that took."""
-    settings = _settings(preset, config, delta)
-    messages = _messages(model, prompt, image or [], video or [], frames, images_from)
+    settings = request_settings(preset, config, delta)
+    messages = request_messages(model, prompt, image or [], video or [], frames, images_from)
     from mminfer.engine import Engine  # the heavy imports come after the cheap checks
     from mminfer.messages import MediaOptions, normalise_messages
 
@@ -163,64 +162,6 @@ def doctor() -> None:
 def _answer(engine: Engine, messages: list[dict[str, Any]], kwargs: dict[str, Any]) -> GenerationOutput:
     (output,) = cast("list[GenerationOutput]", engine.generate([messages], **kwargs))
     return output
-
-
-def _settings(preset: str | None, config: Path | None, delta: str | None) -> Any:
-    from mminfer.config import InferenceConfig
-    from mminfer.positions.v2pe import V2PE
-
-    if config is not None and preset is not None:
-        raise InputError(f"--preset {preset} and --config {config}: pass one of them")
-    settings = read_config(config) if config is not None else InferenceConfig.from_preset(preset or "balanced")
-    return settings if delta is None else replace(settings, positions=V2PE(read_delta(delta)))
-
-
-def _messages(
-    model: str, prompt: str | None, images: list[str], videos: list[str], frames: int, images_from: str | None
-) -> list[dict[str, Any]]:
-    from mminfer import nano
-
-    media: list[dict[str, Any]] = [{"type": "image", "image": path} for path in images]
-    if images_from is not None:
-        media.append({"type": "images", "images": ListedPaths(images_from)})
-    media += [{"type": "video", "video": path} for path in videos]
-    bundled = model == nano.NANO and not media
-    if frames and not bundled:
-        raise InputError(f"--frames {frames}: they go between the bundled images of nano: leave other media out")
-    if bundled and prompt is None:
-        return nano.sample_messages(frames=frames)
-    if prompt is None or not prompt.strip():
-        raise InputError("no question: pass --prompt TEXT")
-    if bundled:
-        return nano.sample_messages(prompt, frames)
-    return [{"role": "user", "content": [*media, {"type": "text", "text": prompt}]}]
-
-
-class ListedPaths:
-    """The lines of a file, or of the standard input, one by one; remembered for the next time.
-
-    Args:
-        path: of the file; "-": the standard input.
-    """
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-        self._lines: list[str] | None = None
-        if path != "-" and not Path(path).is_file():
-            raise InputError(f"--images-from {path}: no such file: wanted one with the path of an image on each line")
-
-    def __iter__(self) -> Iterator[str]:
-        if self._lines is not None:
-            yield from self._lines
-            return
-        read = []
-        with nullcontext(sys.stdin) if self._path == "-" else Path(self._path).open() as lines:
-            for line in filter(None, map(str.strip, lines)):
-                read.append(line)
-                yield line
-        if not read:
-            raise InputError(f"--images-from {self._path}: no path in it: wanted one of an image on each line")
-        self._lines = read
 
 
 def main() -> None:

@@ -71,7 +71,7 @@ class LayerAttention:
 
     def _absent(self, sequence: int, k: Tensor, v: Tensor) -> None:
         """A sequence that has no rows in this chunk: a shorter one of the batch, which comes in later."""
-        none = self._new_entries(k[:, :, :0], v[:, :, :0], self.layout.is_visual[:0])
+        none = self._new_entries(k[:, :, :0], v[:, :, :0], 0, 0)
         held = none if self.past is None else self.past.row(sequence)
         self.entries.append(held)
         self.work.append(LayerWork(self.layer_idx, self.seen[sequence], 0, 0, len(held), 0, len(held)))
@@ -94,7 +94,7 @@ class LayerAttention:
     ) -> Tensor:
         start, stop = self.layout.spans[sequence]
         is_visual = self.layout.is_visual[start:stop]
-        entries = self._new_entries(k, v, is_visual)
+        entries = self._new_entries(k, v, start, stop)
         num_past = 0
         if self.past is not None:
             earlier = self.past.row(sequence)
@@ -124,11 +124,13 @@ class LayerAttention:
         self.mass_flops.append(mass_flops)
         return out
 
-    def _new_entries(self, k: Tensor, v: Tensor, is_visual: Tensor) -> CacheEntries:
+    def _new_entries(self, k: Tensor, v: Tensor, start: int, stop: int) -> CacheEntries:
         if self.config.cache is None:
             return CacheEntries(k, v)
-        heads = k.shape[:3]
-        return CacheEntries(k, v, is_visual.expand(heads), k.new_zeros(heads, dtype=torch.float32))
+        heads, layout = k.shape[:3], self.layout
+        source = layout.source[start:stop].expand(heads) if self.config.cache.traces else None
+        is_visual, score = layout.is_visual[start:stop].expand(heads), k.new_zeros(heads, dtype=torch.float32)
+        return CacheEntries(k, v, is_visual, score, source)
 
     def _reach(self, start: int, stop: int, num_past: int, rows: Tensor | None) -> Tensor | None:
         """[S] int64: the last key that each query of the sequence sees; None: its own."""

@@ -190,6 +190,8 @@ class CacheTechnique(Technique):
     """Compresses a layer's keys and values; `cost` takes query-key pairs a sequence."""
 
     stage = Stage.CACHE
+    # Whether entries carry the rows of the prompt that they came from (`CacheEntries.source`).
+    traces: ClassVar[bool] = False
 
     def wants_mass(self, seen: int, layer_idx: int) -> bool:
         """Whether `apply` asks how much attention each entry receives from all queries.
@@ -213,7 +215,7 @@ class CacheTechnique(Technique):
         scale: float,
         mass: Tensor | None = None,
     ) -> CacheEntries:
-        """What one sequence keeps in one layer.
+        """What one sequence keeps in one layer; all columns of its entries stay side by side.
 
         Args:
             q: [1, H, S, D] rotated queries of this pass.

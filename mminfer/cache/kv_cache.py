@@ -26,33 +26,41 @@ class CacheEntries:
         values: [1, G, S, D].
         is_visual: [1, G, S] bool; None where no cache technique will ask.
         score: [1, G, S] float32, attention received so far; None where no cache technique will ask.
+        source: [1, G, S] int64, the row of its pass's packed prompt that each came from; None unless the cache
+            technique traces entries.
     """
 
     keys: Tensor
     values: Tensor
     is_visual: Tensor | None = None
     score: Tensor | None = None
+    source: Tensor | None = None
 
     def __len__(self) -> int:
         return self.keys.shape[2]
 
     @classmethod
     def of(cls, columns: Sequence[Tensor | None]) -> CacheEntries:
-        """From keys, values, is_visual and score in this order."""
-        keys, values, is_visual, score = columns
+        """From keys, values, is_visual, score and source in this order."""
+        keys, values, *others = columns
         if keys is None or values is None:
             raise ValueError("entries without keys or values")
-        return cls(keys, values, is_visual, score)
+        return cls(keys, values, *others)
 
     @property
     def columns(self) -> list[Tensor | None]:
-        """Keys, values, is_visual and score."""
-        return [self.keys, self.values, self.is_visual, self.score]
+        """Keys, values, is_visual, score and source."""
+        return [self.keys, self.values, self.is_visual, self.score, self.source]
 
     def last(self, count: int) -> CacheEntries:
         """The last `count` of these entries, or all there are."""
         start = max(0, len(self) - count)
         return CacheEntries.of([None if x is None else x[:, :, start:] for x in self.columns])
+
+    def kept(self, places: Tensor, keys: Tensor, values: Tensor) -> CacheEntries:
+        """The entries at these places ([1, G, S] int64), with keys and values that others were merged into."""
+        others = (None if x is None else x.gather(2, places) for x in self.columns[2:])
+        return CacheEntries.of([keys, values, *others])
 
     def extend(self, new: CacheEntries) -> CacheEntries:
         """These entries, then the new ones."""

@@ -134,7 +134,7 @@ class LookM(CacheTechnique):
         if kept.shape[-1] == len(entries):
             return entries
         keys, values = lookm_merge(entries.keys, entries.values, kept, self.merge)
-        return CacheEntries(keys, values, entries.is_visual.gather(2, kept), entries.score.gather(2, kept))
+        return entries.kept(kept, keys, values)
 
     def _warn_of_overflow(self, is_visual: Tensor, important: int, recent: int) -> None:
         """Once in a process for each setting: the same words again are not shown."""

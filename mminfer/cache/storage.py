@@ -10,7 +10,7 @@ from torch import Tensor
 from mminfer.cache.kv_cache import CacheEntries, CompressedCache, CompressedLayer, Places
 
 PLACES = ("decode_position", "resume_position", "run_position")
-COLUMNS = ("keys", "values", "is_visual", "score")
+COLUMNS = ("keys", "values", "is_visual", "score", "source")
 
 
 def cache_tensors(cache: CompressedCache) -> dict[str, Tensor]:

@@ -1,0 +1,238 @@
+"""Running a prompt with recording techniques, and once more without any, and putting together what was seen."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mminfer.config import InferenceConfig
+from mminfer.errors import InputError
+from mminfer.inspection.facts import Floats, ImageFacts, Inspection, LayerFacts, Mask, Rows, TokenFacts
+from mminfer.inspection.pictures import Pictures, frame_pictures, image_pictures
+from mminfer.inspection.recording import PassRecord, recording
+from mminfer.layout import Modality, TokenLayout
+from mminfer.metrics.fidelity import kl_divergence
+from mminfer.models.base import ModelSpec, attention_mask
+from mminfer.models.registry import adapter_for
+from mminfer.request import GenerationOutput, build_inputs
+from mminfer.running import Runner
+from mminfer.tokens.grid import image_views, patch_places
+
+if TYPE_CHECKING:
+    from mminfer.engine import Engine
+
+
+def inspect_chat(
+    engine: Engine, messages: Any, max_new_tokens: int = 64, *, name: str = "", **media: Any
+) -> Inspection:
+    """Answers one chat with the engine's settings and with none, and tells what the settings did to the prompt.
+
+    Args:
+        engine: the model and the settings.
+        messages: as for `Engine.generate`.
+        max_new_tokens: tokens of each answer at most.
+        name: of the model.
+        media: how media are taken; as for `Engine.generate`.
+
+    Raises:
+        InputError: the request is wrong.
+    """
+    chat = engine.check(messages, **media)
+    parts = [part for message in chat for part in message["content"]]
+    inputs = dict(build_inputs(engine.processor, [chat], device=engine.device, dtype=engine.model.dtype))
+    return inspect_inputs(
+        engine.model,
+        engine.processor,
+        engine.config,
+        inputs,
+        max_new_tokens,
+        name=name,
+        pictures=[part["image"] for part in parts if part["type"] == "image"],
+        videos=[part["video"] for part in parts if part["type"] == "video"],
+    )
+
+
+def inspect_inputs(
+    model: Any,
+    processor: Any,
+    config: InferenceConfig,
+    inputs: Mapping[str, Any],
+    max_new_tokens: int = 64,
+    *,
+    name: str = "",
+    pictures: Pictures = (),
+    videos: Sequence[Any] = (),
+) -> Inspection:
+    """The same for inputs that a processor has prepared.
+
+    Args:
+        model: the host model, not patched.
+        processor: its processor; its tokenizer decodes.
+        config: the settings.
+        inputs: of one chat, with `input_ids`.
+        max_new_tokens: tokens of each answer at most.
+        name: of the model.
+        pictures: the images of the request, in order.
+        videos: the frames of its videos, uint8 [F, H, W, 3] each.
+
+    Raises:
+        InputError: several chats, or no token ids.
+        ConfigError: a setting does not fit the model.
+    """
+    ids = inputs.get("input_ids")
+    if ids is None or len(ids) != 1:
+        found = "none" if ids is None else f"{len(ids)} rows"
+        raise InputError(f"input_ids: {found}; an inspection takes one chat: wanted one row of token ids")
+    adapter = adapter_for(model)
+    recorded, record = recording(config)
+    with torch.no_grad():
+        output = _answer(Runner(model, processor, adapter, recorded, False), inputs, max_new_tokens)
+        full = output
+        if config.techniques:
+            full = _answer(Runner(model, processor, adapter, InferenceConfig(), False), inputs, max_new_tokens)
+    host, placed = record.host, record.placed
+    if host is None or placed is None or output.logits is None or full.logits is None:
+        raise RuntimeError("the prompt pass left no record")
+    counts = {kind: len(_images(host, kind)) for kind in (Modality.IMAGE, Modality.VIDEO)}
+    shown = {
+        Modality.IMAGE: image_pictures(processor, inputs, pictures, counts[Modality.IMAGE]),
+        Modality.VIDEO: frame_pictures(videos, counts[Modality.VIDEO]),
+    }
+    images, image_of = _image_facts(host, shown)
+    importance, importance_from = _importance(record, config, len(host))
+    return Inspection(
+        model=name or adapter.spec.family,
+        settings=config.to_dict(),
+        images=images,
+        tokens=_token_facts(record, host, image_of, importance, adapter.spec),
+        texts=_texts(processor.tokenizer, ids[0][attention_mask(inputs)[0]].tolist(), host),
+        layers=_layer_facts(record, output, full, adapter.spec, model.dtype.itemsize),
+        answer=output.text,
+        full_answer=full.text,
+        first_token_kl=kl_divergence(full.logits[0], output.logits[0]).item(),
+        stats=output.stats,
+        full_stats=full.stats,
+        importance_from=importance_from,
+        last_position=float(placed.next_position[0]) - 1,
+        full_last_position=float(host.next_position[0]) - 1,
+    )
+
+
+def _answer(runner: Runner, inputs: Mapping[str, Any], max_new_tokens: int) -> GenerationOutput:
+    kwargs = {"max_new_tokens": max_new_tokens, "output_logits": True, "do_sample": False, "num_beams": 1}
+    (output,) = runner.run(dict(inputs), time.perf_counter(), **kwargs)
+    return output
+
+
+def _images(layout: TokenLayout, kind: Modality) -> list[int]:
+    """Ids of the images or frames of this kind, in the order in which the adapter counted them."""
+    ids: list[int] = layout.image_id[layout.modality == kind].unique().tolist()
+    return ids
+
+
+def _image_facts(layout: TokenLayout, shown: dict[Modality, Pictures]) -> tuple[tuple[ImageFacts, ...], Rows]:
+    """The images in the order of the prompt, and [T] the image of each token, -1 for text."""
+    grids: dict[int, list[Rows]] = {}
+    for view in image_views(layout):
+        grids.setdefault(int(layout.image_id[view[0]]), []).append(_grid(view, layout))
+    image_id, found = layout.image_id.cpu().numpy(), []
+    for kind, pictures in shown.items():
+        name = "image" if kind is Modality.IMAGE else "frame"
+        for image, picture in zip(_images(layout, kind), pictures, strict=True):
+            found.append((np.flatnonzero(image_id == image), ImageFacts(name, tuple(grids.get(image, ())), picture)))
+    found.sort(key=lambda pair: int(pair[0][0]))
+    image_of = np.full(len(layout), -1, np.int64)
+    for place, (rows, _) in enumerate(found):
+        image_of[rows] = place
+    return tuple(facts for _, facts in found), image_of
+
+
+def _grid(view: Tensor, layout: TokenLayout) -> Rows:
+    """[h, w]: the tokens of a view in their places; in one line where these leave holes."""
+    rows, (y, x) = view.cpu().numpy(), (places.cpu().numpy() for places in patch_places(view, layout))
+    height, width = int(y.max()) + 1, int(x.max()) + 1
+    if height * width != len(rows):
+        return rows[None]
+    grid = np.empty((height, width), np.int64)
+    grid[y, x] = rows
+    return grid
+
+
+def _token_facts(
+    record: PassRecord, host: TokenLayout, image_of: Rows, importance: Floats, spec: ModelSpec
+) -> TokenFacts:
+    count, heads = len(host), spec.num_key_value_heads
+    is_patch: Mask = (host.is_visual & (host.size > 0)).cpu().numpy()
+    owner = np.arange(count) if record.merged_into is None else record.merged_into.cpu().numpy()
+    size = np.zeros(count, np.float32)
+    np.add.at(size, owner, host.size.cpu().numpy())
+    present = np.zeros((spec.num_layers, count), np.bool_)
+    left, held = np.full(count, -1, np.int64), np.zeros((spec.num_layers, count), np.int64)
+    for layer, rows in record.left.items():
+        left[rows.cpu().numpy()] = layer
+    for layer, rows in enumerate(record.rows):
+        present[layer, rows.cpu().numpy()] = True
+        held[layer] = present[layer] * heads
+        if layer in record.held:
+            held[layer] = torch.bincount(record.held[layer].flatten(), minlength=count).cpu().numpy()
+    return TokenFacts(image_of, is_patch, owner, size, present, left, held, heads, importance)
+
+
+def _importance(record: PassRecord, config: InferenceConfig, count: int) -> tuple[Floats, str]:
+    """[T] float32 and what it is: of the first layer that prunes; else the mean share of attention over the layers."""
+    if record.importance is not None:
+        first = min(record.left)
+        return _array(record.importance), f"importance by {type(config.prune).__name__} behind layer {first}"
+    if record.scores:
+        shares = torch.stack([score / score.nansum().clamp_min(1e-30) for score in record.scores])
+        return _array(shares.mean(0)), f"score by {type(config.cache).__name__}, mean over the layers"
+    return np.full(count, np.nan, np.float32), ""
+
+
+def _array(values: Tensor) -> Floats:
+    array: Floats = values.float().cpu().numpy()
+    return array
+
+
+def _layer_facts(
+    record: PassRecord, output: GenerationOutput, full: GenerationOutput, spec: ModelSpec, element_size: int
+) -> tuple[LayerFacts, ...]:
+    per_entry = 2 * spec.num_key_value_heads * spec.head_dim * element_size
+    facts = []
+    for i, (attention, ffn) in enumerate(record.skipped):
+        entries, full_entries = output.stats.layer_entries[i], full.stats.layer_entries[i]
+        facts.append(
+            LayerFacts(
+                rows=output.stats.layer_rows[i],
+                full_rows=full.stats.layer_rows[i],
+                left=len(record.left.get(i, ())),
+                entries=entries,
+                full_entries=full_entries,
+                cache_bytes=entries * per_entry,
+                full_cache_bytes=full_entries * per_entry,
+                skipped=("queries",) * attention + ("FFN",) * ffn,
+            )
+        )
+    return tuple(facts)
+
+
+def _texts(tokenizer: Any, ids: list[int], layout: TokenLayout) -> tuple[str, ...]:
+    """What each text token adds to the one before; its name in the vocabulary where that is no whole character."""
+    texts: list[str] = []
+    before: int | None = None
+    for token, visual in zip(ids, layout.is_visual.tolist(), strict=True):
+        texts.append("" if visual else _added_text(tokenizer, before, token))
+        before = None if visual else token
+    return tuple(texts)
+
+
+def _added_text(tokenizer: Any, before: int | None, token: int) -> str:
+    head = "" if before is None else tokenizer.decode([before])
+    text: str = tokenizer.decode([token] if before is None else [before, token])
+    text = text[len(head) :] if text.startswith(head) else tokenizer.decode([token])
+    return str(tokenizer.convert_ids_to_tokens(token)) if "\ufffd" in text else text

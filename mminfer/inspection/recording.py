@@ -1,0 +1,254 @@
+"""Techniques that write down what they did: each hands its work to the real one and notes what it saw."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from mminfer.baselines import FastV
+from mminfer.cache.kv_cache import CacheEntries
+from mminfer.cache.lookm import LookM
+from mminfer.config import InferenceConfig
+from mminfer.layout import TokenLayout
+from mminfer.technique import (
+    CacheTechnique,
+    LayerWork,
+    MergeTechnique,
+    PositionTechnique,
+    PruneTechnique,
+    SkipTechnique,
+    Technique,
+)
+from mminfer.tokens.prune import AIMPrune
+
+if TYPE_CHECKING:
+    from mminfer.models.base import ModelSpec
+
+
+@dataclass
+class PassRecord:
+    """What happened to the rows of one prompt pass: one chat, all at once. Rows are named by `TokenLayout.source`.
+
+    Attributes:
+        host: the layout as the model's adapter made it.
+        placed: the same tokens behind the position technique.
+        merged_into: [T] int64, the row of the token that each became part of; its own where it stays.
+        rows: for each layer the rows that entered it, [K] int64.
+        skipped: for each layer whether visual rows issue no query, and whether they leave the FFN out.
+        left: by layer, the rows that left behind it, [K] int64.
+        held: by layer, the rows whose entries each head kept, [G, S] int64; empty without a cache technique.
+        importance: [T] float32 of the first layer that prunes; nan where the token was not there.
+        scores: one [T] float32 a layer that a cache technique scored: attention received, nan likewise.
+    """
+
+    host: TokenLayout | None = None
+    placed: TokenLayout | None = None
+    merged_into: Tensor | None = None
+    rows: list[Tensor] = field(default_factory=list)
+    skipped: list[tuple[bool, bool]] = field(default_factory=list)
+    left: dict[int, Tensor] = field(default_factory=dict)
+    held: dict[int, Tensor] = field(default_factory=dict)
+    importance: Tensor | None = None
+    scores: list[Tensor] = field(default_factory=list)
+
+    def see(self, layout: TokenLayout) -> None:
+        """Notes the layout if it is the first one."""
+        if self.host is None:
+            self.host = self.placed = layout
+
+    def scatter(self, values: Tensor, rows: Tensor) -> Tensor:
+        """[T] float32: values ([K]) at their rows ([K] int64), nan elsewhere."""
+        count = len(self.host) if self.host is not None else int(rows.max()) + 1
+        return values.new_full((count,), torch.nan, dtype=torch.float32).index_copy(0, rows, values.float())
+
+
+def recording(config: InferenceConfig) -> tuple[InferenceConfig, PassRecord]:
+    """The same techniques, and the record that they will write in the next prompt pass. For one pass only."""
+    record = PassRecord()
+    wrappers: dict[str, type[_Recorded]] = {
+        "positions": RecordedPositions,
+        "merge": RecordedMerge,
+        "prune": RecordedPrune,
+        "cache": RecordedCache,
+    }
+    on = {stage: getattr(config, stage) for stage in wrappers if getattr(config, stage) is not None}
+    wrapped: dict[str, Any] = {stage: wrappers[stage](technique, record) for stage, technique in on.items()}
+    return InferenceConfig(**wrapped, skip=RecordedSkip(config.skip, record)), record
+
+
+@dataclass(frozen=True, eq=False)
+class _Recorded(Technique):
+    """Hands everything on.
+
+    Args:
+        technique: does the work.
+        record: what is written.
+    """
+
+    technique: Any
+    record: PassRecord
+
+    def check(self, spec: ModelSpec) -> None:
+        self.technique.check(spec)
+
+    @property
+    def needs_whole_prompt(self) -> str | None:
+        return f"the inspection of {type(self.technique).__name__}"
+
+    def cost(self, spec: ModelSpec, lengths: Sequence[int]) -> int:
+        cost: int = self.technique.cost(spec, lengths)
+        return cost
+
+    def layer_cost(self, spec: ModelSpec, work: LayerWork) -> int:
+        cost: int = self.technique.layer_cost(spec, work)
+        return cost
+
+
+class RecordedPositions(_Recorded, PositionTechnique):
+    """Notes the layout before and after."""
+
+    @property
+    def fractional(self) -> bool:
+        return bool(self.technique.fractional)
+
+    @property
+    def wider(self) -> str:  # type: ignore[override]
+        return str(self.technique.wider)
+
+    def apply(self, layout: TokenLayout, max_positions: int) -> TokenLayout:
+        self.record.see(layout)
+        placed: TokenLayout = self.technique.apply(layout, max_positions)
+        self.record.placed = placed
+        return placed
+
+    def rescale(self, length: float, window: int, head_dim: int) -> Tensor | None:
+        factors: Tensor | None = self.technique.rescale(length, window, head_dim)
+        return factors
+
+    def covers(self, length: float, window: int) -> float:
+        return float(self.technique.covers(length, window))
+
+
+class RecordedMerge(_Recorded, MergeTechnique):
+    """Notes which token each became part of."""
+
+    def unit_lengths(self, layout: TokenLayout) -> tuple[int, ...]:
+        lengths: tuple[int, ...] = self.technique.unit_lengths(layout)
+        return lengths
+
+    def apply(self, inputs_embeds: Tensor, layout: TokenLayout) -> tuple[Tensor, TokenLayout]:
+        self.record.see(layout)
+        watched = _WatchedLayout(**_columns(layout), record=self.record)
+        out, merged = self.technique.apply(inputs_embeds, watched)
+        return out, TokenLayout(**_columns(merged))
+
+
+class RecordedPrune(_Recorded, PruneTechnique):
+    """Notes who leaves, and what the first layer that prunes thought of everybody."""
+
+    def prunes(self, layer_idx: int, num_layers: int) -> bool:
+        return bool(self.technique.prunes(layer_idx, num_layers))
+
+    def apply(
+        self,
+        q: Tensor,
+        k: Tensor,
+        is_visual: Tensor,
+        origin: tuple[int, int],
+        layer_idx: int,
+        num_layers: int,
+        query_index: Tensor | None,
+        scale: float,
+    ) -> Tensor:
+        kept: Tensor = self.technique.apply(q, k, is_visual, origin, layer_idx, num_layers, query_index, scale)
+        rows = self.record.rows[layer_idx]
+        leaves = torch.ones_like(rows, dtype=torch.bool)
+        leaves[kept] = False
+        self.record.left[layer_idx] = rows[leaves]
+        if self.record.importance is None and isinstance(self.technique, (AIMPrune, FastV)):
+            importance = self.technique.importance(q, k, layer_idx, query_index, scale)
+            self.record.importance = self.record.scatter(importance[-len(rows) :], rows)
+        return kept
+
+
+class RecordedSkip(_Recorded, SkipTechnique):
+    """Notes which rows enter each layer; it stands in the configuration even where nothing is skipped."""
+
+    technique: SkipTechnique | None
+
+    def check(self, spec: ModelSpec) -> None:
+        if self.technique is not None:
+            self.technique.check(spec)
+
+    def cost(self, spec: ModelSpec, lengths: Sequence[int]) -> int:
+        return 0 if self.technique is None else self.technique.cost(spec, lengths)
+
+    def layer_cost(self, spec: ModelSpec, work: LayerWork) -> int:
+        return 0 if self.technique is None else self.technique.layer_cost(spec, work)
+
+    def apply(self, layout: TokenLayout, layer_idx: int, num_layers: int) -> tuple[Tensor | None, Tensor | None]:
+        self.record.see(layout)
+        self.record.rows.append(layout.source)
+        queries, ffn = (None, None) if self.technique is None else self.technique.apply(layout, layer_idx, num_layers)
+        self.record.skipped.append((queries is not None, ffn is not None))
+        return queries, ffn
+
+    @contextmanager
+    def narrow(
+        self, layer: nn.Module, ffn_modules: tuple[str, str], queries: Tensor | None, ffn: Tensor | None
+    ) -> Iterator[None]:
+        if self.technique is None:
+            yield
+            return
+        with self.technique.narrow(layer, ffn_modules, queries, ffn):
+            yield
+
+
+class RecordedCache(_Recorded, CacheTechnique):
+    """Notes which entries each head keeps, and the attention that entries receive."""
+
+    traces: ClassVar[bool] = True
+
+    def wants_mass(self, seen: int, layer_idx: int) -> bool:
+        return bool(self.technique.wants_mass(seen, layer_idx))
+
+    def apply(
+        self,
+        q: Tensor,
+        entries: CacheEntries,
+        seen: int,
+        layer_idx: int,
+        query_index: Tensor | None,
+        scale: float,
+        mass: Tensor | None = None,
+    ) -> CacheEntries:
+        out: CacheEntries = self.technique.apply(q, entries, seen, layer_idx, query_index, scale, mass)
+        if out.source is None or entries.source is None:
+            raise ValueError(f"{type(self.technique).__name__} lost the source of its entries: use CacheEntries.kept")
+        self.record.held[layer_idx] = out.source[0]
+        if isinstance(self.technique, LookM):
+            score = mass if mass is not None else self.technique.score(q, entries.keys, layer_idx, query_index, scale)
+            self.record.scores.append(self.record.scatter(score[0].sum(0), entries.source[0, 0]))
+        return out
+
+
+@dataclass(frozen=True, eq=False)
+class _WatchedLayout(TokenLayout):
+    """A layout that writes down what is merged in it."""
+
+    record: PassRecord | None = None
+
+    def merge(self, index: Tensor, size: Tensor, owner: Tensor) -> TokenLayout:
+        if self.record is not None:
+            self.record.merged_into = owner
+        return super().merge(index, size, owner)
+
+
+def _columns(layout: TokenLayout) -> dict[str, Any]:
+    """The fields of a layout, without what was added for watching."""
+    return {f.name: getattr(layout, f.name) for f in fields(TokenLayout)}
