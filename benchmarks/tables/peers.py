@@ -21,39 +21,31 @@ def quality() -> str:
     asked = ", ".join(f"{next(r for r in rows if r['images'] == n)['questions']} over {n}" for n in lengths)
     versions = next((r["versions"] for r in rows if r["versions"]), "")
     worst = max((float(r["logits_differ"]) for r in rows if r["logits_differ"]), default=0.0)
-    told = (
-        f"next-turn; questions: {asked} pictures, seed {rows[0]['seed']}. The peer: {versions}, in its own environment;"
-    )
-    told += f" with nothing evicted its logits differ from ours by {worst:.1g} at most."
+    told = f"next-turn; questions: {asked} pictures, seed {rows[0]['seed']}. The peer: {versions}, in its own "
+    told += f"environment; with nothing evicted its logits differ from ours by {worst:.1g} at most."
     return f"{markdown(header, table)}\n\n{told} {origin(rows)}."
 
 
 def times() -> str:
     """What was timed beside peers, and what could not be run."""
     rows = [r for r in read_rows("peers") if r["measure"] != "quality" or r["status"] != "measured"]
-    header = [
-        "peer",
-        "model",
-        "system",
-        "setting",
-        "tokens",
-        "entries kept",
-        "TTFT, ms",
-        "ms a token (p20 to p80)",
-        "status",
-    ]
+    header = ["peer", "model", "system", "setting", "tokens", "entries kept", "TTFT, ms", "TPOT, ms", "status"]
     table = []
     for r in rows:
-        span = (
-            f"{float(r['median_ms']):,.2f} ({float(r['p20_ms']):,.2f} to {float(r['p80_ms']):,.2f})"
-            if r["median_ms"]
-            else ""
-        )
-        ttft = f"{float(r['ttft_ms']):,.1f}" if r["ttft_ms"] else ""
-        note = ", ".join(filter(None, [r["status"], r["note"]]))
-        line = [r["against"], r["model"], r["system"], f"`{r['setting']}`", r["tokens"], _kept(r), ttft, span]
-        table.append([*line, note.replace("\n", " ").replace("|", "/")])
-    return f"{markdown(header, table)}\n\nTurns of both processes alternate in one run. {origin(rows)}."
+        line = [r["against"], r["model"], r["system"], f"`{r['setting']}`", r["tokens"], _kept(r), *_milliseconds(r)]
+        told = ", ".join(filter(None, [r["status"], r["note"]]))
+        table.append([*line, told.replace("\n", " ").replace("|", "/")])
+    told = "Turns of both processes alternate in one run; 20th to 80th percentile."
+    return f"{markdown(header, table)}\n\n{told} {origin(rows)}."
+
+
+def _milliseconds(row: Row) -> list[str]:
+    """To the first token, and for one more; empty where they were not measured."""
+    ttft = f"{float(row['ttft_ms']):,.1f}" if row["ttft_ms"] else ""
+    if not row["median_ms"]:
+        return [ttft, ""]
+    low, middle, high = (float(row[name]) for name in ("p20_ms", "median_ms", "p80_ms"))
+    return [ttft, f"{middle:,.2f} ({low:,.2f} to {high:,.2f})"]
 
 
 def _kept(row: Row) -> str:
