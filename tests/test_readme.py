@@ -1,4 +1,4 @@
-"""The README tells the truth: its tables are those of the stored rows, its test command is the one CI runs."""
+"""README and report tell the truth: their tables are those of the stored rows, the test command is the one CI runs."""
 
 import os
 import subprocess
@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.readme import SECTIONS, render
+from benchmarks import report
+from benchmarks.readme import QUOTED, SECTIONS, render
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -16,6 +17,15 @@ README = (ROOT / "README.md").read_text()
 def test_generated_sections_are_current(name):
     assert f"<!-- {name} -->" in README
     assert render(README) == README
+
+
+def test_the_report_is_current():
+    assert report.render() == report.REPORT.read_text()
+
+
+@pytest.mark.parametrize("name", QUOTED)
+def test_the_readme_quotes_the_report(name):
+    assert QUOTED[name]() in report.REPORT.read_text()
 
 
 def test_ci_runs_the_readmes_test_command(tmp_path):
