@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from mminfer.nano import build
 from mminfer.nano.evaluate import TASKS, chat_inputs
 
 WORKERS = Path(__file__).parent / "workers"
-KEY = ("against", "measure", "system", "setting", "images")  # what tells rows apart
+KEY = ("against", "model", "measure", "system", "setting", "images")  # what tells rows apart
 COLUMNS = (
     *KEY, "versions", "tokens", "questions", "seed", "accuracy", *TASKS, "kl", "entries",
     "cache_kept", "logits_differ", "read_ms", "ttft_ms", "p20_ms", "median_ms", "p80_ms", "turns", "note", "status",
@@ -49,22 +50,20 @@ def peer_python(folder: Path, packages: Sequence[str], install: bool) -> Path:
     Args:
         folder: of the environment.
         packages: what pip installs there.
-        install: make the environment if it is not there.
+        install: make the environment, or complete it.
 
     Raises:
         PeerError: it is not there, or cannot be made.
     """
     python = folder / "bin" / "python"
     commands = [[sys.executable, "-m", "venv", str(folder)], [str(python), "-m", "pip", "install", "-q", *packages]]
-    if python.exists():
-        return python
-    if not install:
-        by_hand = f"python3 -m venv {folder} && {' '.join(commands[1])}"
-        raise PeerError(f"not installed: --install makes its environment, or: {by_hand}")
-    for command in commands:
+    for command in commands if install else []:
         run = subprocess.run(command, capture_output=True, text=True, check=False)
         if run.returncode:
             raise PeerError(f"not installed: {' '.join(command)}: {_last_line(run.stderr)}")
+    if not python.exists():
+        by_hand = f"python3 -m venv {folder} && {' '.join(commands[1])}"
+        raise PeerError(f"not installed: --install makes its environment, or: {by_hand}")
     return python
 
 
@@ -78,13 +77,13 @@ class Worker:
     """
 
     def __init__(self, python: Path, script: Path, threads: int) -> None:
-        self._log = tempfile.TemporaryFile("w+")
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
         environment.pop("PYTHONPATH", None)  # the peer's environment is its own
-        self._process = subprocess.Popen(
-            [str(python), str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
-            env=environment,
-        )  # fmt: skip
+        self._stack = ExitStack()
+        self._log = self._stack.enter_context(tempfile.TemporaryFile("w+"))  # noqa: SIM115, the stack closes it
+        streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._log}
+        command = [str(python), str(script)]
+        self._process = self._stack.enter_context(subprocess.Popen(command, env=environment, text=True, **streams))
 
     def ask(self, command: str, **arguments: Any) -> dict[str, Any]:
         """What the worker replies to a command.
@@ -92,10 +91,8 @@ class Worker:
         Raises:
             PeerError: it raised, or died.
         """
-        assert self._process.stdin is not None and self._process.stdout is not None
-        line = json.dumps({"command": command, **arguments})
         try:
-            print(line, file=self._process.stdin, flush=True)
+            print(json.dumps({"command": command, **arguments}), file=self._process.stdin, flush=True)
             text = self._process.stdout.readline()
         except BrokenPipeError:
             text = ""
@@ -113,11 +110,8 @@ class Worker:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for stream in (self._process.stdin, self._process.stdout):
-            if stream is not None:
-                stream.close()
-        self._process.wait()
-        self._log.close()
+        with suppress(BrokenPipeError):  # of one that has died with a command in its pipe
+            self._stack.close()  # there are no more commands, so the process ends
 
 
 def _last_line(text: str) -> str:

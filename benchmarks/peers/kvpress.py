@@ -33,6 +33,7 @@ from mminfer.nano import checkpoint_path
 
 PEER, PACKAGES = "kvpress", ["kvpress==0.5.5"]
 OFF = InferenceConfig()
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -71,33 +72,29 @@ class System(Protocol):
         ...
 
 
-def _same(share: float, **settings: Any) -> Callable[[int], InferenceConfig]:
-    """LOOK-M with exactly as many entries as kvpress keeps, text among the rest."""
+Setting = Callable[[int], InferenceConfig]  # of the tokens of a context
+
+
+def _equal(share: float, technique: type[LookM], **settings: Any) -> Setting:
+    """Exactly as many entries as kvpress keeps, text among the rest."""
 
     def config(tokens: int) -> InferenceConfig:
-        budget = max(1, int(tokens * (1 - (1 - share))))
-        return InferenceConfig(cache=LookM(budget=budget, text_prior=False, **settings))
+        budget = max(1, int(tokens * (1 - (1 - share))))  # as kvpress counts, its rounding included
+        return InferenceConfig(cache=technique(budget=budget, text_prior=False, **settings))
 
     return config
 
 
-def _lot(share: float) -> Callable[[int], InferenceConfig]:
-    return lambda tokens: InferenceConfig(cache=RandomEvict(share / 2, share / 2, text_prior=False))
-
-
-def _fixed(config: InferenceConfig) -> Callable[[int], InferenceConfig]:
-    return lambda tokens: config
-
-
-def _ours(percent: int) -> dict[str, Callable[[int], InferenceConfig]]:
+def _settings(percent: int) -> dict[str, Setting]:
     share = percent / 100
+    preset = InferenceConfig.from_preset(f"lookm-{percent}")
     average = InferenceConfig(cache=LookM(share / 2, share / 2, merge="average"))
     return {
-        f"lookm-{percent}": _fixed(InferenceConfig.from_preset(f"lookm-{percent}")),
-        f"lookm-{percent} average": _fixed(average),
-        f"lookm-{percent} no text prior": _same(share),
-        f"lookm-{percent} average, no text prior": _same(share, merge="average"),
-        f"random-{percent} no text prior": _lot(share),
+        f"lookm-{percent}": lambda tokens: preset,
+        f"lookm-{percent}-average": lambda tokens: average,
+        f"lookm-{percent}-no-text-prior": _equal(share, LookM),
+        f"lookm-{percent}-average-no-text-prior": _equal(share, LookM, merge="average"),
+        f"random-evict-{percent}-no-text-prior": _equal(share, RandomEvict),
     }
 
 
@@ -108,8 +105,8 @@ class Ours:
 
     def __init__(self, model: Any, prompts: Sequence[Prompt]) -> None:
         self.versions, self._model, self._prompts = "", model, prompts
-        self.settings = {"off": _fixed(OFF), **_ours(20), **_ours(5)}
-        self.notes = {f"lookm-{n}{rest}": "keeps all text" for n in (20, 5) for rest in ("", " average")}
+        self.settings: dict[str, Setting] = {"off": lambda tokens: OFF, **_settings(20), **_settings(5)}
+        self.notes = {f"lookm-{n}{rest}": "keeps all text" for n in (20, 5) for rest in ("", "-average")}
 
     def answer(self, setting: str, prompt: int) -> Held:
         asked, logits = self._prompts[prompt], []
@@ -149,11 +146,15 @@ def _entries(cache: CompressedCache) -> float:
     return sum(lengths) / len(lengths)
 
 
-def _presses(percent: int) -> dict[str, tuple[str, dict[str, Any]]]:
+def _presses(percent: int) -> dict[str, tuple[str | None, dict[str, Any]]]:
+    """Class and arguments; SnapKV also with a window below the budget: its default of 64 may be more than that."""
     removed = {"compression_ratio": 1 - percent / 100}
-    snap = {"SnapKVPress": {}, "SnapKVPress window 16": {"window_size": 16}}  # the default one holds 64 tokens
-    presses = {**snap, "ExpectedAttentionPress": {}, "KnormPress": {}}
-    return {f"{name} {percent} %": (name.split()[0], {**removed, **own}) for name, own in presses.items()}
+    return {
+        f"SnapKVPress {percent} %": ("SnapKVPress", removed),
+        f"SnapKVPress, window 16, {percent} %": ("SnapKVPress", {**removed, "window_size": 16}),
+        f"ExpectedAttentionPress {percent} %": ("ExpectedAttentionPress", removed),
+        f"KnormPress {percent} %": ("KnormPress", removed),
+    }
 
 
 class Theirs:
@@ -192,27 +193,30 @@ class Theirs:
 
 def quality(
     systems: Sequence[System], prompts: Sequence[Prompt], numbers: Sequence[int], **facts: Any
-) -> Iterator[Any]:
+) -> Iterator[Row]:
     """A row for each setting: accuracy and divergence over these prompts."""
-    asked, references = [prompts[n] for n in numbers], []
+    asked, reference = [prompts[n] for n in numbers], None
     for system in systems:
-        full: list[Tensor] = []
+        full: list[Tensor] | None = None
         for setting in system.settings:
-            named = {"against": PEER, "measure": "quality", "system": system.name, "setting": setting, **facts}
-            named |= {"versions": system.versions, "note": system.notes.get(setting, "")}
+            named = _named("quality", system, setting, facts)
             try:
                 held = [system.answer(setting, n) for n in numbers]
             except PeerError as error:
                 yield row(**named, status=str(error))
                 continue
             logits = [h.logits for h in held]
-            if not full:
-                full = logits
-                references.append(full)
-                if len(references) > 1:  # the same weights and prompts give the same logits
-                    pairs = zip(*references[:2], strict=True)
-                    named["logits_differ"] = f"{max((a - b).abs().max().item() for a, b in pairs):.1e}"
+            full = logits if full is None else full
+            reference = full if reference is None else reference
+            if setting == "no press":  # the same weights and prompts give the same logits
+                apart = max((a - b).abs().max().item() for a, b in zip(logits, reference, strict=True))
+                named["logits_differ"] = f"{apart:.1e}"
             yield row(**named, **score(asked, logits, full), **_sizes(held), status=MEASURED)
+
+
+def _named(measure: str, system: System, setting: str, facts: dict[str, Any]) -> Row:
+    own = {"system": system.name, "setting": setting, "versions": system.versions}
+    return {"against": PEER, "model": "nano", "measure": measure, **own, "note": system.notes.get(setting, ""), **facts}
 
 
 def _sizes(held: Sequence[Held]) -> dict[str, float]:
@@ -220,37 +224,29 @@ def _sizes(held: Sequence[Held]) -> dict[str, float]:
     return {"tokens": round(tokens), "entries": round(entries, 1), "cache_kept": round(100 * entries / tokens, 2)}
 
 
-def decoding(systems: Sequence[System], prompt: int, steps: int, repeats: int, **facts: Any) -> list[dict[str, Any]]:
+def decoding(systems: Sequence[System], prompt: int, steps: int, repeats: int, **facts: Any) -> Iterator[Row]:
     """A row for each setting: medians over all steps of turns that alternate between the systems."""
     ordered = [[(system, setting) for setting in system.settings] for system in systems]
-    turns = [turn for pair in zip_longest(*ordered) for turn in pair if turn is not None]
+    order = [turn for pair in zip_longest(*ordered) for turn in pair if turn is not None]
     found: dict[tuple[str, str], list[Held]] = defaultdict(list)
     failed: dict[tuple[str, str], str] = {}
-    for repeat in range(repeats + 1):  # the first is a warm-up
-        for system, setting in turns:
-            try:
-                held = system.decode(setting, prompt, steps)
-            except PeerError as error:
-                failed[system.name, setting] = str(error)
-                continue
-            if repeat:
-                found[system.name, setting].append(held)
-    rows = []
-    for system, setting in turns:
-        named = {"against": PEER, "measure": "decode", "system": system.name, "setting": setting, **facts}
-        named |= {"versions": system.versions, "note": system.notes.get(setting, "")}
+    for system, setting in order * (repeats + 1):  # the first of each is a warm-up
+        try:
+            found[system.name, setting].append(system.decode(setting, prompt, steps))
+        except PeerError as error:
+            failed[system.name, setting] = str(error)
+    for system, setting in order:
+        named, held = _named("decode", system, setting, facts), found[system.name, setting][1:]
         if (system.name, setting) in failed:
-            rows.append(row(**named, status=failed[system.name, setting]))
+            yield row(**named, status=failed[system.name, setting])
             continue
-        held = found[system.name, setting]
         times = quantiles([ms for h in held for ms in h.step_ms])
         named |= {name: round(ms, 3) for name, ms in times.items()}
         named |= {"read_ms": round(quantiles([h.read_ms for h in held])["median_ms"], 1), "turns": repeats}
-        rows.append(row(**named, **_sizes(held), status=MEASURED))
-    return rows
+        yield row(**named, **_sizes(held), status=MEASURED)
 
 
-def compare(args: argparse.Namespace, folder: Path, stack: ExitStack) -> Iterator[dict[str, Any]]:
+def compare(args: argparse.Namespace, folder: Path, stack: ExitStack) -> Iterator[Row]:
     """Rows of all that was asked for."""
     engine = Engine.from_pretrained("nano")
     by_length = {n: sample_prompts(engine.processor, n, args.questions, args.seed) for n in args.images}
@@ -279,9 +275,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, nargs="*", default=[8, 16])
     parser.add_argument("--questions", type=int, default=150, help="least number in a cell")
     parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument(
-        "--decode-images", type=int, default=64, help="pictures of the context that decoding is timed on"
-    )
+    parser.add_argument("--decode-images", type=int, default=64, help="pictures of the timed context")
     parser.add_argument("--steps", type=int, default=32, help="tokens decoded in a turn")
     parser.add_argument("--repeats", type=int, default=5, help="timed turns of each setting; 0 times nothing")
     parser.add_argument("--threads", type=int, default=1, help="of each side")

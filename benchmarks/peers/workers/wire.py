@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+MOST_OF_AN_ERROR = 160  # characters: it becomes a cell of a table
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -60,6 +62,6 @@ def serve(commands: Mapping[str, Callable[..., dict[str, Any]]]) -> None:
         try:
             reply = commands[arguments.pop("command")](**arguments)
         except Exception as error:
-            text = str(error).strip()
-            reply = {"error": f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"}
+            first = next(iter(str(error).strip().splitlines()), "")
+            reply = {"error": f"{type(error).__name__}: {first[:MOST_OF_AN_ERROR]}"}
         print(json.dumps(reply), file=replies, flush=True)
