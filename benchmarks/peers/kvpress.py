@@ -289,7 +289,7 @@ def main() -> None:
         for made in compare(args, Path(folder), stack):
             print({name: value for name, value in made.items() if value != ""}, flush=True)
             rows.append(made)
-    if args.out != "-":
+    if rows and args.out != "-":
         print(write_rows(args.out, rows, key=KEY))
 
 

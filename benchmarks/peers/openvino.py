@@ -185,7 +185,7 @@ def main() -> None:
         for made in all_rows(args, Path(folder)):
             print({name: value for name, value in made.items() if value != ""}, flush=True)
             rows.append(made)
-    if args.out != "-":
+    if rows and args.out != "-":
         print(write_rows(args.out, rows, key=KEY))
 
 

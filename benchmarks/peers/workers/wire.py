@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-MOST_OF_AN_ERROR = 160  # characters: it becomes a cell of a table
+MOST_OF_AN_ERROR = 200  # characters of its first sentence: it becomes a cell of a table
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,6 @@ def serve(commands: Mapping[str, Callable[..., dict[str, Any]]]) -> None:
         try:
             reply = commands[arguments.pop("command")](**arguments)
         except Exception as error:
-            first = next(iter(str(error).strip().splitlines()), "")
+            first = next(iter(str(error).strip().splitlines()), "").split(". ")[0]
             reply = {"error": f"{type(error).__name__}: {first[:MOST_OF_AN_ERROR]}"}
         print(json.dumps(reply), file=replies, flush=True)
