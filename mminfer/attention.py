@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from mminfer_kernels import note_backend, prompt_attention
 from mminfer_kernels.prompt_attention.reference import blocked_attention
+from mminfer_kernels.tracing import watched
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -108,7 +109,7 @@ def causal_attention(
         note_backend("prompt_attention", "sdpa")
         places = torch.arange(k.shape[2] - q.shape[2], k.shape[2], device=q.device)
         return blocked_attention(q, k, v, scale, places if query_index is None else query_index, window, reach)
-    flash = _flash_for(q) if query_index is None else None
+    flash = _flash_for(q) if query_index is None and not watched() else None  # a FLOP counter would not see it
     if flash is None:
         return prompt_attention(q, k, v, scale, query_index, window)
     note_backend("prompt_attention", "flash-attn")

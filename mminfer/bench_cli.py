@@ -1,8 +1,7 @@
-"""The command line: mminfer bench needle."""
+"""The command line: mminfer bench."""
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import json
 import sys
@@ -11,172 +10,234 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mminfer.command import OUT, read_config, read_delta, told_plainly
+from mminfer.command import OUT, read_settings, told_plainly, writable, write_csv
 from mminfer.errors import InputError
+from mminfer.needle_cli import needle
 
 if TYPE_CHECKING:
+    from mminfer.bench.contexts import Context
+    from mminfer.bench.fidelity import FidelityRow
+    from mminfer.bench.protocols import Protocol
+    from mminfer.bench.speed import SpeedRow
     from mminfer.config import InferenceConfig
     from mminfer.engine import Engine
-    from mminfer.needle.protocol import NeedleProtocol
-    from mminfer.needle.runner import Asking
 
-bench = typer.Typer(no_args_is_help=True, help="Measure what settings cost and save.")
+bench = typer.Typer(help="Measure what settings cost and save.")
+bench.command()(needle)
 
-
-@bench.callback()
-def _group() -> None:
-    """Measure what settings cost and save."""
+DEFAULT_PRESETS = ["off", "aim", "lookm-20", "balanced"]
+PLOT_COSTS = {"prompt FLOPs": "flops_kept", "cache bytes": "cache_kept"}
 
 
-@bench.command()
+@bench.callback(invoke_without_command=True)
 @told_plainly
-def needle(
+def measure(
+    context: typer.Context,
     model: Annotated[str, typer.Option(help="Checkpoint folder or hub name; 'nano' is the bundled model.")] = "nano",
-    protocol: Annotated[
-        str, typer.Option(help="mmneedle, temporal or labels; the bundled model knows labels alone.")
-    ] = "labels",
-    images: Annotated[
-        list[int] | None, typer.Option(help="Pictures in a context; repeat for more lengths. Default: 16, mmneedle 10.")
+    preset: Annotated[
+        list[str] | None, typer.Option(help=f"A setting; repeat to compare. Default: {', '.join(DEFAULT_PRESETS)}.")
     ] = None,
-    grid: Annotated[int | None, typer.Option(help="mmneedle: sub-images a side of an image. Default: 2.")] = None,
-    needles: Annotated[
-        int | None, typer.Option(help="Needles a question; labels: labelled pictures at each depth. Default: 1.")
-    ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Contexts of each length (and depth, but for labels).")] = 10,
-    seed: Annotated[int, typer.Option(help="Of the contexts.")] = 0,
-    depths: Annotated[
-        str | None, typer.Option(help="Where needles stand, such as 0,0.5,1. Default: five; mmneedle: by lot.")
-    ] = None,
-    picture_size: Annotated[int | None, typer.Option(help="Pixels a side of a picture or sub-image.")] = None,
-    image_size: Annotated[int | None, typer.Option(help="mmneedle: pixels a side of a stitched image.")] = None,
-    preset: Annotated[list[str] | None, typer.Option(help="A setting; repeat to compare. Default: off.")] = None,
     config: Annotated[
         list[Path] | None, typer.Option(help="A JSON file written by InferenceConfig.to_json(); repeat to compare.")
     ] = None,
     delta: Annotated[
         list[str] | None, typer.Option(help="V2PE step put into every setting: 1/16, auto; repeat to compare.")
     ] = None,
-    next_turn: Annotated[
-        bool, typer.Option("--next-turn", help="Read and compress the context first, then ask; else all in one prompt.")
-    ] = False,
-    blind: Annotated[bool, typer.Option("--blind", help="Ask once more without the pictures.")] = False,
-    prefill_chunk_size: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of a prompt that go through the model at a time. Default: all.")
+    image: Annotated[list[str] | None, typer.Option(help="An image file; repeat for more.")] = None,
+    video: Annotated[list[str] | None, typer.Option(help="A video file; repeat for more.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="The question about these files.")] = None,
+    images: Annotated[int, typer.Option(min=1, help="Without files: pictures drawn for a context.")] = 16,
+    picture_size: Annotated[int | None, typer.Option(min=8, help="Pixels a side of a drawn picture.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the drawn contexts.")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Chats in a timed call.")] = 1,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of a timed or compared answer.")] = 32,
+    repeats: Annotated[
+        int | None, typer.Option(min=0, help="Timed calls of each setting; 0: no timing. Default: 5, with --plot 0.")
     ] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Of an answer. Default: as the protocol needs.")
+    protocol: Annotated[
+        list[str] | None,
+        typer.Option(help="in-prompt, next-turn, streamed: how fidelity is asked; repeat. Default: next-turn."),
+    ] = None,
+    contexts: Annotated[int, typer.Option(min=0, help="Drawn contexts for fidelity; 0: no fidelity.")] = 2,
+    questions: Annotated[int, typer.Option(min=1, help="Questions about each.")] = 4,
+    chunk_size: Annotated[int, typer.Option(min=1, help="Tokens of a chunk, where contexts are streamed.")] = 512,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw fidelity against FLOPs and cache, baselines beside it, to this picture.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ... Default: float32 on the CPU.")] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object, answers included, and no table.")
-    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and no table.")] = False,
     csv_path: Annotated[Path | None, typer.Option("--csv", help="Write the rows to this file too.")] = None,
 ) -> None:
-    """Find needles in long contexts, under one setting or several: accuracy, time and cache."""
-    from mminfer.needle.pictures import check_available
-    from mminfer.needle.runner import Asking, load, run
-    from mminfer.needle.scores import rows_of
+    """Measure what settings cost and save, on any model, beside the unpatched host.
 
-    fields = {"grid": grid, "needles": needles, "picture_size": picture_size, "image_size": image_size}
-    chosen = _protocol(protocol, {**fields, "depths": None if depths is None else _depths(depths)})
-    lengths = list(dict.fromkeys(images or [chosen.default_images]))
-    settings = _settings(preset or [], config or [], delta or [])
-    for length in lengths:
-        chosen.check(length)
-    if csv_path is not None and not csv_path.absolute().parent.is_dir():
-        raise InputError(f"--csv {csv_path}: there is no folder {csv_path.parent}: make it first")
-    check_available()
+    Time and memory: processor, vision tower, prompt pass and decoding apart, host and settings in turn in one
+    process. Fidelity: the uncompressed model's continuation, forced upon every setting. `mminfer bench needle` asks
+    for right answers.
+    """
+    if context.invoked_subcommand is not None:
+        _no_options_before(context)
+        return
+    settings = read_settings(
+        preset or ([] if config or plot is not None else DEFAULT_PRESETS), config or [], delta or []
+    )
+    repeats = (5 if plot is None else 0) if repeats is None else repeats
+    files = bool(image or video)
+    if not repeats and not contexts:
+        raise InputError("--repeats 0 and --contexts 0: nothing is left to measure: leave one of them out")
+    for path, option in ((csv_path, "--csv"), (plot, "--plot")):
+        writable(path, option)
+    if plot is not None and not contexts:
+        raise InputError(f"--plot {plot} and --contexts 0: a plot needs fidelity, of at least one context")
+    if plot is not None:
+        from mminfer.bench.plots import check_available
+
+        check_available()
+        settings = _ladders() | settings
+    if not files and prompt is not None:
+        raise InputError(f"--prompt {prompt!r} without files: pass --image or --video, or leave it out")
+    protocols = _protocols(protocol or ["next-turn"])
+    measured = _contexts(image or [], video or [], prompt, images, max(contexts, batch), questions, seed, picture_size)
+
+    from mminfer.needle.runner import load
 
     engines = load(model, settings, device, dtype)
-    asking = Asking(next_turn, blind, max_new_tokens, prefill_chunk_size)
-    answers = run(engines, chosen, lengths, samples, seed, asking)
-    some = next(iter(engines.values()))
-    origin = {"model": model} | _origin(some, chosen, asking) | {"seed": seed}
-    rows = rows_of(answers, chosen)
+    origin = {
+        "model": model,
+        **_origin(next(iter(engines.values()))),
+        "images": len(image or []) or images,
+        "seed": seed,
+    }
+    speed = _speed(engines, measured, batch, new_tokens, repeats)
+    fidelity = _fidelity(engines, measured[: 1 if files else contexts], protocols, new_tokens, chunk_size, contexts)
+    if plot is not None:
+        _plot(fidelity, plot, f"{model}, {origin['images']} images")
+    rows = _joined(origin, speed, fidelity)
     if csv_path is not None:
-        _write_csv(csv_path, [origin | dataclasses.asdict(row) for row in rows])
+        write_csv(csv_path, rows)
     if as_json:
-        report = origin | {
-            "settings": {name: setting.to_dict() for name, setting in settings.items()},
-            "rows": [dataclasses.asdict(row) for row in rows],
-            "answers": [answer.to_dict() for answer in answers],
-        }
-        sys.stdout.write(json.dumps(report) + "\n")
+        named = {name: setting.to_dict() for name, setting in settings.items()}
+        sys.stdout.write(json.dumps(origin | {"settings": named, "rows": rows}) + "\n")
         return
-    from mminfer.needle.tables import accuracy_tables, cost_table
+    from mminfer.bench import tables
 
-    OUT.print(f"{protocol} on {model}, {origin['turn']}", markup=False, highlight=False)
-    for table in (*accuracy_tables(rows), cost_table(rows)):
+    for table in (*tables.speed_tables(speed), *tables.fidelity_tables(fidelity)):
         OUT.print(table)
+        OUT.print()
+    if plot is not None:
+        OUT.print(f"drawn: {plot}", markup=False, highlight=False)
 
 
-def _protocol(name: str, given: dict[str, Any]) -> NeedleProtocol:
-    """The protocol with the options that were given."""
-    from mminfer.needle import PROTOCOLS
-
-    if name not in PROTOCOLS:
-        raise InputError(f"--protocol {name}: wanted one of {', '.join(PROTOCOLS)}")
-    cls = PROTOCOLS[name]
-    known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    given = {field: value for field, value in given.items() if value is not None}
-    for field, value in given.items():
-        if field not in known:
-            option = f"--{field.replace('_', '-')}"
-            raise InputError(f"{option} {value}: {name} has no such setting: leave it out")
-    return cls(**given)
+def _no_options_before(context: typer.Context) -> None:
+    """Options of the group would be lost on a command behind it."""
+    given = [
+        name
+        for name in context.params
+        if (source := context.get_parameter_source(name)) is not None and source.name == "COMMANDLINE"
+    ]
+    if given:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise InputError(f"{options}: wanted behind `{context.invoked_subcommand}`, where it counts")
 
 
-def _depths(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError as error:
-        raise InputError(f"--depths {text}: wanted numbers from 0 to 1 with commas between, such as 0,0.5,1") from error
+def _ladders() -> dict[str, InferenceConfig]:
+    from mminfer.bench.ladders import cache_ladders, token_ladders
+
+    ladders = (*token_ladders(), *cache_ladders())
+    return {name: config for ladder in ladders for name, config in ladder.settings.items()}
 
 
-def _settings(presets: list[str], configs: list[Path], deltas: list[str]) -> dict[str, InferenceConfig]:
-    """Every preset and file, as it is or with every V2PE step, by name."""
-    from mminfer.config import InferenceConfig
-    from mminfer.positions.v2pe import V2PE
+def _protocols(names: list[str]) -> list[Protocol]:
+    from mminfer.bench.protocols import Protocol
 
-    named = [(name, InferenceConfig.from_preset(name)) for name in presets]
-    named += [(str(path), read_config(path)) for path in configs]
-    named = named or [("off", InferenceConfig.from_preset("off"))]
-    if deltas:
-        steps = {text: V2PE(read_delta(text)) for text in deltas}
-        named = [
-            (f"{name}, delta {text}", dataclasses.replace(setting, positions=step))
-            for name, setting in named
-            for text, step in steps.items()
-        ]
-    settings = dict(named)
-    if len(settings) < len(named):
-        raise InputError(f"{', '.join(name for name, _ in named)}: a setting was passed twice: pass it once")
-    return settings
+    known = [str(protocol) for protocol in Protocol]
+    for name in names:
+        if name not in known:
+            raise InputError(f"--protocol {name}: wanted one of {', '.join(known)}")
+    return [Protocol(name) for name in dict.fromkeys(names)]
 
 
-def _origin(engine: Engine, protocol: NeedleProtocol, asking: Asking) -> dict[str, Any]:
+def _contexts(
+    files: list[str],
+    videos: list[str],
+    prompt: str | None,
+    images: int,
+    count: int,
+    questions: int,
+    seed: int,
+    picture_size: int | None,
+) -> list[Context]:
+    from mminfer.bench.contexts import made_contexts, own_context
+
+    if files or videos:
+        return [own_context(files, videos, prompt)]
+    return made_contexts(images, count, questions, seed, picture_size)
+
+
+def _origin(engine: Engine) -> dict[str, Any]:
     """What every row of a run shares."""
     import torch
     import transformers
 
     return {
-        "protocol": protocol.name,
-        **dataclasses.asdict(protocol),  # type: ignore[call-overload]
-        "turn": "next-turn" if asking.next_turn else "in-prompt",
-        "prefill_chunk_size": asking.prefill_chunk_size,
         "device": str(engine.device),
         "dtype": str(engine.model.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
 
 
-def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    try:
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-    except OSError as error:
-        raise InputError(f"--csv {path}: {error}") from error
+def _speed(
+    engines: dict[str, Engine], contexts: list[Context], batch: int, new_tokens: int, repeats: int
+) -> list[SpeedRow]:
+    if repeats == 0:
+        return []
+    from mminfer.bench.speed import measure
+
+    chats = [(c := contexts[n % len(contexts)]).chat(c.questions[0]) for n in range(batch)]
+    settings = {name: engine.config for name, engine in engines.items()}
+    return measure(next(iter(engines.values())), settings, chats, new_tokens, repeats)
+
+
+def _fidelity(
+    engines: dict[str, Engine],
+    contexts: list[Context],
+    protocols: list[Protocol],
+    tokens: int,
+    chunk_size: int,
+    wanted: int,
+) -> list[FidelityRow]:
+    if wanted == 0:
+        return []
+    from mminfer.bench.fidelity import measure
+
+    return measure(engines, contexts, protocols, tokens, chunk_size)
+
+
+def _plot(rows: list[FidelityRow], path: Path, title: str) -> None:
+    from mminfer.bench.ladders import cache_ladders, token_ladders
+    from mminfer.bench.plots import Panels, Point, pareto_plot
+
+    ladders = (*token_ladders(), *cache_ladders())
+    rules = {name: ladder for ladder in ladders for name in ladder.settings}
+    panels = []
+    for protocol in dict.fromkeys(row.protocol for row in rows):
+        points = []
+        for row in rows:
+            ladder, cost = rules.get(row.setting), {name: getattr(row, kept) for name, kept in PLOT_COSTS.items()}
+            if row.protocol == protocol:
+                rule, baseline = (row.setting, False) if ladder is None else (ladder.rule, ladder.baseline)
+                points.append(Point(rule, cost, row.kl, baseline))
+        panels.append(Panels(f"{title}, {protocol}", points, "KL to the uncompressed model, nats"))
+    pareto_plot(panels, list(PLOT_COSTS), path)
+
+
+def _joined(origin: dict[str, Any], speed: list[SpeedRow], fidelity: list[FidelityRow]) -> list[dict[str, Any]]:
+    """One row a setting and protocol, all with the same columns; those of what was not measured are empty."""
+    timed = {row.setting: row.to_dict() for row in speed}
+    judged = [dataclasses.asdict(row) for row in fidelity]
+    names = [name for name in timed if name not in {row["setting"] for row in judged}]
+    rows = [{"setting": name, "protocol": ""} for name in names] + judged
+    columns = dict.fromkeys(column for row in (*rows, *timed.values()) for column in row)
+    return [origin | dict.fromkeys(columns, "") | row | timed.get(row["setting"], {}) for row in rows]

@@ -1,9 +1,11 @@
-"""What the commands share: where they print, how they refuse, settings from a file."""
+"""What the commands share: where they print, how they refuse, settings by name or from a file, rows to a file."""
 
 from __future__ import annotations
 
+import csv
+import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,3 +66,51 @@ def read_delta(text: str) -> float | str:
         return float(above) / float(below or 1)
     except (ValueError, ZeroDivisionError) as error:
         raise InputError(f"--delta {text}: wanted a number such as 1/16 or 0.0625, or auto") from error
+
+
+def read_settings(
+    presets: Sequence[str], configs: Sequence[Path], deltas: Sequence[str] = ()
+) -> dict[str, InferenceConfig]:
+    """Every preset and file, as it is or with every V2PE step, by name.
+
+    Raises:
+        InputError: a file cannot be read, a step is none, or a setting comes twice.
+        ConfigError: there is no such preset, or a file holds no settings.
+    """
+    from mminfer.config import InferenceConfig
+    from mminfer.positions.v2pe import V2PE
+
+    named = [(name, InferenceConfig.from_preset(name)) for name in presets]
+    named += [(str(path), read_config(path)) for path in configs]
+    if deltas:
+        steps = {text: V2PE(read_delta(text)) for text in deltas}
+        named = [
+            (f"{name}, delta {text}", dataclasses.replace(setting, positions=step))
+            for name, setting in named
+            for text, step in steps.items()
+        ]
+    settings = dict(named)
+    if len(settings) < len(named):
+        raise InputError(f"{', '.join(name for name, _ in named)}: a setting was passed twice: pass it once")
+    return settings
+
+
+def writable(path: Path | None, option: str) -> None:
+    """Raises `InputError` if a file could not be made there, before any work is done for it."""
+    if path is not None and not path.absolute().parent.is_dir():
+        raise InputError(f"{option} {path}: there is no folder {path.parent}: make it first")
+
+
+def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Rows of the same columns.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    try:
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+    except OSError as error:
+        raise InputError(f"--csv {path}: {error}") from error

@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mminfer.baselines import RandomEvict, RandomPrune
+from mminfer.baselines import H2O, Downsample, FastV, RandomEvict, RandomPrune, SnapKV
 from mminfer.cache.lookm import LookM
 from mminfer.errors import ConfigError
 from mminfer.operators.skip import OperatorSkip
@@ -31,8 +31,11 @@ if TYPE_CHECKING:
 
 TECHNIQUES: dict[str, type[Technique]] = {
     cls.__name__: cls
-    for cls in (V2PE, LinearScaling, DynamicNTK, AIMMerge, AIMPrune, OperatorSkip, LookM, RandomPrune, RandomEvict)
-}
+    for cls in (
+        V2PE, LinearScaling, DynamicNTK, AIMMerge, Downsample, AIMPrune, FastV, RandomPrune, OperatorSkip, LookM, H2O,
+        SnapKV, RandomEvict,
+    )
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -174,4 +177,11 @@ PRESETS: dict[str, InferenceConfig] = {
         prune=AIMPrune(start=0.5, end=2 / 3),
         skip=OperatorSkip(ffn=LayerRange(start=0.25)),
     ),
+    # What all of the above must beat.
+    "downsample": InferenceConfig(merge=Downsample(ratio=0.25)),
+    "fastv": InferenceConfig(prune=FastV(layer=2, ratio=0.5)),
+    "random-prune": InferenceConfig(prune=RandomPrune()),
+    "h2o-20": InferenceConfig(cache=H2O(important_ratio=0.1, recent_ratio=0.1)),
+    "snapkv-20": InferenceConfig(cache=SnapKV(important_ratio=0.1, recent_ratio=0.1)),
+    "random-20": InferenceConfig(cache=RandomEvict(important_ratio=0.1, recent_ratio=0.1)),
 }

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from mminfer_kernels import backend_for, prompt_attention_mass
+from mminfer_kernels import prompt_attention_mass
+from mminfer_kernels.prompt_attention import shares_logits
 from torch import Tensor
 
 from mminfer.attention import causal_attention
@@ -13,6 +14,7 @@ from mminfer.layout import TokenLayout
 from mminfer.metrics.flops import causal_pairs
 from mminfer.metrics.records import LayerRecord
 from mminfer.models.base import ModelAdapter
+from mminfer.technique import LayerWork
 
 
 class LayerAttention:
@@ -42,9 +44,8 @@ class LayerAttention:
         self.origin, self.queries, self.past = origin, queries, past
         self.entries: list[CacheEntries] = []
         self.kept: list[Tensor] = []
-        self.num_queries: list[int] = []
-        self.pairs: list[int] = []
-        self.shares_logits = False  # between the attention and the scores of the cache
+        self.work: list[LayerWork] = []
+        self.mass_flops: list[int] = []
         prunes = config.prune is not None and config.prune.prunes(layer_idx, adapter.spec.num_layers)
         self.prune = config.prune if prunes else None
 
@@ -71,9 +72,10 @@ class LayerAttention:
     def _absent(self, sequence: int, k: Tensor, v: Tensor) -> None:
         """A sequence that has no rows in this chunk: a shorter one of the batch, which comes in later."""
         none = self._new_entries(k[:, :, :0], v[:, :, :0], self.layout.is_visual[:0])
-        self.entries.append(none if self.past is None else self.past.row(sequence))
-        self.num_queries.append(0)
-        self.pairs.append(0)
+        held = none if self.past is None else self.past.row(sequence)
+        self.entries.append(held)
+        self.work.append(LayerWork(self.layer_idx, self.seen[sequence], 0, 0, len(held), 0, len(held)))
+        self.mass_flops.append(0)
 
     def _query_rows(self, start: int, stop: int) -> Tensor | None:
         if self.queries is None:
@@ -99,22 +101,27 @@ class LayerAttention:
             num_past, entries = len(earlier), earlier.extend(entries)
         places = None if rows is None else rows - start + num_past
         reach = self._reach(start, stop, num_past, rows)
-        mass = None
+        pairs = _pairs(len(entries), q.shape[2], places, window, reach)
+        mass, mass_flops = None, 0
         if reach is None and window is None and self._wants_mass(sequence):
             out, mass = prompt_attention_mass(q, entries.keys, entries.values, None, scale, places)
-            self.shares_logits = backend_for("prompt_attention_mass", q, entries.keys) == "native"
+            shared = shares_logits(q, entries.keys, entries.values)
+            mass_flops = 2 * q.shape[1] * (1 if shared else q.shape[3] + 1) * pairs
         else:
             out = causal_attention(q, entries.keys, entries.values, scale, places, window, reach)
-        self._count(len(entries), q.shape[2], places, window, reach)
         if self.prune is not None:
             depth = self.adapter.spec.num_layers
             kept = self.prune.apply(
                 q, entries.keys, is_visual, self.origin[sequence], self.layer_idx, depth, places, scale
             )
             self.kept.append(kept + start)
+        keys = len(entries)
         if window is not None:
             entries = entries.last(window - 1)  # a later query sees no more, itself included
         self.entries.append(self._compress(sequence, q, entries, places, scale, mass))
+        did = (self.layout.visual_lengths[sequence], q.shape[2], keys, pairs, len(self.entries[-1]), mass is not None)
+        self.work.append(LayerWork(self.layer_idx, self.seen[sequence], *did))
+        self.mass_flops.append(mass_flops)
         return out
 
     def _new_entries(self, k: Tensor, v: Tensor, is_visual: Tensor) -> CacheEntries:
@@ -128,19 +135,6 @@ class LayerAttention:
         if self.layout.reach is None:
             return None
         return self.layout.reach[slice(start, stop) if rows is None else rows] - start + num_past
-
-    def _count(
-        self, num_keys: int, num_queries: int, places: Tensor | None, window: int | None, reach: Tensor | None
-    ) -> None:
-        self.num_queries.append(num_queries)
-        if places is None:
-            pairs = causal_pairs(num_queries, num_keys - num_queries, window)
-        else:
-            pairs = int((places + 1 if window is None else (places + 1).clamp_max(window)).sum())
-        if reach is not None:
-            own = torch.arange(num_keys - num_queries, num_keys, device=reach.device) if places is None else places
-            pairs += int((reach - own).sum())
-        self.pairs.append(pairs)
 
     def _wants_mass(self, sequence: int) -> bool:
         return self.config.cache is not None and self.config.cache.wants_mass(self.seen[sequence], self.layer_idx)
@@ -167,13 +161,29 @@ class LayerAttention:
     def record(self, ffn: Tensor | None) -> LayerRecord:
         """What the layer did; ffn: [K] packed rows that went through its FFN, None: all."""
         lengths, spec = self.layout.lengths, self.adapter.spec
-        ffn_rows = (
-            lengths
-            if ffn is None
-            else tuple(torch.bincount(self.layout.sequence[ffn], minlength=len(lengths)).tolist())
+        cache, prune, windowed = self.config.cache, self.prune, self.layer_idx in spec.sliding_layers
+        return LayerRecord(
+            rows=lengths,
+            queries=tuple(w.queries for w in self.work),
+            keys=tuple(w.seen if windowed else w.keys for w in self.work),
+            ffn=lengths if ffn is None else tuple(self.layout.sequence[ffn].bincount(minlength=len(lengths)).tolist()),
+            pairs=tuple(w.pairs for w in self.work),
+            entries=tuple(len(e) for e in self.entries),
+            cache_flops=tuple(
+                mass + (0 if cache is None else cache.layer_cost(spec, w))
+                for w, mass in zip(self.work, self.mass_flops, strict=True)
+            ),
+            prune_flops=tuple(0 if prune is None else prune.layer_cost(spec, w) for w in self.work),
         )
-        overhead = sum(t.cost(spec, self.pairs) for t in (self.config.cache, self.prune) if t is not None)
-        if self.shares_logits:
-            overhead -= 2 * spec.num_attention_heads * spec.head_dim * sum(self.pairs)
-        entries = tuple(len(e) for e in self.entries)
-        return LayerRecord(lengths, tuple(self.num_queries), ffn_rows, tuple(self.pairs), entries, overhead)
+
+
+def _pairs(keys: int, queries: int, places: Tensor | None, window: int | None, reach: Tensor | None) -> int:
+    """Query-key pairs that the attention looks at; see `causal_attention`."""
+    if places is None:
+        pairs = causal_pairs(queries, keys - queries, window)
+    else:
+        pairs = int((places + 1 if window is None else (places + 1).clamp_max(window)).sum())
+    if reach is None:
+        return pairs
+    own = torch.arange(keys - queries, keys, device=reach.device) if places is None else places
+    return pairs + int((reach - own).sum())

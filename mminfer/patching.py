@@ -20,6 +20,7 @@ from mminfer.decode import Decoder
 from mminfer.embeddings import ReadyRows
 from mminfer.errors import ConfigError, InputError
 from mminfer.metrics.records import PromptRecord
+from mminfer.metrics.vision import vision_shares
 from mminfer.models.base import ModelAdapter
 from mminfer.models.registry import adapter_for
 from mminfer.prefill import prompt_pass
@@ -186,6 +187,7 @@ class PatchHandle:
             last_only=isinstance(keep, int) and keep == 1,
             progress=self.progress,
         )
+        out.record.vision_flops = vision_shares(self.adapter, inputs, out.record.visual)
         self.records.append(out.record)
         if out.hidden is None:
             return self.adapter.logits(out.last[:, None])

@@ -37,6 +37,8 @@ def stats_table(stats: GenerationStats) -> Table:
         _flops(stats.full_prompt_flops),
         _share(stats.prompt_flops, stats.full_prompt_flops),
     )
+    vision = (_flops(stats.vision_flops),) * 2 if stats.vision_flops else ("-", "-")
+    table.add_row("vision tower FLOPs", *vision, "")
     table.add_row("time to first token", f"{stats.ttft_ms:.1f} ms", "", "")
     table.add_row("  prompt pass", f"{stats.prompt_ms:.1f} ms", "", "")
     tpot = "-" if stats.tpot_ms is None else f"{stats.tpot_ms:.2f} ms"
@@ -58,6 +60,7 @@ def comparison_table(compressed: GenerationStats, full: GenerationStats, kl: flo
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     rows: list[tuple[str, float, float, str]] = [
         ("prompt FLOPs (language model)", compressed.prompt_flops, full.prompt_flops, "flops"),
+        ("vision tower FLOPs", compressed.vision_flops, full.vision_flops, "flops"),
         ("cache", compressed.cache_bytes, full.cache_bytes, "bytes"),
         ("prompt pass", compressed.prompt_ms, full.prompt_ms, "ms"),
         ("time to first token", compressed.ttft_ms, full.ttft_ms, "ms"),
@@ -66,7 +69,7 @@ def comparison_table(compressed: GenerationStats, full: GenerationStats, kl: flo
         rows.append(("time per token", compressed.tpot_ms, full.tpot_ms, "ms"))
     for name, a, b, unit in rows:
         show = {"flops": _flops, "bytes": show_bytes, "ms": lambda x: f"{x:.2f} ms"}[unit]
-        table.add_row(name, show(a), show(b), f"{a / b:.2f}")
+        table.add_row(name, show(a), show(b), f"{a / b:.2f}" if b else "-")
     table.add_row("KL divergence of the first token", f"{kl:.2e} nats", "", "")
     return table
 

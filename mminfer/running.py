@@ -22,6 +22,7 @@ from mminfer.errors import InputError
 from mminfer.metrics.memory import Peak, peak_memory
 from mminfer.metrics.records import PromptRecord, joined, stacked
 from mminfer.metrics.stats import CallTimes, stats_of
+from mminfer.metrics.vision import vision_shares
 from mminfer.models.base import ModelAdapter
 from mminfer.patching import PatchHandle, patched
 from mminfer.progress import reading_bar
@@ -114,7 +115,10 @@ class Runner:
         with self._generating(generation_kwargs, RunOptions()) as call:
             call.handle.ready = ready if ready is None else ready.repeated(copies)
             call.generate({name: value for name, value in inputs.items() if name != READY})
-        return self._outputs(call, call.handle.records[-1], start)
+        record = call.handle.records[-1]
+        if not record.vision_flops:  # the host's `generate` encodes before it calls the model
+            record.vision_flops = vision_shares(self._adapter, inputs, record.visual, copies)
+        return self._outputs(call, record, start)
 
     def read(self, readings: Sequence[Reading], caches: Sequence[CompressedCache], options: RunOptions) -> None:
         """Takes readings in, each into its cache, without generating.

@@ -30,6 +30,31 @@ class Stage(Enum):
     CACHE = "cache"
 
 
+@dataclass(frozen=True)
+class LayerWork:
+    """What a technique worked on in one layer, one sequence: a cost follows from it.
+
+    Args:
+        layer_idx: which layer.
+        seen: tokens the layer has taken in over all passes, this one included.
+        visual: visual rows of this pass.
+        queries: rows that issued a query.
+        keys: entries they looked among, in the end with the last queries' own.
+        pairs: query-key pairs that the attention looked at.
+        kept: entries a head that stayed in the cache.
+        mass_given: whether the attention handed over what each entry receives, and its cost is counted with it.
+    """
+
+    layer_idx: int
+    seen: int
+    visual: int
+    queries: int
+    keys: int
+    pairs: int
+    kept: int
+    mass_given: bool = False
+
+
 class Technique(ABC):
     """A frozen dataclass whose fields are its settings. It keeps no state, on itself or on the model's modules."""
 
@@ -47,6 +72,10 @@ class Technique(ABC):
     def cost(self, spec: ModelSpec, lengths: Sequence[int]) -> int:
         """FLOPs that the technique itself spends, once or in one layer; lengths: what its stage works on."""
         return 0
+
+    def layer_cost(self, spec: ModelSpec, work: LayerWork) -> int:
+        """`cost` of one sequence in one layer, for stages that work inside layers."""
+        return self.cost(spec, [work.pairs])
 
 
 class PositionTechnique(Technique):

@@ -13,6 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mminfer import InferenceConfig, patched
 from mminfer.attention import NAME, causal_attention, routed_attention
+from mminfer.metrics.flops import causal_pairs, measured_flops
 from tests.tiny import tiny_inputs, tiny_model
 
 
@@ -233,3 +234,6 @@ def test_flash_attn_is_called_as_its_documentation_says(monkeypatch, queries, ke
         got = causal_attention(q, k, v, 0.3, None, window)
     assert backends["prompt_attention"] == "flash-attn"
     torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5)
+    with measured_flops() as counter:  # which would not see it
+        causal_attention(q, k, v, 0.3, None, window)
+    assert counter.get_total_flops() == 4 * 4 * 8 * causal_pairs(queries, keys - queries, window)

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from mminfer import AIMMerge, AIMPrune, InferenceConfig, LookM, OperatorSkip, patched
-from mminfer.baselines import RandomEvict, RandomPrune
+from mminfer import AIMMerge, AIMPrune, ConfigError, InferenceConfig, LookM, OperatorSkip, patched
+from mminfer.baselines import H2O, Downsample, FastV, RandomEvict, RandomPrune, SnapKV
 from mminfer.cache.kv_cache import CacheEntries
 from mminfer.models.registry import adapter_for
 from tests.tiny import FAMILIES, IMAGE, LAYERS, VIDEO, skip_if_refused, tiny_inputs, tiny_model
@@ -309,3 +309,86 @@ def test_a_budget_that_text_may_outgrow_holds_over_turns_and_steps(budget, passe
     for layer in cache.layers:
         for row in range(2):
             assert ((~layer.row(row).is_visual).sum(-1) == texts[row] + 5).all()  # generated tokens are text
+
+
+@pytest.mark.parametrize("ratio", [0.25, 0.5, 1.0])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_down_sampling_averages_cells_of_the_grid(family, ratio):
+    adapter = adapter_for(tiny_model(family))
+    with torch.no_grad():
+        embeds, layout = adapter.embed(batch(family))
+    out, left = Downsample(ratio).apply(embeds, layout)
+    patches = layout.size > 0
+    assert float(left.size.sum()) == pytest.approx(float(layout.size.sum()))  # every patch is in some token
+    for image, tokens in enumerate(layout.image_lengths):
+        assert 0.5 * ratio * tokens <= int(((left.image_id == image) & (left.size > 0)).sum()) <= ratio * tokens
+    for image in layout.image_id[patches & (layout.image_id >= 0)].unique().tolist():
+        before, after = (x.size * (x.image_id == image) for x in (layout, left))
+        torch.testing.assert_close(before @ embeds, after @ out, rtol=0, atol=1e-4)  # means weighted by size
+    text = ~layout.is_visual
+    assert torch.equal(out[~left.is_visual], embeds[text])
+    assert (left.source.diff() > 0).all()
+
+
+def test_down_sampling_a_square():
+    adapter = adapter_for(tiny_model("llava"))
+    with torch.no_grad():
+        embeds, layout = adapter.embed(tiny_inputs("llava", [[IMAGE]]))
+    out, left = Downsample(0.25).apply(embeds, layout)
+    grid = embeds.view(2, 2, 2, 2, -1).mean((1, 3)).flatten(0, 1)  # 4 x 4 tokens, cells of 2 x 2
+    torch.testing.assert_close(out, grid)
+    assert left.size.tolist() == [4.0] * 4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fastv_prunes_once_by_the_last_tokens_attention(family):
+    logits, rows, _ = run(family, prune=FastV(2, 0.5))
+    adapter = adapter_for(tiny_model(family))
+    with torch.no_grad():
+        _, layout = adapter.embed(batch(family))
+    full = list(layout.lengths)
+    left = [n - v + int(v * 0.5) for n, v in zip(full, layout.visual_lengths, strict=True)]
+    assert rows == [full, full, *[left] * (LAYERS - 2)]
+    assert torch.isfinite(logits).all()
+
+
+def test_fastv_keeps_what_the_last_query_sees():
+    generator = torch.Generator().manual_seed(5)
+    q, k = (torch.randn(1, heads, 12, 8, generator=generator) for heads in (4, 2))
+    is_visual = torch.tensor([False, *[True] * 10, False])
+    kept = FastV(1, 0.3).apply(q, k, is_visual, (12, 10), 0, LAYERS, None, 8**-0.5)
+    attention = (q[:, :, -1:] @ k.repeat_interleave(2, 1).mT * 8**-0.5).softmax(-1).mean(1)[0, 0]
+    best = attention[1:11].topk(3).indices + 1
+    assert kept.tolist() == [0, *sorted(best.tolist()), 11]
+
+
+@pytest.mark.parametrize("technique", [H2O, SnapKV])
+@pytest.mark.parametrize("family", ["internvl", "qwen2_5_vl", "llava_onevision"])
+def test_eviction_rules_keep_exactly_their_budget(family, technique):
+    cache = run(family, tiny_inputs(family, [[20, IMAGE, 15], [40]]), cache=technique(0.3, 0.2))[2]
+    for lengths in cache.lengths:
+        assert lengths == [int(n * 0.3) + int(n * 0.2) for n in cache.tokens]
+
+
+def test_snapkv_is_what_its_paper_says():
+    generator = torch.Generator().manual_seed(6)
+    q, k = (torch.randn(1, heads, 40, 8, generator=generator) for heads in (4, 2))
+    v = torch.randn(1, 2, 40, 8, generator=generator)
+    heads = torch.zeros(1, 2, 40)
+    technique = SnapKV(0.3, 0.2, window=6, pool=3)
+    kept = technique.apply(q, CacheEntries(k, v, heads.bool(), heads), 40, 0, None, 8**-0.5)
+    logits = (q @ k.repeat_interleave(2, 1).mT * 8**-0.5).masked_fill(torch.ones(40, 40).triu(1).bool(), -torch.inf)
+    score = logits.softmax(-1)[:, :, -6:].sum(2).view(1, 2, 2, 40).sum(2)
+    score = torch.nn.functional.avg_pool1d(score, 3, 1, 1)
+    score[..., :4], score[..., -6:] = 98, 99
+    index = score.topk(20).indices.sort().values[..., None].expand(1, 2, 20, 8)
+    assert torch.equal(kept.keys, k.gather(2, index)) and torch.equal(kept.values, v.gather(2, index))
+
+
+@pytest.mark.parametrize(
+    ("cls", "kwargs"),
+    [(Downsample, {"ratio": 0}), (FastV, {"ratio": 1.5}), (FastV, {"layer": 0}), (SnapKV, {"pool": 4})],
+)
+def test_wrong_settings_are_refused(cls, kwargs):
+    with pytest.raises(ConfigError):
+        cls(**kwargs)

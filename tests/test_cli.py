@@ -77,6 +77,7 @@ def test_with_no_arguments_it_answers_and_says_what_that_took():
     assert rows["cache entries per layer"][0] == rows["rows per layer"][0]
     for name in ("time to first token", "prompt pass", "time per token"):
         assert float(rows[name][0].removesuffix(" ms")) > 0
+    assert rows["vision tower FLOPs"][0] == rows["vision tower FLOPs"][1] and "FLOP" in rows["vision tower FLOPs"][0]
     assert rows["peak memory"][0].endswith("iB")
     assert "decode_step" in rows["backends"][0]
 
@@ -92,6 +93,7 @@ def test_json_with_compare_holds_both_runs(sample):
     assert full["layer_rows"] == [tokens] * 6 and full["cache_bytes"] == full["full_cache_bytes"]
     assert stats["layer_rows"][0] == tokens and stats["layer_rows"][-1] == tokens - 64
     assert stats["prompt_flops"] < full["prompt_flops"] == full["full_prompt_flops"]
+    assert stats["vision_flops"] == full["vision_flops"] > 0
     assert 0 < report["first_token_kl"] < 5
 
 
@@ -106,6 +108,7 @@ def test_compare_prints_both_answers_and_ratios(sample):
     assert float(measured["cache"][2]) < 0.75 and float(measured["prompt FLOPs (language model)"][2]) < 0.75
     for name in ("prompt pass", "time to first token", "time per token"):
         assert float(measured[name][2]) > 0
+    assert float(measured["vision tower FLOPs"][2]) == 1
     assert measured["KL divergence of the first token"][0].strip().endswith("nats")
 
 

@@ -20,6 +20,7 @@ from mminfer import (
     nano,
 )
 from mminfer.config import PRESETS
+from mminfer.metrics.vision import vision_flops
 from mminfer.models.registry import supported_families
 
 
@@ -90,6 +91,24 @@ def test_off_counts_the_full_models_flops(engine):
     stats = engine.generate(nano.sample_messages()).stats
     assert stats.prompt_flops == stats.full_prompt_flops
     assert stats.cache_bytes == stats.full_cache_bytes
+
+
+def test_the_vision_tower_is_counted_apart(engine, chats):
+    """The same by every door: a chat alone, in a batch, in chunks, with beams; none where there is nothing to see."""
+
+    def counted(chat, **kwargs):
+        outputs = engine.generate(chat, max_new_tokens=1, **kwargs)
+        return [x.stats.vision_flops for x in (outputs if isinstance(outputs, list) else [outputs])]
+
+    inputs = dict(engine.prepare(chats[:1]))
+    (alone,) = counted(chats[0])
+    assert alone == vision_flops(engine.adapter, inputs).total > 0
+    assert counted(chats) == [alone, alone, *counted(chats[2]), 0]
+    assert counted(chats[0], prefill_chunk_size=128) == counted(chats[0], num_beams=2) == [alone]
+    assert counted(chats[:1], num_return_sequences=2, do_sample=True) == [alone, alone]
+    (features,) = engine.adapter.visual_units(inputs).values()
+    ready = [{"type": "embedding", "embedding": features[0].features}, {"type": "text", "text": "What is it?"}]
+    assert counted([{"role": "user", "content": ready}]) == [0]
 
 
 def test_a_stream_gives_the_same_text(engine):

@@ -1,24 +1,42 @@
-"""Needle accuracy of the nano model under every setting, over pictures of unseen handwriting.
+"""Needle accuracy and fidelity of the bundled model under every setting, over pictures of unseen handwriting.
 
-    python -m benchmarks.quality.needle --images 8 16 --questions 300
+    python -m benchmarks.quality.needle --groups cache --protocols next-turn streamed --images 4 8 16 32 64
 
-in-prompt: the question stands in the prompt. Eviction happens behind the prompt pass and answers are one token, so
-this column says nothing about it. next-turn: the context is read and compressed first, then the question comes.
+The three protocols (`mminfer.bench.protocols`) are kept apart. nano's answers are one token, which in-prompt never sees
+a compressed cache: judge eviction by the other two, or by the long continuations. Those are the uncompressed model's,
+32 tokens each, one a context.
 """
 
 import argparse
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from statistics import mean
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from benchmarks.common import write_rows
-from benchmarks.quality.settings import SETTINGS
-from mminfer import Engine, InferenceConfig
+from benchmarks.quality.settings import GROUPS, OFF, Settings
+from mminfer import Engine
+from mminfer.bench.fidelity import Continuation, Fidelity, continuation, fidelity, forced, logits_of
+from mminfer.bench.protocols import Ask, Protocol, reader
 from mminfer.nano import data
 from mminfer.nano.evaluate import TASKS, question_plan
+from mminfer.request import GenerationOutput
+
+CHUNK = 512  # tokens, seven pictures
+LONG = 32
+KEY = ("setting", "protocol", "images", "seed")
+
+
+@dataclass
+class Reference:
+    """What the uncompressed model says about one context."""
+
+    first: list[torch.Tensor]  # logits of each answer's first token, [1, vocabulary]
+    long: Continuation  # of the first question
 
 
 @dataclass
@@ -26,24 +44,25 @@ class Cell:
     """One setting at one length, by one protocol."""
 
     hits: dict[str, list[bool]] = field(default_factory=dict)
+    answers: list[Fidelity] = field(default_factory=list)
+    long: list[Fidelity] = field(default_factory=list)
     cache: list[float] = field(default_factory=list)
     flops: list[float] = field(default_factory=list)
 
-    def add(self, question: data.Question, output, end_id: int) -> None:
-        right = output.text == question.answer and output.token_ids[1:] == [end_id]
-        self.hits.setdefault(question.task, []).append(right)
-
-    def row(self) -> dict[str, float | int]:
+    def row(self) -> dict[str, Any]:
         every = [hit for hits in self.hits.values() for hit in hits]
-        row: dict[str, float | int] = {"questions": len(every), "accuracy": _percent(every)}
+        row: dict[str, Any] = {"questions": len(every), "accuracy": _percent(every)}
         for task, kinds in TASKS.items():
             row[task] = _percent([hit for kind in kinds for hit in self.hits.get(kind, [])])
-        row["cache_kept"] = round(100 * sum(self.cache) / len(self.cache), 2)
-        row["flops_kept"] = round(100 * sum(self.flops) / len(self.flops), 2)
+        for name, found in (("answer", self.answers), ("long", self.long)):
+            row[f"kl_{name}"] = round(mean(f.kl for f in found), 4)
+            row[f"top1_{name}"] = _percent([f.top1 for f in found])
+        row["cache_kept"] = round(100 * mean(self.cache), 2)
+        row["flops_kept"] = round(100 * mean(self.flops), 2) if self.flops else ""
         return row
 
 
-def _percent(hits: list[bool]) -> float:
+def _percent(hits: list[Any]) -> float:
     return round(100 * sum(hits) / max(1, len(hits)), 1)
 
 
@@ -57,42 +76,46 @@ def contexts(num_images: int, questions: int, seed: int) -> Iterator[tuple[list[
         yield data.to_content(context, data.draw_images(context, "test", context_seed)), context.questions
 
 
-def next_turn(engine: Engine, content: list[dict], questions: list[data.Question], cell: Cell) -> None:
-    """The context is read and compressed once; every question goes on from a copy."""
-    read = engine.chat()
-    read.read(content)
-    tokens = read.cache.tokens[0]
-    entries = sum(lengths[0] for lengths in read.cache.lengths)
-    cell.cache.append(entries / (tokens * len(read.cache.lengths)))
-    for question in questions:
-        output = read.fork().send(question.text, max_new_tokens=2)
-        cell.add(question, output, engine.model.generation_config.eos_token_id)
-    cell.flops.append(float("nan"))
+def refer(ask: Ask, questions: list[data.Question]) -> Reference:
+    """Asks the uncompressed model."""
+    first = [ask(question.text, max_new_tokens=1, output_logits=True).logits for question in questions]
+    return Reference(first, continuation(ask, questions[0].text, LONG))
 
 
-def in_prompt(engine: Engine, content: list[dict], questions: list[data.Question], cell: Cell) -> None:
-    """Context and question in one prompt; the questions of a context go as a batch."""
-    chats = [[{"role": "user", "content": [*content, {"type": "text", "text": q.text}]}] for q in questions]
-    for question, output in zip(questions, engine.generate(chats, max_new_tokens=2), strict=True):
-        cell.add(question, output, engine.model.generation_config.eos_token_id)
-        cell.cache.append(output.stats.cache_bytes / output.stats.full_cache_bytes)
-        cell.flops.append(output.stats.prompt_flops / output.stats.full_prompt_flops)
+def judge(ask: Ask, questions: list[data.Question], reference: Reference, end_id: int, cell: Cell) -> None:
+    """Asks under some setting, all questions of a context."""
+    for question, first in zip(questions, reference.first, strict=True):
+        output = ask(question.text, max_new_tokens=2, output_logits=True)
+        right = output.text == question.answer and output.token_ids[1:] == [end_id]
+        cell.hits.setdefault(question.task, []).append(right)
+        cell.answers.append(fidelity(first, output.logits[:1]))
+    told = forced(ask, questions[0].text, reference.long.token_ids)
+    cell.long.append(fidelity(reference.long.logits, logits_of(told)))
+    _note_costs(output, cell)
 
 
-PROTOCOLS = {"in-prompt": in_prompt, "next-turn": next_turn}
+def _note_costs(output: GenerationOutput, cell: Cell) -> None:
+    """Of the context's last question; what a turn's own prompt saves says nothing of the context's."""
+    stats = output.stats
+    cell.cache.append(stats.cache_bytes / stats.full_cache_bytes)
+    if stats.visual_tokens:
+        cell.flops.append(stats.prompt_flops / stats.full_prompt_flops)
 
 
-def measure(settings: dict[str, InferenceConfig], images: list[int], questions: int, seed: int, protocols: list[str]):
-    """One row for each setting, length and protocol; all see the same contexts."""
+def measure(settings: Settings, images: int, questions: int, seed: int, protocol: Protocol) -> Iterator[dict[str, Any]]:
+    """One row for each setting; all see the same contexts."""
     plain = Engine.from_pretrained("nano")
-    engines = {name: Engine(plain.model, plain.processor, config) for name, config in settings.items()}
-    for num_images in images:
-        cells = {(name, protocol): Cell() for name in settings for protocol in protocols}
-        for content, asked in tqdm(list(contexts(num_images, questions, seed)), desc=f"{num_images} images"):
-            for (name, protocol), cell in cells.items():
-                PROTOCOLS[protocol](engines[name], content, asked, cell)
-        for (name, protocol), cell in cells.items():
-            yield {"setting": name, "protocol": protocol, "images": num_images, "seed": seed, **cell.row()}
+    engines = {config: Engine(plain.model, plain.processor, config) for config in settings.values()}
+    cells = {config: Cell() for config in engines}  # settings of several names run once
+    end_id = plain.model.generation_config.eos_token_id
+    for content, asked in tqdm(list(contexts(images, questions, seed)), f"{images} images, {protocol}"):
+        reference = refer(reader(plain, content, protocol, CHUNK), asked)
+        for config, engine in engines.items():
+            judge(reader(engine, content, protocol, CHUNK), asked, reference, end_id, cells[config])
+    for name, config in settings.items():
+        cell = cells[config]
+        chunk = CHUNK if protocol is Protocol.STREAMED else ""
+        yield {"setting": name, "protocol": str(protocol), "images": images, "seed": seed, "chunk": chunk, **cell.row()}
 
 
 def main() -> None:
@@ -100,17 +123,21 @@ def main() -> None:
     parser.add_argument("--images", type=int, nargs="+", default=[8, 16])
     parser.add_argument("--questions", type=int, default=300, help="least number in a cell")
     parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
-    parser.add_argument("--protocols", nargs="+", default=list(PROTOCOLS), choices=list(PROTOCOLS))
+    parser.add_argument("--groups", nargs="+", default=list(GROUPS), choices=list(GROUPS))
+    parser.add_argument("--protocols", nargs="+", default=list(Protocol), choices=list(Protocol))
     parser.add_argument("--out", default="needle", help="name of the CSV file in benchmarks/results; '-' for none")
     args = parser.parse_args()
     torch.manual_seed(0)
-    chosen = {name: SETTINGS[name] for name in args.settings}
-    rows = list(measure(chosen, args.images, args.questions, args.seed, args.protocols))
-    for row in rows:
-        print(row)
-    if args.out != "-":
-        print(write_rows(args.out, rows, key=("setting", "protocol", "images")))
+    settings = dict(OFF)
+    for group in args.groups:
+        settings |= GROUPS[group]
+    for images in args.images:
+        for protocol in args.protocols:
+            rows = list(measure(settings, images, args.questions, args.seed, Protocol(protocol)))
+            for row in rows:
+                print(row, flush=True)
+            if args.out != "-":
+                print(write_rows(args.out, rows, key=KEY), flush=True)
 
 
 if __name__ == "__main__":

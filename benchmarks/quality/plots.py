@@ -1,4 +1,4 @@
-"""Draws what the needle rows say: python -m benchmarks.quality.plots"""
+"""Draws what the needle rows say; `python -m benchmarks.report` calls it."""
 
 from pathlib import Path
 
@@ -8,7 +8,11 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from benchmarks.common import RESULTS, read_rows
+from mminfer.bench.ladders import cache_ladders, token_ladders
+from mminfer.bench.plots import Panels, Point, pareto_plot
+from mminfer.bench.protocols import Protocol
 
+NEXT_TURN, PARETO_IMAGES = Protocol.NEXT_TURN, "16"
 CURVES = {  # positions -> colour, dash
     "1": ("tab:red", "-"),
     "1/4": ("tab:orange", "-"),
@@ -59,5 +63,32 @@ def _name(positions: str) -> str:
     return NAMES.get(positions, f"V2PE {positions}")
 
 
+def pareto() -> Path:
+    """What rules lose against what they leave, a row of panels for right answers and one for KL; next-turn."""
+    rows = {r["setting"]: r for r in read_rows("needle") if (r["protocol"], r["images"]) == (NEXT_TURN, PARETO_IMAGES)}
+    flops = {r["setting"]: r["flops_kept"] for r in read_rows("needle") if r["images"] == PARETO_IMAGES}
+    points: dict[str, list[Point]] = {"wrong": [], "kl_long": []}
+    for ladder in (*token_ladders(), *cache_ladders()):
+        for setting in ladder.settings:
+            row = rows[setting]
+            cost = {"prompt FLOPs": float(flops[setting]), "cache entries": float(row["cache_kept"])}
+            losses = {"wrong": 100 - float(row["accuracy"]), "kl_long": float(row["kl_long"])}
+            for name, loss in losses.items():
+                points[name].append(Point(ladder.rule, cost, loss, ladder.baseline))
+    title = f"nano, {PARETO_IMAGES} pictures, next-turn"
+    path = RESULTS / "pareto.png"
+    panels = [
+        Panels(title, points["wrong"], "wrong answers, %"),
+        Panels(title, points["kl_long"], "KL over 32 tokens, nats"),
+    ]
+    pareto_plot(panels, ["prompt FLOPs", "cache entries"], path)
+    return path
+
+
+def main() -> None:
+    for draw in (length, pareto):
+        print(draw())
+
+
 if __name__ == "__main__":
-    print(length())
+    main()

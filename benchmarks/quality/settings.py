@@ -1,26 +1,53 @@
-"""The settings that the tables compare: presets, the papers' other variants, and random baselines at equal budgets."""
+"""The settings that the tables compare, in groups: each technique's ladder of budgets beside its baselines."""
 
-from mminfer import AIMMerge, InferenceConfig, LookM
-from mminfer.baselines import RandomEvict, RandomPrune
+from collections.abc import Sequence
+from itertools import combinations
+from typing import Any
 
-SETTINGS: dict[str, InferenceConfig] = {
-    "off": InferenceConfig(),
-    "v2pe-16": InferenceConfig.from_preset("v2pe-16"),
-    "v2pe-64": InferenceConfig.from_preset("v2pe-64"),
-    "aim-merge": InferenceConfig.from_preset("aim-merge"),
-    "aim-prune": InferenceConfig.from_preset("aim-prune"),
-    "random-prune": InferenceConfig(prune=RandomPrune()),
-    "aim": InferenceConfig.from_preset("aim"),
-    "aim-random": InferenceConfig(merge=AIMMerge(0.25), prune=RandomPrune()),
-    "lookm-20": InferenceConfig.from_preset("lookm-20"),
-    "lookm-20-average": InferenceConfig(cache=LookM(0.1, 0.1, merge="average")),
-    "lookm-20-weighted": InferenceConfig(cache=LookM(0.1, 0.1, merge="weighted")),
-    "lookm-20-no-text-prior": InferenceConfig(cache=LookM(0.1, 0.1, text_prior=False)),
-    "random-evict-20": InferenceConfig(cache=RandomEvict(0.1, 0.1)),
-    "random-evict-20-no-text-prior": InferenceConfig(cache=RandomEvict(0.1, 0.1, text_prior=False)),
-    "lookm-5": InferenceConfig.from_preset("lookm-5"),
-    "random-evict-5": InferenceConfig(cache=RandomEvict(0.025, 0.025)),
-    "skip-ffn": InferenceConfig.from_preset("skip-ffn"),
-    "balanced": InferenceConfig.from_preset("balanced"),
-    "fast": InferenceConfig.from_preset("fast"),
+from mminfer import V2PE, AIMMerge, InferenceConfig, LookM
+from mminfer.baselines import Downsample
+from mminfer.bench.ladders import Ladder, cache_ladders, token_ladders
+
+Settings = dict[str, InferenceConfig]
+OFF = {"off": InferenceConfig()}
+PATCHES = 64  # of one of nano's pictures
+
+
+def _presets(*names: str) -> Settings:
+    return {name: InferenceConfig.from_preset(name) for name in names}
+
+
+def _steps(ladders: Sequence[Ladder]) -> Settings:
+    return {name: config for ladder in ladders for name, config in ladder.settings.items()}
+
+
+def _cache() -> Settings:
+    """Eviction at equal budgets; images brought down to the same entries before the model, where text leaves room."""
+    settings = _steps(cache_ladders()) | {"LOOK-M weighted 20 %": InferenceConfig(cache=LookM(merge="weighted"))}
+    for share, patches in ((50, 27), (20, 5)):
+        for name, merge in (("AIM merge", AIMMerge), ("down-sampling", Downsample)):
+            settings[f"{name} to {share} %"] = InferenceConfig(merge=merge(patches / PATCHES))
+    return settings
+
+
+ALONE: dict[str, dict[str, Any]] = {
+    "V2PE": {"positions": V2PE(1 / 16)},
+    "AIM": {"merge": InferenceConfig.from_preset("aim").merge, "prune": InferenceConfig.from_preset("aim").prune},
+    "LOOK-M": {"cache": LookM(0.1, 0.1, merge="average")},
+    "skip": {"skip": InferenceConfig.from_preset("skip-ffn").skip},
+}
+
+
+def _composition() -> Settings:
+    """Each technique alone, every pair, all four."""
+    chosen = [c for n in (1, 2, 4) for c in combinations(ALONE, n)]
+    return {" + ".join(c): InferenceConfig(**{k: v for name in c for k, v in ALONE[name].items()}) for c in chosen}
+
+
+GROUPS: dict[str, Settings] = {
+    "positions": _presets("v2pe-4", "v2pe-16", "v2pe-64", "v2pe-256"),
+    "tokens": _steps(token_ladders()),
+    "cache": _cache(),
+    "composition": _composition(),
+    "presets": _presets("balanced", "fast"),
 }

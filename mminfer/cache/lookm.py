@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ from torch import Tensor
 from mminfer.cache.kv_cache import CacheEntries
 from mminfer.cache.lookm_rules import MERGES, lookm_keep, lookm_merge
 from mminfer.errors import ConfigError
-from mminfer.technique import CacheTechnique, check_fraction, is_whole
+from mminfer.technique import CacheTechnique, LayerWork, check_fraction, is_whole
 
 if TYPE_CHECKING:
     from mminfer.models.base import ModelSpec
@@ -125,7 +124,7 @@ class LookM(CacheTechnique):
             score = self.score(q, entries.keys, layer_idx, query_index, scale)
         else:
             score = _sum_of_groups(mass, entries.keys.shape[1])
-        entries = replace(entries, score=score if entries.score is None else entries.score + score)
+        entries = replace(entries, score=self.accumulate(entries.score, score))
         if len(entries) <= important + recent or entries.score is None or entries.is_visual is None:
             return entries
         bounded = self.budget is not None and self.text_overflow == "evict"
@@ -180,6 +179,10 @@ class LookM(CacheTechnique):
         mass = column_mass(q, k, query_index=query_index, scale=scale)
         return _sum_of_groups(mass, groups)
 
+    def accumulate(self, earlier: Tensor | None, now: Tensor) -> Tensor:
+        """[1, G, N] float32: the score of all passes, from that of the earlier ones (None: no pass) and of this one."""
+        return now if earlier is None else earlier + now
+
     def _chosen(self, queries: int, device: torch.device) -> Tensor | None:
         """[K] int64: the queries whose attention counts; None: all."""
         if self.queries == "all":
@@ -189,13 +192,21 @@ class LookM(CacheTechnique):
         return torch.arange((queries - 1) % self.stride, queries, self.stride, device=device)
 
     def cost(self, spec: ModelSpec, lengths: Sequence[int]) -> int:
-        """One product for the logits, and one of a vote with the probabilities; matching the keys is left out."""
-        pairs = sum(lengths)
-        if self.queries == "strided":
-            pairs //= self.stride
-        elif self.queries == "last":  # of n tokens, n * n / 2 pairs, the last see about n keys each
-            pairs = sum(min(p, int(self.window * math.sqrt(2 * p))) for p in lengths)
-        return 2 * spec.num_attention_heads * (spec.head_dim + 1) * pairs
+        """One product for the logits, and one of a vote with the probabilities, for pairs of queries that count."""
+        return 2 * spec.num_attention_heads * (spec.head_dim + 1) * sum(lengths)
+
+    def layer_cost(self, spec: ModelSpec, work: LayerWork) -> int:
+        """Scores, where the attention did not hand them over, and the matching of dropped keys to kept ones."""
+        if self._keeps_all(work.seen, work.layer_idx):
+            return 0
+        scores = 0 if work.mass_given else self.cost(spec, [self._voting_pairs(work)])
+        matched = 0 if self.merge == "none" else (work.keys - work.kept) * work.kept
+        return scores + 2 * spec.num_key_value_heads * spec.head_dim * matched
+
+    def _voting_pairs(self, work: LayerWork) -> int:
+        """Pairs of the queries whose attention counts, if the queries are the last entries."""
+        chosen = self._chosen(work.queries, torch.device("cpu")) if work.pairs else None
+        return work.pairs if chosen is None else int((chosen + work.keys - work.queries + 1).sum())
 
 
 def _sum_of_groups(mass: Tensor, groups: int) -> Tensor:

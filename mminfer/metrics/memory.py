@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import resource
 import sys
 from collections.abc import Iterator, Sequence
@@ -34,6 +36,18 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
         yield peak
     finally:
         peak.bytes = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _resident_peak()
+
+
+def bytes_in_use(device: torch.device) -> int:
+    """Memory in use now: on a GPU what torch allocated, else resident memory of the process."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else resident_bytes()
+
+
+def give_back_freed() -> None:
+    """Hands freed memory of this process to the system where that is possible (glibc), so that a peak is its own."""
+    gc.collect()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def resident_bytes() -> int:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 
-PER_SEQUENCE = ("rows", "queries", "ffn", "pairs", "entries")  # fields of a layer's record
+SUMS = ("rows", "queries", "ffn", "pairs", "cache_flops", "prune_flops")  # over the chunks of a prompt
+PER_SEQUENCE = (*SUMS, "keys", "entries")  # fields of a layer's record
 
 
 @dataclass(frozen=True)
@@ -15,18 +17,23 @@ class LayerRecord:
     Args:
         rows: rows that entered the layer.
         queries: rows that issued a query.
+        keys: entries a head there were for the queries, their own and those beyond a window included; in chunks, the
+            most.
         ffn: rows that went through the FFN.
-        pairs: query-key pairs of the attention.
+        pairs: query-key pairs that the attention looked at.
         entries: entries a head that the layer's cache holds afterwards.
-        overhead_flops: what the techniques themselves spent in this layer, over the whole batch.
+        cache_flops: what compressing the cache spent.
+        prune_flops: what choosing the tokens that leave spent.
     """
 
     rows: tuple[int, ...]
     queries: tuple[int, ...]
+    keys: tuple[int, ...]
     ffn: tuple[int, ...]
     pairs: tuple[int, ...]
     entries: tuple[int, ...]
-    overhead_flops: int = 0
+    cache_flops: tuple[int, ...]
+    prune_flops: tuple[int, ...]
 
 
 @dataclass
@@ -41,6 +48,8 @@ class PromptRecord:
         layers: one record a layer.
         merge_flops: what merging spent, over the whole batch.
         ahead: pairs of each sequence's prompt in which a token sees a later one of its image; empty where none does.
+        vision_flops: of the vision tower and projector, for each sequence; empty where features came ready made, as
+            the host's `generate` hands them to a patched model.
     """
 
     past: tuple[int, ...]
@@ -50,6 +59,7 @@ class PromptRecord:
     layers: list[LayerRecord] = field(default_factory=list)
     merge_flops: int = 0
     ahead: tuple[int, ...] = ()
+    vision_flops: tuple[int, ...] = ()
 
 
 def joined_layers(chunks: Sequence[Sequence[LayerRecord]]) -> list[LayerRecord]:
@@ -61,7 +71,6 @@ def joined(records: Sequence[PromptRecord]) -> PromptRecord:
     """Passes that took a prompt in piece by piece, as one."""
     if len(records) == 1:
         return records[0]
-    ahead = tuple(map(sum, zip(*(r.ahead or (0,) * len(r.prompt) for r in records), strict=True)))
     return PromptRecord(
         past=records[0].past,
         prompt=tuple(map(sum, zip(*(r.prompt for r in records), strict=True))),
@@ -69,7 +78,8 @@ def joined(records: Sequence[PromptRecord]) -> PromptRecord:
         merged=tuple(map(sum, zip(*(r.merged for r in records), strict=True))),
         layers=joined_layers([r.layers for r in records]),
         merge_flops=sum(r.merge_flops for r in records),
-        ahead=ahead if any(ahead) else (),
+        ahead=_some(map(sum, zip(*(r.ahead or (0,) * len(r.prompt) for r in records), strict=True))),
+        vision_flops=_some(map(sum, zip(*(r.vision_flops or (0,) * len(r.prompt) for r in records), strict=True))),
     )
 
 
@@ -80,24 +90,36 @@ def stacked(records: Sequence[PromptRecord]) -> PromptRecord:
     layers = [_stacked_layer(of_all) for of_all in zip(*(r.layers for r in records), strict=True)]
     names = ("past", "prompt", "visual", "merged")
     facts = {name: tuple(n for r in records for n in getattr(r, name)) for name in names}
-    ahead = tuple(n for r in records for n in r.ahead or (0,))
     return PromptRecord(
         **facts,
         layers=layers,
         merge_flops=sum(r.merge_flops for r in records),
-        ahead=ahead if any(ahead) else (),
+        ahead=_some(n for r in records for n in r.ahead or (0,)),
+        vision_flops=_some(n for r in records for n in r.vision_flops or (0,)),
     )
+
+
+def shares(total: int, weights: Sequence[int]) -> tuple[int, ...]:
+    """A total shared out in whole numbers by these weights; nothing is lost by rounding unless all weights are 0."""
+    whole = max(1, sum(weights))
+    ends = [total * part // whole for part in accumulate(weights, initial=0)]
+    return tuple(b - a for a, b in pairwise(ends))
+
+
+def _some(values: Iterable[int]) -> tuple[int, ...]:
+    """The values, or nothing if all are 0."""
+    found = tuple(values)
+    return found if any(found) else ()
 
 
 def _joined_layer(chunks: Sequence[LayerRecord]) -> LayerRecord:
     if len(chunks) == 1:
         return chunks[0]
-    sums = {name: tuple(map(sum, zip(*(getattr(c, name) for c in chunks), strict=True))) for name in PER_SEQUENCE}
-    overhead_flops = sum(c.overhead_flops for c in chunks)
-    return LayerRecord(**{**sums, "entries": chunks[-1].entries}, overhead_flops=overhead_flops)
+    sums = {name: tuple(map(sum, zip(*(getattr(c, name) for c in chunks), strict=True))) for name in SUMS}
+    keys = tuple(map(max, zip(*(c.keys for c in chunks), strict=True)))
+    return LayerRecord(**sums, keys=keys, entries=chunks[-1].entries)
 
 
 def _stacked_layer(sequences: Sequence[LayerRecord]) -> LayerRecord:
     facts = {name: tuple(n for s in sequences for n in getattr(s, name)) for name in PER_SEQUENCE}
-    overhead_flops = sum(s.overhead_flops for s in sequences)
-    return LayerRecord(**facts, overhead_flops=overhead_flops)
+    return LayerRecord(**facts)

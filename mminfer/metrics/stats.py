@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mminfer.metrics.flops import full_prompt_flops, prompt_flops
 from mminfer.metrics.memory import full_cache_bytes
-from mminfer.metrics.records import PER_SEQUENCE, LayerRecord, PromptRecord
+from mminfer.metrics.records import PER_SEQUENCE, LayerRecord, PromptRecord, shares
 
 if TYPE_CHECKING:
     from mminfer.models.base import ModelSpec
@@ -29,6 +28,7 @@ class GenerationStats:
         full_cache_bytes: the same of the uncompressed model.
         prompt_flops: the language model's work on the prompt as it ran, techniques included; vision tower left out.
         full_prompt_flops: the same of the uncompressed model.
+        vision_flops: the vision tower's and projector's work on the images; 0 where features came ready made.
         new_tokens: tokens generated.
         ttft_ms: from the call to the first token: preprocessing, vision tower and prompt pass.
         prompt_ms: the prompt pass alone.
@@ -47,6 +47,7 @@ class GenerationStats:
     full_cache_bytes: int
     prompt_flops: int
     full_prompt_flops: int
+    vision_flops: int
     new_tokens: int
     ttft_ms: float
     prompt_ms: float
@@ -90,28 +91,25 @@ def stats_of(
         full_cache_bytes=full_cache_bytes(spec, [tokens], element_size),
         prompt_flops=prompt_flops(spec, own),
         full_prompt_flops=full_prompt_flops(spec, own.prompt, own.past, own.ahead),
+        vision_flops=sum(own.vision_flops),
         new_tokens=new_tokens,
         **dataclasses.asdict(times),
     )
 
 
 def _own_record(record: PromptRecord, sequence: int) -> PromptRecord:
-    """One sequence's part; a technique's own FLOPs are shared out by what it worked on."""
+    """One sequence's part; what merging took is shared out by visual tokens."""
     return PromptRecord(
         past=(record.past[sequence],),
         prompt=(record.prompt[sequence],),
         visual=(record.visual[sequence],),
         merged=(record.merged[sequence],),
         layers=[_own_layer(layer, sequence) for layer in record.layers],
-        merge_flops=_share(record.merge_flops, record.visual, sequence),
+        merge_flops=shares(record.merge_flops, record.visual)[sequence],
         ahead=record.ahead[sequence : sequence + 1],
+        vision_flops=record.vision_flops[sequence : sequence + 1],
     )
 
 
 def _own_layer(layer: LayerRecord, sequence: int) -> LayerRecord:
-    own = {name: (getattr(layer, name)[sequence],) for name in PER_SEQUENCE}
-    return LayerRecord(**own, overhead_flops=_share(layer.overhead_flops, layer.pairs, sequence))
-
-
-def _share(total: int, weights: Sequence[int], sequence: int) -> int:
-    return total * weights[sequence] // max(1, sum(weights))
+    return LayerRecord(**{name: (getattr(layer, name)[sequence],) for name in PER_SEQUENCE})

@@ -15,8 +15,7 @@ from mminfer.embeddings import ReadyRows
 from mminfer.errors import InputError, UnsupportedModelError
 from mminfer.layout import Modality, TokenLayout
 from mminfer.models.packing import PackedRows
-
-PIXEL_INPUTS = {Modality.IMAGE: "pixel_values", Modality.VIDEO: "pixel_values_videos"}
+from mminfer.models.vision import PIXEL_INPUTS, VisionTower, VisionWork
 
 
 @dataclass(frozen=True)
@@ -78,6 +77,8 @@ class ModelAdapter:
     ffn_modules: ClassVar[tuple[str, str]] = ("post_attention_layernorm", "mlp")
     # What the host keeps on the model between calls; an undone patch puts it back.
     host_state: ClassVar[tuple[str, ...]] = ()
+    # How the vision tower is built.
+    tower_kind: ClassVar[type[VisionTower]] = VisionTower
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -127,12 +128,11 @@ class ModelAdapter:
         Features that `generate` has encoded already (`mm_encoder_outputs`) are taken as they are.
         """
         encoded = inputs.get("mm_encoder_outputs") or {}
-        units = {}
+        units, to_encode = {}, self._to_encode(inputs)
         for modality, pixels in PIXEL_INPUTS.items():
-            name = modality.name.lower()
-            output = encoded.get(name)
-            encode = getattr(self.base, f"get_{name}_features", None)
-            if output is None and inputs.get(pixels) is not None and encode is not None:
+            output = encoded.get(modality.name.lower())
+            if modality in to_encode:
+                encode = to_encode[modality]
                 # The pixels come first; some host versions call those of a video `pixel_values` too.
                 _, *others = inspect.signature(encode).parameters
                 given = {k: v for k, v in inputs.items() if k in others and v is not None}
@@ -140,6 +140,25 @@ class ModelAdapter:
             if output is not None:
                 units[modality] = self.split_units(modality, output)
         return units
+
+    def _to_encode(self, inputs: Mapping[str, Any]) -> dict[Modality, Any]:
+        """The host's encoders for what comes as pixels and was not encoded before."""
+        encoded, encoders = inputs.get("mm_encoder_outputs") or {}, {}
+        for modality, pixels in PIXEL_INPUTS.items():
+            name = modality.name.lower()
+            encode = getattr(self.base, f"get_{name}_features", None)
+            if encoded.get(name) is None and inputs.get(pixels) is not None and encode is not None:
+                encoders[modality] = encode
+        return encoders
+
+    @property
+    def tower(self) -> VisionTower:
+        """The geometry of the vision tower."""
+        return self.tower_kind(self.base, self.model.config)
+
+    def vision_work(self, inputs: Mapping[str, Any]) -> list[VisionWork]:
+        """What `visual_units` of these inputs asks of the vision tower."""
+        return [self.tower.work(modality, inputs) for modality in self._to_encode(inputs)]
 
     def split_units(self, modality: Modality, output: Any) -> list[VisualUnit]:
         """The output of the host's encoder as one unit an image.

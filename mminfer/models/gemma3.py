@@ -12,11 +12,24 @@ from torch import Tensor
 from mminfer.embeddings import ReadyRows
 from mminfer.layout import TokenLayout
 from mminfer.models.base import ModelAdapter, attention_mask, rescaled
+from mminfer.models.vision import VisionTower
+
+
+class Gemma3Tower(VisionTower):
+    """Patches are averaged to a fixed number of tokens an image, which one bare matrix projects."""
+
+    @property
+    def projector_weights(self) -> int:
+        return int(self.part("multi_modal_projector.mm_input_projection_weight").numel())
+
+    def projected(self, rows: int, patches: int) -> int:
+        return int(self.config.mm_tokens_per_image)
 
 
 class Gemma3Adapter(ModelAdapter):
     """Marks each run of image tokens, and gives sliding and full layers their tables."""
 
+    tower_kind = Gemma3Tower
     ffn_modules = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
     bidirectional_images = True
 

@@ -3,18 +3,37 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from mminfer.layout import Modality
 from mminfer.models.base import VisualUnit
-from mminfer.models.llava_next import LlavaNextAdapter
+from mminfer.models.llava_next import LlavaNextAdapter, LlavaNextTower
+from mminfer.models.vision import VisionTower
+
+
+class LlavaOnevisionTower(LlavaNextTower):
+    """Only an image that comes alone is cut into tiles; a frame is one."""
+
+    def images(self, modality: Modality, inputs: Mapping[str, Any]) -> tuple[int, int, int]:
+        if modality is Modality.VIDEO:
+            return VisionTower.images(self, modality, inputs)
+        return super().images(modality, inputs)
+
+    def tiles(self, inputs: Mapping[str, Any]) -> list[int]:
+        tiles, of_sample = super().tiles(inputs), inputs.get("batch_num_images")
+        if of_sample is None:
+            return tiles
+        alone = [count == 1 for count in of_sample.tolist() for _ in range(count)]
+        return [count if single else 1 for count, single in zip(tiles, alone, strict=False)]
 
 
 class LlavaOnevisionAdapter(LlavaNextAdapter):
     """Cuts a video into its frames."""
 
+    tower_kind = LlavaOnevisionTower
     least_images_in_a_call = 2  # an image that comes alone is cut into tiles
 
     def split_units(self, modality: Modality, output: Any) -> list[VisualUnit]:

@@ -9,13 +9,35 @@ from typing import Any
 from torch import Tensor
 
 from mminfer.embeddings import ReadyRows
-from mminfer.layout import TokenLayout
+from mminfer.layout import Modality, TokenLayout
 from mminfer.models.base import ModelAdapter
+from mminfer.models.vision import PIXEL_INPUTS, VisionTower, VisionWork
+
+
+class Qwen2VLTower(VisionTower):
+    """All images packed into one sequence, in which each frame (a pair of video frames) looks at itself alone."""
+
+    convolution = "visual.patch_embed.proj"
+    layer_list = "visual.blocks"
+    attention = "attn"
+    projector = "visual.merger"
+
+    def work(self, modality: Modality, inputs: Mapping[str, Any]) -> VisionWork:
+        rows = inputs[PIXEL_INPUTS[modality]].shape[0]
+        grid = inputs[f"{modality.name.lower()}_grid_thw"].tolist()
+        frames = sum(t for t, _, _ in grid)
+        merged = rows // self.base.visual.spatial_merge_size**2
+        return VisionWork(frames, rows, rows, self.pairs(grid), merged)
+
+    def pairs(self, grid: list[list[int]]) -> tuple[int, ...]:
+        """Query-key pairs in each layer, of images of so many frames, rows and columns of patches."""
+        return (sum(t * (h * w) ** 2 for t, h, w in grid),) * len(self.layers)
 
 
 class Qwen2VLAdapter(ModelAdapter):
     """M-RoPE positions: temporal, height, width."""
 
+    tower_kind = Qwen2VLTower
     position_axes = 3
     host_state = ("rope_deltas",)
 

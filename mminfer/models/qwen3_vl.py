@@ -10,12 +10,22 @@ from torch import Tensor
 
 from mminfer.layout import Modality, TokenLayout
 from mminfer.models.base import VisualUnit
-from mminfer.models.qwen2_vl import Qwen2VLAdapter
+from mminfer.models.qwen2_vl import Qwen2VLAdapter, Qwen2VLTower
+from mminfer.models.vision import linear_weights
+
+
+class Qwen3VLTower(Qwen2VLTower):
+    """Rows of some layers go through mergers of their own."""
+
+    @property
+    def projector_weights(self) -> int:
+        return super().projector_weights + linear_weights(self.part("visual.deepstack_merger_list"))
 
 
 class Qwen3VLAdapter(Qwen2VLAdapter):
     """Carries DeepStack's features along with their tokens; frames are the runs between the time stamps."""
 
+    tower_kind = Qwen3VLTower
     interleaved_axes = True
 
     def split_units(self, modality: Modality, output: Any) -> list[VisualUnit]:

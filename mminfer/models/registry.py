@@ -8,20 +8,23 @@ from mminfer.errors import UnsupportedModelError
 from mminfer.models.base import ModelAdapter
 from mminfer.models.gemma3 import Gemma3Adapter
 from mminfer.models.idefics3 import Idefics3Adapter
+from mminfer.models.internvl import InternVLAdapter
 from mminfer.models.llava_next import LlavaNextAdapter
 from mminfer.models.llava_onevision import LlavaOnevisionAdapter
+from mminfer.models.pixtral import LlavaAdapter, Mistral3Adapter
+from mminfer.models.qwen2_5_vl import Qwen25VLAdapter
 from mminfer.models.qwen2_vl import Qwen2VLAdapter
 from mminfer.models.qwen3_vl import Qwen3VLAdapter
 
 ADAPTERS: dict[str, type[ModelAdapter]] = {
     "gemma3": Gemma3Adapter,
     "idefics3": Idefics3Adapter,
-    "internvl": ModelAdapter,
-    "llava": ModelAdapter,
+    "internvl": InternVLAdapter,
+    "llava": LlavaAdapter,
     "llava_next": LlavaNextAdapter,
     "llava_onevision": LlavaOnevisionAdapter,
-    "mistral3": ModelAdapter,
-    "qwen2_5_vl": Qwen2VLAdapter,
+    "mistral3": Mistral3Adapter,
+    "qwen2_5_vl": Qwen25VLAdapter,
     "qwen2_vl": Qwen2VLAdapter,
     "qwen3_vl": Qwen3VLAdapter,
     "smolvlm": Idefics3Adapter,

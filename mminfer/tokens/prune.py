@@ -11,7 +11,7 @@ from mminfer_kernels import power_iterate
 from torch import Tensor
 
 from mminfer.errors import ConfigError
-from mminfer.technique import PruneTechnique, check_layer, is_number, is_whole, layer_index
+from mminfer.technique import LayerWork, PruneTechnique, check_layer, is_number, is_whole, layer_index
 
 if TYPE_CHECKING:
     from mminfer.models.base import ModelSpec
@@ -99,6 +99,11 @@ class AIMPrune(PruneTechnique):
     def cost(self, spec: ModelSpec, lengths: Sequence[int]) -> int:
         """One product for the logits, and one of `iterations` votes with the probabilities."""
         return 2 * spec.num_attention_heads * (spec.head_dim + self.iterations) * sum(lengths)
+
+    def layer_cost(self, spec: ModelSpec, work: LayerWork) -> int:
+        """Where all or no visual token leaves, nobody asks for importance."""
+        asks = work.visual > 0 and self.schedule(spec.num_layers)[work.layer_idx] > 0
+        return self.cost(spec, [work.pairs]) if asks else 0
 
 
 def aim_importance(q: torch.Tensor, k: torch.Tensor, temperature: float = 0.1, iterations: int = 5) -> torch.Tensor:

@@ -25,8 +25,19 @@ def _fake(q: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
-def _flops(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: object, **kwargs: object) -> int:
-    return 4 * q.numel() * k.shape[2]
+def _flops(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    starts: torch.Tensor | None = None,
+    *args: object,
+    **kwargs: object,
+) -> int:
+    batch, heads, queries, size = q.shape
+    pairs = batch * (queries * k.shape[2] - queries * (queries - 1) // 2)
+    if starts is not None:
+        pairs -= queries * int(starts.clamp(0, k.shape[2] - queries).sum())
+    return 4 * heads * size * pairs
 
 
 @traceable(_fake, _flops)

@@ -8,7 +8,7 @@ from mminfer_kernels.dispatch import backend_for, register, resolve
 from mminfer_kernels.prompt_attention import reference
 from mminfer_kernels.tracing import traceable
 
-__all__ = ["prompt_attention", "prompt_attention_mass"]
+__all__ = ["prompt_attention", "prompt_attention_mass", "shares_logits"]
 
 _ROOM = "mminfer_kernels.prompt_attention"
 for _op in ("prompt_attention", "prompt_attention_mass"):
@@ -52,8 +52,13 @@ def _flops_mass(
     **kwargs: object,
 ) -> int:
     pairs = q.shape[0] * q.shape[1] * pairs_of(q, k, query_index, None)
-    products = 2 if backend_for("prompt_attention_mass", q, k, v) == "native" else 3  # only there logits are shared
+    products = 2 if shares_logits(q, k, v) else 3
     return (2 * products * q.shape[3] + 2) * pairs
+
+
+def shares_logits(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether `prompt_attention_mass` of these tensors computes the logits once, for attention and scores alike."""
+    return backend_for("prompt_attention_mass", q, k, v) == "native"
 
 
 @traceable(_fake, _flops)

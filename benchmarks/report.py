@@ -1,0 +1,100 @@
+"""Writes benchmarks/REPORT.md and its plots from the stored rows alone: python -m benchmarks.report
+
+Every figure comes from a row in benchmarks/results, which says what made it: commit, machine, versions, seed.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from benchmarks.tables import cost, kernels, needle, paper, quality
+from mminfer.bench.protocols import Protocol
+
+REPORT = Path(__file__).with_name("REPORT.md")
+Section = tuple[str, str, list[Callable[[], str]]]  # heading, what to know, tables
+
+THREE = """Fidelity is asked by three protocols, and no table mixes them. In-prompt: the question stands in the prompt,
+so scores know it, and the first token never sees the compressed cache. Next-turn: the context is read and compressed,
+then the question comes. Streamed: the same in chunks. The bundled model answers with one token, so in-prompt its right
+answers say nothing of eviction; there the KL over long continuations counts: 32 tokens that the uncompressed model
+says, forced upon each setting.
+
+`random` spends the same budget by lot. Rules that put text first keep all of it, about an eighth of the entries here,
+whatever the budget."""
+
+SECTIONS: list[Section] = [
+    ("Published counts", "FLOPs and bytes that papers print, from geometry by our counter.", [paper.paper]),
+    (
+        "Whole answers, stage by stage",
+        "Host and settings answer in turn in one process. `prompt pass` is the time to the first token less processor "
+        "and vision tower.",
+        [cost.answers],
+    ),
+    ("The prompt pass", "The language model alone, visual features ready made.", [cost.prompt_pass]),
+    ("Decoding, batches, turns", "", [cost.decode, cost.batch_decode, cost.turns]),
+    (
+        "What the cache forgets",
+        THREE,
+        [
+            partial(needle.budgets, Protocol.NEXT_TURN),
+            partial(needle.budgets, Protocol.STREAMED),
+            partial(needle.budgets, Protocol.IN_PROMPT),
+            needle.at_equal_entries,
+        ],
+    ),
+    (
+        "What fewer tokens lose",
+        "Merging before the model, pruning inside it, beside plain down-sampling, FastV and chance.",
+        [
+            partial(needle.by_length, "tokens", Protocol.NEXT_TURN),
+            partial(needle.by_length, "tokens", Protocol.IN_PROMPT),
+        ],
+    ),
+    (
+        "How techniques get along",
+        "Each alone, every pair, all four: V2PE with a step of 1/16, AIM's paper setting, LOOK-M to a fifth with "
+        "averaging, FFNs skipped in every other layer.",
+        [partial(needle.by_length, "composition", protocol) for protocol in Protocol],
+    ),
+    (
+        "Positions",
+        "V2PE beside plain positions (`off`).",
+        [partial(needle.by_length, "positions", Protocol.NEXT_TURN), quality.length, quality.streamed],
+    ),
+    ("Presets", "", [partial(needle.by_length, "presets", Protocol.NEXT_TURN)]),
+    ("Prompts that memory would not hold", "", [cost.long_context]),
+    ("Peers", "Each in its own environment, on the same weights and prompts.", [cost.peers]),
+    ("Kernels", "Every op beside its reference and the machine's measured peak.", [kernels.kernels, quality.scores]),
+    ("Every setting, task by task", "", [partial(needle.by_task, protocol) for protocol in Protocol]),
+]
+
+PLOTS = {
+    "What fewer tokens lose": ("pareto.png", "Fidelity against FLOPs and cache bytes"),
+    "Positions": ("length.png", "Accuracy by number of pictures"),
+}
+
+
+def render() -> str:
+    """The report."""
+    parts = [
+        "# Report",
+        "Made by `python -m benchmarks.report` from the rows in `benchmarks/results`, each of which names its commit, "
+        "machine, versions and seed. The scripts that make the rows are listed at the end of the README.",
+    ]
+    for heading, told, tables in SECTIONS:
+        parts += [f"## {heading}", *filter(None, [told]), *(table() for table in tables)]
+        if heading in PLOTS:
+            file, alt = PLOTS[heading]
+            parts.append(f"![{alt}](results/{file})")
+    return "\n\n".join(parts) + "\n"
+
+
+def main() -> None:
+    from benchmarks.quality import plots
+
+    plots.main()
+    REPORT.write_text(render())
+
+
+if __name__ == "__main__":
+    main()

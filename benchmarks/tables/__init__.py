@@ -1,0 +1,1 @@
+"""Stored rows as Markdown tables: what the report and the README show."""

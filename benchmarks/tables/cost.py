@@ -1,0 +1,107 @@
+"""What answers take: work, time, memory."""
+
+from benchmarks.common import read_rows
+from benchmarks.tables.markdown import markdown, origin
+
+MIB = 2**20
+
+
+def answers() -> str:
+    """Stages of whole answers, beside the host's."""
+    rows = read_rows("answers")
+    header = ["model", "pictures", "setting", "processor", "vision", "prompt pass", "TTFT", "TPOT", "tokens/s"]
+    header += ["less FLOPs", "prompt pass", "TTFT", "TPOT", "cache MiB", "peak MiB"]
+    table = []
+    for r in rows:
+        stages = [_span(r, stage) for stage in ("prepare", "vision", "prompt", "ttft", "tpot")]
+        host = next(h for h in rows if h["setting"] == "host" and _same(h, r))
+        ratios = [float(host["prompt_gflop"]) / float(r["prompt_gflop"])]
+        ratios += [float(r[f"{stage}_speedup"]) for stage in ("prompt", "ttft", "tpot")]
+        memory = [f"{int(r['cache_bytes']) / MIB:,.2f}", f"{int(r['peak_bytes']) / MIB:,.0f}"]
+        times = [*stages, f"{float(r['tokens_per_s']):,.0f}", *(f"{ratio:.2f}" for ratio in ratios)]
+        table.append([r["model"], r["images"], f"`{r['setting']}`", *times, *memory])
+    told = "Milliseconds: the median (20th to 80th percentile); then how many times less than the host. `0.5b` is "
+    told += "LLaVA-OneVision-0.5B's geometry with its vision tower, weights random."
+    runs = f"{rows[0]['repeats']} calls of each, interleaved, after a warm-up; resident memory of the whole process"
+    return f"{markdown(header, table)}\n\n{told} {origin(rows)}; {runs}."
+
+
+def _same(a: dict[str, str], b: dict[str, str]) -> bool:
+    return (a["model"], a["images"]) == (b["model"], b["images"])
+
+
+def _span(row: dict[str, str], stage: str) -> str:
+    low, middle, high = (float(row[f"{stage}_ms_{label}"]) for label in ("p20", "p50", "p80"))
+    digits = 2 if middle < 10 else 1 if middle < 100 else 0
+    return f"{middle:,.{digits}f} ({low:,.{digits}f} to {high:,.{digits}f})"
+
+
+def prompt_pass() -> str:
+    """FLOPs and time of the prompt pass."""
+    rows = read_rows("prompt_pass")
+    header = ["model", "tokens", "setting", "GFLOP", "ms (p20 to p80)", "FLOPs ratio", "speed-up", "techniques' share"]
+    table = []
+    for r in rows:
+        span = f"{float(r['median_ms']):,.0f} ({float(r['p20_ms']):,.0f} to {float(r['p80_ms']):,.0f})"
+        ratios = [f"{float(r[name]):.2f}" for name in ("flops_ratio", "speedup")]
+        ratios.append(f"{100 * float(r['techniques_share']):.1f} %")
+        tokens = f"{int(r['tokens']):,}"
+        table.append([r["model"], tokens, f"`{r['setting']}`", f"{float(r['gflops']):,.1f}", span, *ratios])
+    return f"{markdown(header, table)}\n\n{origin(rows)}; medians of runs interleaved in one process."
+
+
+def decode() -> str:
+    """What a decoded token takes."""
+    rows = read_rows("decode")
+    header = ["model", "prompt tokens", "setting", "ms a token (p20 to p80)", "tokens/s", "speed-up"]
+    table = []
+    for r in rows:
+        span = f"{float(r['median_ms']):,.2f} ({float(r['p20_ms']):,.2f} to {float(r['p80_ms']):,.2f})"
+        table.append(
+            [
+                r["model"],
+                f"{int(r['prompt_tokens']):,}",
+                r["setting"],
+                span,
+                r["tokens_per_s"],
+                f"{float(r['speedup']):.2f}",
+            ]
+        )
+    compiled = [f"{float(r['compile_ms']) / 1e3:.0f} s" for r in rows if r["compile_ms"] != "0"]
+    told = f" First use of the compiled step: {', '.join(compiled)}, apart from these times." if compiled else ""
+    return f"{markdown(header, table)}\n\n{origin(rows)}; medians of runs interleaved in one process.{told}"
+
+
+def batch_decode() -> str:
+    """Tokens per second of a batch against one by one."""
+    (r,) = read_rows("batch_decode")
+    return (
+        f"On the language model of LLaVA-OneVision-0.5B's geometry (random weights), {r['batch']} chats of different "
+        f"lengths decode {r['batched_tokens_per_s']} tokens per second in one batch and {r['single_tokens_per_s']} "
+        f"one by one: {r['ratio']} times as many ({r['device']}, {r['threads']} threads, float32, medians of "
+        f"{r['repeats']} interleaved runs, commit `{r['commit']}`)."
+    )
+
+
+def turns() -> str:
+    """What the cache of a long chat holds."""
+    rows = read_rows("turns")
+    chosen = ("1", "10", "25", "50")
+    table = []
+    for setting in dict.fromkeys(r["setting"] for r in rows):
+        own = {r["turn"]: r for r in rows if r["setting"] == setting}
+        table.append([f"`{setting}`", *(f"{int(own[t]['cache_bytes']) / 1024:,.0f}" for t in chosen)])
+    return markdown(["KiB of cache after", *(f"turn {t}" for t in chosen)], table)
+
+
+def long_context() -> str:
+    """Time and memory of long prompts."""
+    rows = read_rows("long_context")
+    header = ["model", "visual tokens", "budget", "chunk", "minutes", "tokens/s", "peak memory", "cache", "whole cache"]
+    table = []
+    for r in rows:
+        line = [r["model"], *(f"{int(r[name]):,}" for name in ("visual_tokens", "budget", "chunk"))]
+        line += [f"{float(r['seconds']) / 60:.1f}", f"{float(r['tokens_per_s']):,.0f}"]
+        line += [f"{float(r[name]):,.0f} MiB" for name in ("peak_rss_mib", "cache_mib", "full_cache_mib")]
+        table.append(line)
+    return f"{markdown(header, table)}\n\n{origin(rows)}; resident memory of the whole process, weights included."

@@ -1,0 +1,52 @@
+"""The three ways of asking about a context; what compression costs depends on which, so no figure mixes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from enum import StrEnum
+from typing import Any
+
+from mminfer.engine import Engine
+from mminfer.request import GenerationOutput
+
+Part = dict[str, Any]
+Ask = Callable[..., GenerationOutput]  # ask(question, **generation_kwargs)
+
+
+class Protocol(StrEnum):
+    """How a context and a question about it meet.
+
+    IN_PROMPT: the question stands in the prompt; scores know it, and the first token never sees the compressed cache.
+    NEXT_TURN: the context is read and compressed, then the question comes.
+    STREAMED: so too, but the context is read in chunks and compressed behind each.
+    """
+
+    IN_PROMPT = "in-prompt"
+    NEXT_TURN = "next-turn"
+    STREAMED = "streamed"
+
+
+def reader(engine: Engine, content: Sequence[Part], protocol: Protocol, chunk_size: int) -> Ask:
+    """Takes a context in by a protocol.
+
+    Args:
+        engine: who is asked.
+        content: parts of the user's message, the question left out.
+        protocol: how.
+        chunk_size: tokens of a chunk, for streamed contexts.
+
+    Returns:
+        A function that answers a question about the context, again and again; keyword arguments are the host's.
+    """
+    if protocol is Protocol.IN_PROMPT:
+
+        def ask(question: str, **kwargs: Any) -> GenerationOutput:
+            chat = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
+            output = engine.generate(chat, **kwargs)
+            assert not isinstance(output, list)
+            return output
+
+        return ask
+    chat = engine.chat(prefill_chunk_size=chunk_size if protocol is Protocol.STREAMED else None)
+    chat.read(content)
+    return lambda question, **kwargs: chat.fork().send(question, **kwargs)
