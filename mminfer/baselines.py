@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -63,7 +64,7 @@ class Downsample(MergeTechnique):
         """[n] int64: for each token of a view the one, among its n, that it becomes part of."""
         y, x = patch_places(rows, layout)
         height, width = int(y.max()) + 1, int(x.max()) + 1
-        tall, wide = _smaller_grid(height, width, max(1, round(self.ratio * len(rows))))
+        tall, wide = _smaller_grid(height, width, max(1, int(self.ratio * len(rows) + 1e-9)))
         cell = (y * tall // height) * wide + x * wide // width
         _, cell, counts = cell.unique(return_inverse=True, return_counts=True)
         order = cell.argsort(stable=True)
@@ -72,16 +73,23 @@ class Downsample(MergeTechnique):
 
 
 def _smaller_grid(height: int, width: int, tokens: int) -> tuple[int, int]:
-    """Rows and columns of the largest grid of at most so many tokens that keeps the shape best."""
+    """Rows and columns of a grid of at most so many tokens: near their number, and near the shape."""
     shapes = [(h, min(width, tokens // h)) for h in range(1, min(height, tokens) + 1)]
-    most = max(h * w for h, w in shapes)
-    close = [(h, w) for h, w in shapes if h * w > 0.9 * most]
-    return min(close, key=lambda s: (abs(s[0] * width - s[1] * height) / (s[0] * width), -s[0] * s[1]))
+
+    def loss(shape: tuple[int, int]) -> tuple[float, int]:
+        """Least where number and shape are kept: five tokens in a line tell less than two lines of two."""
+        tall, wide = shape
+        bent = abs(math.log(tall * width / (wide * height)))
+        return round(0.9 * bent + math.log(tokens / (tall * wide)), 6), wide
+
+    return min(shapes, key=loss)
 
 
 @dataclass(frozen=True)
 class FastV(PruneTechnique):
     """Pruning once: behind layer `layer` stay the visual tokens that the prompt's last token looks at most.
+
+    Of a prompt in chunks, each chunk's last token judges the chunk.
 
     Args:
         layer: K, layers that all tokens go through.
@@ -105,6 +113,11 @@ class FastV(PruneTechnique):
 
     def check(self, spec: ModelSpec) -> None:
         check_layer("FastV.layer", self.layer, spec.num_layers)
+        if self.layer - 1 in spec.sliding_layers:
+            sees = f"layer {self.layer - 1} attends within a window of {spec.sliding_window}"
+            raise ConfigError(
+                f"FastV.layer={self.layer}: {sees}, so most tokens would go unseen; count to a full layer"
+            )
 
     def prunes(self, layer_idx: int, num_layers: int) -> bool:
         return layer_idx == self.layer - 1 and self.ratio < 1
@@ -153,6 +166,9 @@ class RandomPrune(AIMPrune):
 
     seed: int = 0
 
+    def check(self, spec: ModelSpec) -> None:
+        self.check_layers(spec)
+
     def importance(self, q: Tensor, k: Tensor, layer_idx: int, query_index: Tensor | None, scale: float) -> Tensor:
         return _lot((k.shape[2],), self.seed, layer_idx, k)
 
@@ -177,6 +193,10 @@ class RandomEvict(LookM):
     def score(self, q: Tensor, k: Tensor, layer_idx: int, query_index: Tensor | None, scale: float) -> Tensor:
         return _lot(k.shape[:3], self.seed, layer_idx, k)
 
+    def accumulate(self, earlier: Tensor | None, now: Tensor) -> Tensor:
+        """One lot for each entry: those of earlier passes keep theirs."""
+        return now if earlier is None else earlier.where(earlier > 0, now)
+
     def cost(self, spec: ModelSpec, lengths: Sequence[int]) -> int:
         return 0
 
@@ -194,6 +214,11 @@ class H2O(LookM):
     merge: str = "none"
     text_prior: bool = False
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.text_prior:
+            raise ConfigError("H2O(text_prior=True) is LookM without merging: use LookM(merge='none')")
+
 
 @dataclass(frozen=True)
 class SnapKV(LookM):
@@ -207,7 +232,7 @@ class SnapKV(LookM):
 
     Reference:
         SnapKV (arXiv 2404.14469) section 4; window 32 and pooling 5 are its code's defaults. With grouped heads the
-        scores of a group are summed.
+        scores of a group are summed; the first four entries are ours.
     """
 
     merge: str = "none"
@@ -220,15 +245,26 @@ class SnapKV(LookM):
         super().__post_init__()
         if not is_whole(self.pool, least=1) or self.pool % 2 == 0:
             raise ConfigError(f"SnapKV.pool={self.pool!r}, wanted an odd number of neighbours, 1 or more")
+        if self.text_prior or self.queries != "last" or self.recent is not None:
+            raise ConfigError(
+                f"SnapKV(text_prior={self.text_prior}, queries={self.queries!r}, recent={self.recent}): its window "
+                "alone counts and stays; leave these out, or use LookM"
+            )
 
     def quota(self, seen: int, layer_idx: int) -> tuple[int, int]:
         important, recent = super().quota(seen, layer_idx)
+        if important >= seen:
+            return important, recent
         window = min(self.window, max(important + recent - SINKS, 0))
         return important + recent - window, window
 
     def score(self, q: Tensor, k: Tensor, layer_idx: int, query_index: Tensor | None, scale: float) -> Tensor:
         score = super().score(q, k, layer_idx, query_index, scale)
-        return avg_pool1d(score, self.pool, 1, self.pool // 2)
+        before = max(score.shape[2] - self.window, 0)
+        if before == 0:
+            return score
+        pooled = avg_pool1d(score[:, :, :before], self.pool, 1, self.pool // 2)
+        return torch.cat([pooled, score[:, :, before:]], 2)
 
     def accumulate(self, earlier: Tensor | None, now: Tensor) -> Tensor:
         return now

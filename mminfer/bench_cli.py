@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mminfer.command import OUT, read_settings, told_plainly, writable, write_csv
+from mminfer.command import ERR, OUT, read_delta, read_settings, told_plainly, writable, write_csv
 from mminfer.errors import InputError
 from mminfer.needle_cli import needle
 
 if TYPE_CHECKING:
     from mminfer.bench.contexts import Context
     from mminfer.bench.fidelity import FidelityRow
+    from mminfer.bench.ladders import Ladder
     from mminfer.bench.protocols import Protocol
-    from mminfer.bench.speed import SpeedRow
     from mminfer.config import InferenceConfig
-    from mminfer.engine import Engine
 
 bench = typer.Typer(help="Measure what settings cost and save.")
 bench.command()(needle)
@@ -60,7 +60,10 @@ def measure(
     ] = None,
     contexts: Annotated[int, typer.Option(min=0, help="Drawn contexts for fidelity; 0: no fidelity.")] = 2,
     questions: Annotated[int, typer.Option(min=1, help="Questions about each.")] = 4,
-    chunk_size: Annotated[int, typer.Option(min=1, help="Tokens of a chunk, where contexts are streamed.")] = 512,
+    chunk_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens of a chunk, where contexts are streamed. Default: 512, or the longest image."),
+    ] = None,
     plot: Annotated[
         Path | None, typer.Option(help="Draw fidelity against FLOPs and cache, baselines beside it, to this picture.")
     ] = None,
@@ -75,79 +78,87 @@ def measure(
     process. Fidelity: the uncompressed model's continuation, forced upon every setting. `mminfer bench needle` asks
     for right answers.
     """
+    given = _given(context)
     if context.invoked_subcommand is not None:
-        _no_options_before(context)
+        if given:
+            raise InputError(f"{', '.join(given)}: wanted behind `{context.invoked_subcommand}`, where it counts")
         return
-    settings = read_settings(
-        preset or ([] if config or plot is not None else DEFAULT_PRESETS), config or [], delta or []
-    )
-    repeats = (5 if plot is None else 0) if repeats is None else repeats
-    files = bool(image or video)
-    if not repeats and not contexts:
-        raise InputError("--repeats 0 and --contexts 0: nothing is left to measure: leave one of them out")
     for path, option in ((csv_path, "--csv"), (plot, "--plot")):
         writable(path, option)
-    if plot is not None and not contexts:
-        raise InputError(f"--plot {plot} and --contexts 0: a plot needs fidelity, of at least one context")
+    repeats = (5 if plot is None else 0) if repeats is None else repeats
+    if not repeats and not contexts:
+        raise InputError("--repeats 0 and --contexts 0: nothing is left to measure: leave one of them out")
+    settings = read_settings(preset or [], config or [], delta or [])
+    unasked = {} if settings or plot is not None else read_settings(DEFAULT_PRESETS, [], delta or [])
     if plot is not None:
-        from mminfer.bench.plots import check_available
+        unasked = _ladders(plot, contexts, delta or [])
+    protocols = _protocols(protocol or ["next-turn"]) if contexts else []
+    if image or video:
+        measured = [_own(image or [], video or [], prompt, given)]
+        drawn: dict[str, Any] = {"prompt": prompt}
+    else:
+        if prompt is not None:
+            raise InputError(f"--prompt {prompt!r} without files: pass --image or --video, or leave it out")
+        drawn = {"images": images, "picture_size": picture_size, "seed": seed, "contexts": max(contexts, batch)}
+        measured = _drawn(images, max(contexts, batch), questions, seed, picture_size)
 
-        check_available()
-        settings = _ladders() | settings
-    if not files and prompt is not None:
-        raise InputError(f"--prompt {prompt!r} without files: pass --image or --video, or leave it out")
-    protocols = _protocols(protocol or ["next-turn"])
-    measured = _contexts(image or [], video or [], prompt, images, max(contexts, batch), questions, seed, picture_size)
-
+    from mminfer.bench import tables
+    from mminfer.bench.plan import Plan, joined_rows, measure, origin
     from mminfer.needle.runner import load
 
+    plan = Plan(measured, batch, new_tokens, repeats, protocols, chunk_size)
+    settings = _taken(model, unasked) | settings
+    plan.check(settings)
     engines = load(model, settings, device, dtype)
-    origin = {
-        "model": model,
-        **_origin(next(iter(engines.values()))),
-        "images": len(image or []) or images,
-        "seed": seed,
-    }
-    speed = _speed(engines, measured, batch, new_tokens, repeats)
-    fidelity = _fidelity(engines, measured[: 1 if files else contexts], protocols, new_tokens, chunk_size, contexts)
-    if plot is not None:
-        _plot(fidelity, plot, f"{model}, {origin['images']} images")
-    rows = _joined(origin, speed, fidelity)
+    timed, compared, chunk = measure(plan, engines)
+    asked = {"batch": batch, "new_tokens": new_tokens, "questions": questions, "chunk_size": chunk}
+    facts = {"model": model, **origin(next(iter(engines.values()))), **drawn, **asked}
+    rows = [facts | row for row in joined_rows(timed, compared)]
     if csv_path is not None:
         write_csv(csv_path, rows)
+    if plot is not None:
+        _plot(compared, plot, f"{model}, {images} images" if "images" in drawn else model)
     if as_json:
         named = {name: setting.to_dict() for name, setting in settings.items()}
-        sys.stdout.write(json.dumps(origin | {"settings": named, "rows": rows}) + "\n")
+        sys.stdout.write(json.dumps(facts | {"settings": named, "rows": rows}) + "\n")
         return
-    from mminfer.bench import tables
-
-    for table in (*tables.speed_tables(speed), *tables.fidelity_tables(fidelity)):
+    for table in (*tables.speed_tables(timed), *tables.fidelity_tables(compared)):
         OUT.print(table)
         OUT.print()
     if plot is not None:
         OUT.print(f"drawn: {plot}", markup=False, highlight=False)
 
 
-def _no_options_before(context: typer.Context) -> None:
-    """Options of the group would be lost on a command behind it."""
-    given = [
-        name
-        for name in context.params
-        if (source := context.get_parameter_source(name)) is not None and source.name == "COMMANDLINE"
-    ]
-    if given:
-        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise InputError(f"{options}: wanted behind `{context.invoked_subcommand}`, where it counts")
+def _given(context: typer.Context) -> list[str]:
+    """Options on the command line, by their names there."""
+    found = []
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if source is not None and source.name == "COMMANDLINE":
+            found.append(parameter.opts[0])
+    return found
 
 
-def _ladders() -> dict[str, InferenceConfig]:
-    from mminfer.bench.ladders import cache_ladders, token_ladders
+def _own(images: Sequence[str], videos: Sequence[str], prompt: str | None, given: Sequence[str]) -> Context:
+    """The user's files, checked; options of drawn contexts do not go with them."""
+    from mminfer.bench.contexts import own_context
+    from mminfer.messages import MediaOptions, normalise_messages
 
-    ladders = (*token_ladders(), *cache_ladders())
-    return {name: config for ladder in ladders for name, config in ladder.settings.items()}
+    idle = [name for name in ("--images", "--picture-size", "--seed", "--questions") if name in given]
+    if idle:
+        raise InputError(f"{', '.join(idle)} beside files: only drawn contexts take it: leave one or the other out")
+    context = own_context(images, videos, prompt)
+    normalise_messages(context.chat(context.questions[0]), MediaOptions())
+    return context
 
 
-def _protocols(names: list[str]) -> list[Protocol]:
+def _drawn(images: int, count: int, questions: int, seed: int, picture_size: int | None) -> list[Context]:
+    from mminfer.bench.contexts import made_contexts
+
+    return made_contexts(images, count, questions, seed, picture_size)
+
+
+def _protocols(names: Sequence[str]) -> list[Protocol]:
     from mminfer.bench.protocols import Protocol
 
     known = [str(protocol) for protocol in Protocol]
@@ -157,70 +168,42 @@ def _protocols(names: list[str]) -> list[Protocol]:
     return [Protocol(name) for name in dict.fromkeys(names)]
 
 
-def _contexts(
-    files: list[str],
-    videos: list[str],
-    prompt: str | None,
-    images: int,
-    count: int,
-    questions: int,
-    seed: int,
-    picture_size: int | None,
-) -> list[Context]:
-    from mminfer.bench.contexts import made_contexts, own_context
+def _taken(model: str, unasked: dict[str, InferenceConfig]) -> dict[str, InferenceConfig]:
+    """Of settings that nobody named those that the model takes; the others are told."""
+    from mminfer.needle.runner import refusals
 
-    if files or videos:
-        return [own_context(files, videos, prompt)]
-    return made_contexts(images, count, questions, seed, picture_size)
+    refused = refusals(model, unasked) if unasked else {}
+    for name, reason in refused.items():
+        ERR.print(f"left out: {name}: {reason}", style="yellow", markup=False, highlight=False)
+    return {name: config for name, config in unasked.items() if name not in refused}
 
 
-def _origin(engine: Engine) -> dict[str, Any]:
-    """What every row of a run shares."""
-    import torch
-    import transformers
-
-    return {
-        "device": str(engine.device),
-        "dtype": str(engine.model.dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
-def _speed(
-    engines: dict[str, Engine], contexts: list[Context], batch: int, new_tokens: int, repeats: int
-) -> list[SpeedRow]:
-    if repeats == 0:
-        return []
-    from mminfer.bench.speed import measure
-
-    chats = [(c := contexts[n % len(contexts)]).chat(c.questions[0]) for n in range(batch)]
-    settings = {name: engine.config for name, engine in engines.items()}
-    return measure(next(iter(engines.values())), settings, chats, new_tokens, repeats)
-
-
-def _fidelity(
-    engines: dict[str, Engine],
-    contexts: list[Context],
-    protocols: list[Protocol],
-    tokens: int,
-    chunk_size: int,
-    wanted: int,
-) -> list[FidelityRow]:
-    if wanted == 0:
-        return []
-    from mminfer.bench.fidelity import measure
-
-    return measure(engines, contexts, protocols, tokens, chunk_size)
-
-
-def _plot(rows: list[FidelityRow], path: Path, title: str) -> None:
+def _all_ladders() -> tuple[Ladder, ...]:
     from mminfer.bench.ladders import cache_ladders, token_ladders
+
+    return (*token_ladders(), *cache_ladders())
+
+
+def _ladders(plot: Path, contexts: int, deltas: Sequence[str]) -> dict[str, InferenceConfig]:
+    """What a plot is drawn of, at the V2PE step if there is one."""
+    from mminfer.bench.plots import check_drawable
+    from mminfer.positions.v2pe import V2PE
+
+    check_drawable(plot)
+    if not contexts:
+        raise InputError(f"--plot {plot} and --contexts 0: a plot needs fidelity, of at least one context")
+    if len(deltas) > 1:
+        raise InputError(f"--plot {plot} with the steps {', '.join(deltas)}: a plot is of one: pass one --delta")
+    settings = {name: config for ladder in _all_ladders() for name, config in ladder.settings.items()}
+    for delta in deltas:
+        settings = {n: replace(config, positions=V2PE(read_delta(delta))) for n, config in settings.items()}
+    return settings
+
+
+def _plot(rows: Sequence[FidelityRow], path: Path, title: str) -> None:
     from mminfer.bench.plots import Panels, Point, pareto_plot
 
-    ladders = (*token_ladders(), *cache_ladders())
-    rules = {name: ladder for ladder in ladders for name in ladder.settings}
+    rules = {name: ladder for ladder in _all_ladders() for name in ladder.settings}
     panels = []
     for protocol in dict.fromkeys(row.protocol for row in rows):
         points = []
@@ -231,13 +214,3 @@ def _plot(rows: list[FidelityRow], path: Path, title: str) -> None:
                 points.append(Point(rule, cost, row.kl, baseline))
         panels.append(Panels(f"{title}, {protocol}", points, "KL to the uncompressed model, nats"))
     pareto_plot(panels, list(PLOT_COSTS), path)
-
-
-def _joined(origin: dict[str, Any], speed: list[SpeedRow], fidelity: list[FidelityRow]) -> list[dict[str, Any]]:
-    """One row a setting and protocol, all with the same columns; those of what was not measured are empty."""
-    timed = {row.setting: row.to_dict() for row in speed}
-    judged = [dataclasses.asdict(row) for row in fidelity]
-    names = [name for name in timed if name not in {row["setting"] for row in judged}]
-    rows = [{"setting": name, "protocol": ""} for name in names] + judged
-    columns = dict.fromkeys(column for row in (*rows, *timed.values()) for column in row)
-    return [origin | dict.fromkeys(columns, "") | row | timed.get(row["setting"], {}) for row in rows]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from mminfer.config import InferenceConfig
 
 OUT, ERR = Console(), Console(stderr=True)
+RESERVED = {"host", "blind"}  # names of rows that are no setting
 
 
 def told_plainly(command: Callable[..., None]) -> Callable[..., None]:
@@ -90,6 +92,8 @@ def read_settings(
             for text, step in steps.items()
         ]
     settings = dict(named)
+    for name in RESERVED & settings.keys():
+        raise InputError(f"--config {name}: rows of that name are something else's: rename the file")
     if len(settings) < len(named):
         raise InputError(f"{', '.join(name for name, _ in named)}: a setting was passed twice: pass it once")
     return settings
@@ -97,8 +101,12 @@ def read_settings(
 
 def writable(path: Path | None, option: str) -> None:
     """Raises `InputError` if a file could not be made there, before any work is done for it."""
-    if path is not None and not path.absolute().parent.is_dir():
+    if path is None:
+        return
+    if not path.absolute().parent.is_dir():
         raise InputError(f"{option} {path}: there is no folder {path.parent}: make it first")
+    if path.is_dir() or not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise InputError(f"{option} {path}: no file can be written there: pass the name of one that can")
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:

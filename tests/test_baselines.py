@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mminfer import AIMMerge, AIMPrune, ConfigError, InferenceConfig, LookM, OperatorSkip, patched
-from mminfer.baselines import H2O, Downsample, FastV, RandomEvict, RandomPrune, SnapKV
+from mminfer.baselines import H2O, Downsample, FastV, RandomEvict, RandomPrune, SnapKV, _smaller_grid
 from mminfer.cache.kv_cache import CacheEntries
 from mminfer.models.registry import adapter_for
 from tests.tiny import FAMILIES, IMAGE, LAYERS, VIDEO, skip_if_refused, tiny_inputs, tiny_model
@@ -379,7 +379,8 @@ def test_snapkv_is_what_its_paper_says():
     kept = technique.apply(q, CacheEntries(k, v, heads.bool(), heads), 40, 0, None, 8**-0.5)
     logits = (q @ k.repeat_interleave(2, 1).mT * 8**-0.5).masked_fill(torch.ones(40, 40).triu(1).bool(), -torch.inf)
     score = logits.softmax(-1)[:, :, -6:].sum(2).view(1, 2, 2, 40).sum(2)
-    score = torch.nn.functional.avg_pool1d(score, 3, 1, 1)
+    score = torch.nn.functional.avg_pool1d(score[..., :-6], 3, 1, 1)  # the window is not pooled with what is before it
+    score = torch.nn.functional.pad(score, (0, 6))
     score[..., :4], score[..., -6:] = 98, 99
     index = score.topk(20).indices.sort().values[..., None].expand(1, 2, 20, 8)
     assert torch.equal(kept.keys, k.gather(2, index)) and torch.equal(kept.values, v.gather(2, index))
@@ -387,8 +388,52 @@ def test_snapkv_is_what_its_paper_says():
 
 @pytest.mark.parametrize(
     ("cls", "kwargs"),
-    [(Downsample, {"ratio": 0}), (FastV, {"ratio": 1.5}), (FastV, {"layer": 0}), (SnapKV, {"pool": 4})],
+    [
+        (Downsample, {"ratio": 0}),
+        (FastV, {"ratio": 1.5}),
+        (FastV, {"layer": 0}),
+        (SnapKV, {"pool": 4}),
+        (SnapKV, {"text_prior": True}),
+        (SnapKV, {"queries": "all"}),
+        (SnapKV, {"budget": 100, "recent": 20}),
+        (H2O, {"text_prior": True}),
+    ],
 )
 def test_wrong_settings_are_refused(cls, kwargs):
     with pytest.raises(ConfigError):
         cls(**kwargs)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "shape"), [(16, (4, 4)), (27, (5, 5)), (8, (4, 2)), (5, (2, 2)), (3, (3, 1)), (1, (1, 1))]
+)
+def test_smaller_grids_keep_number_and_shape(tokens, shape):
+    assert _smaller_grid(8, 8, tokens) == shape
+
+
+def test_fastv_refuses_to_judge_by_a_window():
+    adapter = adapter_for(tiny_model("gemma3"))
+    sliding = adapter.spec.sliding_layers[0]
+    with pytest.raises(ConfigError, match="window"):
+        FastV(sliding + 1).check(adapter.spec)
+
+
+def test_chance_draws_one_lot_for_each_entry():
+    """Over many chunks who survives a budget does not depend on when it came."""
+    technique, kept = RandomEvict(0.5, 0.0, budget=100, text_prior=False), None
+    for chunk in range(16):
+        new = torch.full((1, 1, 50, 2), float(chunk))
+        fresh = CacheEntries(new, new, torch.ones(1, 1, 50).bool(), torch.zeros(1, 1, 50))
+        entries = fresh if kept is None else kept.extend(fresh)
+        kept = technique.apply(new, entries, 50 * (chunk + 1), 0, None, 1.0)
+    counts = torch.bincount(kept.keys[0, 0, 4:, 0].long(), minlength=16)
+    assert len(kept) == 100 and 25 < counts[:8].sum() < 75
+
+
+def test_nothing_is_scored_where_nothing_is_evicted():
+    assert SnapKV(0.5, 0.5).quota(500, 0) == (500, 0)
+
+
+def test_the_first_entries_are_within_a_budget():
+    cache = run("internvl", tiny_inputs("internvl", [[10, IMAGE]]), cache=H2O(0.1, 0.1))[2]
+    assert {lengths[0] for lengths in cache.lengths} == {4}  # 28 tokens: 2 and 2

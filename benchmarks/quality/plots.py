@@ -66,7 +66,11 @@ def _name(positions: str) -> str:
 def pareto() -> Path:
     """What rules lose against what they leave, a row of panels for right answers and one for KL; next-turn."""
     rows = {r["setting"]: r for r in read_rows("needle") if (r["protocol"], r["images"]) == (NEXT_TURN, PARETO_IMAGES)}
-    flops = {r["setting"]: r["flops_kept"] for r in read_rows("needle") if r["images"] == PARETO_IMAGES}
+    flops = {
+        r["setting"]: r["flops_kept"]
+        for r in read_rows("needle")
+        if (r["protocol"], r["images"]) == (Protocol.IN_PROMPT, PARETO_IMAGES)
+    }
     points: dict[str, list[Point]] = {"wrong": [], "kl_long": []}
     for ladder in (*token_ladders(), *cache_ladders()):
         for setting in ladder.settings:

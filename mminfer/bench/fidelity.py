@@ -130,6 +130,7 @@ def measure(
     rows = []
     some = next(iter(engines.values()))
     plain = Engine(some.model, some.processor)
+    flops = {name: flops_kept(engine, contexts[0]) for name, engine in engines.items()}
     with tqdm(total=len(protocols) * len(contexts) * (len(engines) + 1), desc="fidelity", **PROGRESS) as bar:
         for protocol in protocols:
             found: dict[str, list[tuple[Fidelity, GenerationStats]]] = {name: [] for name in engines}
@@ -140,7 +141,6 @@ def measure(
                 for name, engine in engines.items():
                     found[name] += _compared(reader(engine, context.content, protocol, chunk_size), context, full)
                     bar.update()
-            flops = {name: flops_kept(engine, contexts[0]) for name, engine in engines.items()}
             rows += [_row(name, protocol, cells, flops[name]) for name, cells in found.items()]
     return rows
 

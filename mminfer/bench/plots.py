@@ -44,12 +44,15 @@ class Panels:
     loss: str
 
 
-def check_available() -> None:
-    """Raises `InputError` if matplotlib is not installed."""
+def check_drawable(path: Path) -> None:
+    """Raises `InputError` if matplotlib is not installed or does not know a picture of this name."""
     try:
-        import matplotlib  # noqa: F401
+        from matplotlib.backend_bases import FigureCanvasBase
     except ImportError as error:
         raise InputError("plots are drawn by matplotlib: pip install mminfer[plots]") from error
+    known = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix.lstrip(".") not in known:
+        raise InputError(f"--plot {path}: no kind of picture: wanted a name that ends in {', '.join(sorted(known))}")
 
 
 def frontier(points: Sequence[Point], cost: str) -> list[Point]:

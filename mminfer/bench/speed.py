@@ -101,17 +101,18 @@ class SpeedRow:
 
 
 class _Clock(LogitsProcessor):
-    """Notes when the logits of each token are there, and what memory is in use then."""
+    """Notes when the logits of each token are there, and what memory is in use at the last of them."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, tokens: int) -> None:
+        self._device, self._tokens = device, tokens
         self.at: list[float] = []
         self.bytes = 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         _wait(self._device)
         self.at.append(time.perf_counter())
-        self.bytes = bytes_in_use(self._device)
+        if len(self.at) == self._tokens:  # reading it takes a part of a token's time
+            self.bytes = bytes_in_use(self._device)
         return scores
 
 
@@ -150,7 +151,7 @@ def measure(
 def _run(engine: Engine, config: InferenceConfig | None, chats: Sequence[Any], new_tokens: int) -> Run:
     device, model = engine.device, engine.model
     give_back_freed()
-    clock = _Clock(device)
+    clock = _Clock(device, new_tokens)
     door = nullcontext() if config is None else patched(model, config)
     with door as handle, _vision_timed(engine) as vision, peak_memory(device) as peak:
         _wait(device)
@@ -182,6 +183,7 @@ def _run(engine: Engine, config: InferenceConfig | None, chats: Sequence[Any], n
 @dataclass
 class _Span:
     ms: float = 0.0
+    depth: int = 0  # one encoder may call the other
 
 
 @contextmanager
@@ -189,6 +191,7 @@ def _vision_timed(engine: Engine) -> Iterator[_Span]:
     """Adds up the time in the host's own encoders of images and videos, through which both doors go."""
     base, device, span = engine.adapter.base, engine.device, _Span()
     names = [name for kind in PIXEL_INPUTS if hasattr(base, name := f"get_{kind.name.lower()}_features")]
+    own = {name: vars(base)[name] for name in names if name in vars(base)}
     for name in names:
         setattr(base, name, _timed(getattr(base, name), span, device))
     try:
@@ -196,22 +199,21 @@ def _vision_timed(engine: Engine) -> Iterator[_Span]:
     finally:
         for name in names:
             delattr(base, name)
+        for name, function in own.items():
+            setattr(base, name, function)
 
 
 def _timed(function: Callable[..., Any], span: _Span, device: torch.device) -> Callable[..., Any]:
-    depth = 0
-
     @functools.wraps(function)
     def timed(*args: Any, **kwargs: Any) -> Any:
-        nonlocal depth
         _wait(device)
-        start, depth = time.perf_counter(), depth + 1
+        start, span.depth = time.perf_counter(), span.depth + 1
         try:
             return function(*args, **kwargs)
         finally:
             _wait(device)
-            depth -= 1
-            if depth == 0:
+            span.depth -= 1
+            if span.depth == 0:
                 span.ms += 1e3 * (time.perf_counter() - start)
 
     return timed

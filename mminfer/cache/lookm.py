@@ -127,7 +127,7 @@ class LookM(CacheTechnique):
         entries = replace(entries, score=self.accumulate(entries.score, score))
         if len(entries) <= important + recent or entries.score is None or entries.is_visual is None:
             return entries
-        bounded = self.budget is not None and self.text_overflow == "evict"
+        bounded = not self.text_prior or (self.budget is not None and self.text_overflow == "evict")
         if self.budget is not None and self.text_prior:
             self._warn_of_overflow(entries.is_visual, important, recent)
         kept = lookm_keep(entries.score, entries.is_visual, important, recent, self.text_prior, bounded)

@@ -14,7 +14,7 @@ from transformers import AutoConfig
 from mminfer import nano
 from mminfer.config import InferenceConfig
 from mminfer.engine import Engine, check_before_loading
-from mminfer.errors import UnsupportedModelError
+from mminfer.errors import ConfigError, UnsupportedModelError
 from mminfer.media import PROGRESS
 from mminfer.models.registry import check_family
 from mminfer.needle.protocol import NeedleProtocol, Question, Sample
@@ -66,6 +66,17 @@ def load(
         check_before_loading(model_config, config)
     plain = Engine.from_pretrained(model, first, device, dtype)
     return {name: Engine(plain.model, plain.processor, config) for name, config in settings.items()}
+
+
+def refusals(model: str, settings: Mapping[str, InferenceConfig]) -> dict[str, str]:
+    """Why a model cannot take some of these settings, by their name; before its weights are loaded."""
+    model_config, found = _model_config(model), {}
+    for name, config in settings.items() if model_config is not None else ():
+        try:
+            check_before_loading(model_config, config)
+        except ConfigError as error:
+            found[name] = str(error)
+    return found
 
 
 def run(

@@ -55,6 +55,10 @@ class AIMPrune(PruneTechnique):
                 f"{type(self).__name__}: importance is passed on over a causal attention matrix, but images of this "
                 "model attend in both directions; leave prune=None for it"
             )
+        self.check_layers(spec)
+
+    def check_layers(self, spec: ModelSpec) -> None:
+        """Raises `ConfigError` if start and end do not fit the model's depth."""
         check_layer("AIMPrune.start", self.start, spec.num_layers)
         check_layer("AIMPrune.end", self.end, spec.num_layers, last=spec.num_layers)
         self.schedule(spec.num_layers)

@@ -72,7 +72,26 @@ def test_own_files(loaded, tmp_path):
     result = bench(*ask, "--preset", "off", "--repeats", 0, "--json")
     assert result.exit_code == 0, (result.stderr, result.exception)
     (row,) = json.loads(result.stdout)["rows"]
-    assert row["images"] == 1 and row["kl"] < 1e-6 and "ttft_ms_p50" not in row
+    assert row["prompt"] == "What digit is it?" and row["kl"] < 1e-6 and "ttft_ms_p50" not in row
+
+
+def test_a_chunk_that_no_image_fits_is_refused_before_anything_is_timed(loaded):
+    assert "--chunk-size 20: an image of this model takes up to 64 tokens" in refused(
+        *SMALL, "--preset", "off", "--protocol", "streamed", "--chunk-size", 20
+    )
+
+
+def test_settings_named_like_other_rows_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "host").write_text(InferenceConfig().to_json())
+    assert "rows of that name are something else's" in refused("--config", "host")
+
+
+def test_what_a_model_cannot_take_is_left_out_of_what_nobody_named(loaded, monkeypatch):
+    monkeypatch.setattr(runner, "refusals", lambda model, settings: {"aim": "too much for it"})
+    result = bench(*SMALL, "--repeats", 0, "--json")
+    assert result.exit_code == 0 and "left out: aim: too much for it" in result.stderr
+    assert [row["setting"] for row in json.loads(result.stdout)["rows"]] == ["off", "lookm-20", "balanced"]
 
 
 def test_a_plot_has_the_baselines(loaded, tmp_path, monkeypatch):
@@ -80,9 +99,11 @@ def test_a_plot_has_the_baselines(loaded, tmp_path, monkeypatch):
     few = [ladder for ladder in cache_ladders() if ladder.rule in ("LOOK-M pivot", "H2O")]
     monkeypatch.setattr("mminfer.bench.ladders.cache_ladders", lambda: few)
     monkeypatch.setattr("mminfer.bench.ladders.token_ladders", lambda: ())
-    result = bench(*SMALL, "--plot", tmp_path / "p.png", "--json")
+    result = bench(*SMALL, "--plot", tmp_path / "p.png", "--json", "--delta", "1/4")
     assert result.exit_code == 0, (result.stderr, result.exception)
-    rows = json.loads(result.stdout)["rows"]
+    report = json.loads(result.stdout)
+    assert {setting["positions"]["delta"] for setting in report["settings"].values()} == {0.25}
+    rows = report["rows"]
     assert [r["setting"] for r in rows] == [
         f"{rule} {s} %" for rule in ("LOOK-M pivot", "H2O") for s in (50, 20, 10, 5)
     ]
@@ -126,6 +147,13 @@ def test_a_plot_of_points(tmp_path):
         (["--repeats", "0", "--contexts", "0"], "nothing is left to measure"),
         (["--preset", "off", "needle"], "--preset: wanted behind `needle`"),
         (["--model", "/nowhere"], "no model"),
+        (["--plot", "p.foo"], "no kind of picture"),
+        (["--csv", "/tmp"], "no file can be written"),
+        (["--image", "/nowhere.png", "--prompt", "What?"], "/nowhere.png"),
+        (["--image", "a.png", "--prompt", "What?", "--seed", "3"], "--seed beside files"),
+        (["--preset", "v2pe-auto", "--protocol", "streamed"], "nobody sees the whole prompt"),
+        (["--plot", "p.png", "--delta", "1", "--delta", "1/4"], "pass one --delta"),
+        (["--json", "--csv", "x.csv", "needle"], "--json, --csv: wanted behind `needle`"),
     ],
 )
 def test_wrong_requests(args, told):

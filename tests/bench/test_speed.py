@@ -1,10 +1,12 @@
 """Time and memory by stage: stages add up, work and cache are those of the passes, the model is left as it was."""
 
+import time
+
 import pytest
 
 from mminfer import AIMMerge, InferenceConfig, LookM
 from mminfer.bench.contexts import made_contexts
-from mminfer.bench.speed import HOST, STAGES, _run, measure
+from mminfer.bench.speed import HOST, STAGES, _run, _vision_timed, measure
 
 pytest.importorskip("sklearn")
 
@@ -43,6 +45,20 @@ def test_one_call_in_its_stages(nano_engine):
     assert run.ttft_ms == pytest.approx(run.prepare_ms + run.vision_ms + run.prompt_ms)
     assert len(run.token_ms) == 3 and min(run.vision_ms, run.prompt_ms, *run.token_ms) > 0
     assert run.record is not None and _run(nano_engine, None, chats(), 4).record is None
+
+
+def test_encoders_that_call_each_other_are_timed_once(monkeypatch, nano_engine):
+    base = nano_engine.adapter.base
+
+    def images(*args, **kwargs):
+        time.sleep(0.05)
+
+    monkeypatch.setattr(base, "get_image_features", images, raising=False)
+    monkeypatch.setattr(base, "get_video_features", lambda *args: base.get_image_features(*args), raising=False)
+    with _vision_timed(nano_engine) as span:
+        base.get_video_features()
+    assert 50 <= span.ms < 90
+    assert vars(base)["get_image_features"] is images  # somebody's own is put back
 
 
 def test_the_model_is_left_as_it_was(nano_engine):
