@@ -124,13 +124,14 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=300, help="least number in a cell")
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--groups", nargs="+", default=list(GROUPS), choices=list(GROUPS))
+    parser.add_argument("--settings", nargs="+", help="of these groups only these")
     parser.add_argument("--protocols", nargs="+", default=list(Protocol), choices=list(Protocol))
     parser.add_argument("--out", default="needle", help="name of the CSV file in benchmarks/results; '-' for none")
     args = parser.parse_args()
     torch.manual_seed(0)
     settings = dict(OFF)
     for group in args.groups:
-        settings |= GROUPS[group]
+        settings |= {name: s for name, s in GROUPS[group].items() if args.settings is None or name in args.settings}
     for images in args.images:
         for protocol in args.protocols:
             rows = list(measure(settings, images, args.questions, args.seed, Protocol(protocol)))
