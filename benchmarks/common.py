@@ -13,6 +13,7 @@ import torch
 import transformers
 
 RESULTS = Path(__file__).parent / "results"
+SEED = 0  # of inputs and random weights, where a row names no other
 
 
 def provenance() -> dict[str, Any]:
@@ -42,7 +43,7 @@ def write_rows(name: str, rows: Iterable[Mapping[str, Any]], key: Sequence[str] 
             have the same columns. Without it none stays.
     """
     now = {**ORIGIN, "threads": torch.get_num_threads()}  # a script may have set another number
-    complete = [{k: str(v) for k, v in {**row, **now}.items()} for row in rows]
+    complete = [{k: str(v) for k, v in {**row, "seed": row.get("seed", SEED), **now}.items()} for row in rows]
     path = RESULTS / f"{name}.csv"
     if key and path.exists():
         new = {tuple(row[k] for k in key): row for row in complete}
