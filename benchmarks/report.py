@@ -22,6 +22,14 @@ says, forced upon each setting.
 `random` spends the same budget by lot. Rules that put text first keep all of it, about an eighth of the entries here,
 whatever the budget."""
 
+KERNELS = """Every op beside its reference in plain PyTorch, torch.compile of that, and the roofline of the machine's
+measured product and copy rates. The reference of `prompt_attention` is PyTorch's own fused attention; *with exact
+scores* and *with strided scores* are the native attention with LOOK-M's scores beside it. Extra memory is the rise of
+resident memory during a call, its result included. Where compiling took too long or broke the graph, the row says so.
+
+Behind the kernels: what sampled scores (`LookM(queries="strided")` or `"last"`) keep of what exact scores keep, for
+backends whose attention cannot share its product with the scores."""
+
 SECTIONS: list[Section] = [
     ("Published counts", "FLOPs and bytes that papers print, from geometry by our counter.", [paper.paper]),
     (
@@ -64,7 +72,7 @@ SECTIONS: list[Section] = [
     ("Presets", "", [partial(needle.by_length, "presets", Protocol.NEXT_TURN)]),
     ("Prompts that memory would not hold", "", [cost.long_context]),
     ("Peers", "Each in its own environment, on the same weights and prompts.", [peers.quality, peers.times]),
-    ("Kernels", "Every op beside its reference and the machine's measured peak.", [kernels.kernels, quality.scores]),
+    ("Kernels", KERNELS, [kernels.kernels, quality.scores]),
     ("Every setting, task by task", "", [partial(needle.by_task, protocol) for protocol in Protocol]),
 ]
 

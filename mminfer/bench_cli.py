@@ -108,6 +108,8 @@ def measure(
 
     plan = Plan(measured, batch, new_tokens, repeats, protocols, chunk_size)
     settings = _taken(model, unasked) | settings
+    if not settings:
+        raise InputError("this model takes none of the default settings: name one with --preset or --config")
     plan.check(settings)
     engines = load(model, settings, device, dtype)
     timed, compared, chunk = measure(plan, engines)

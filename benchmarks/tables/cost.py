@@ -22,7 +22,8 @@ def answers() -> str:
         table.append([r["model"], r["images"], f"`{r['setting']}`", *times, *memory])
     told = "Milliseconds: the median (20th to 80th percentile); then how many times less than the host. `0.5b` is "
     told += "LLaVA-OneVision-0.5B's geometry with its vision tower, weights random."
-    runs = f"{rows[0]['repeats']} calls of each, interleaved, after a warm-up; resident memory of the whole process"
+    calls = " or ".join(dict.fromkeys(r["repeats"] for r in rows))
+    runs = f"{calls} calls of each, interleaved, after a warm-up; resident memory of the whole process"
     return f"{markdown(header, table)}\n\n{told} {origin(rows)}; {runs}."
 
 

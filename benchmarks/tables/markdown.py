@@ -8,8 +8,14 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 
 
 def origin(rows: list[dict[str, str]]) -> str:
-    """Where rows come from, for the line below a table; all of one machine, maybe of several commits."""
-    r, commits = rows[0], dict.fromkeys(row["commit"] for row in rows)
-    told = ", ".join(f"`{commit}`" for commit in commits)
-    threads = "1 thread" if r["threads"] == "1" else f"{r['threads']} threads"
-    return f"{r['device']}, {threads}, float32, torch {r['torch']}, transformers {r['transformers']}, commit {told}"
+    """Where rows come from, for the line below a table: every value that some of them have."""
+    threads = {"1": "1 thread"}
+
+    def told(name: str) -> str:
+        return " or ".join(filter(None, dict.fromkeys(row[name] for row in rows)))
+
+    counted = " or ".join(threads.get(n, f"{n} threads") for n in dict.fromkeys(row["threads"] for row in rows))
+    commits = ", ".join(f"`{commit}`" for commit in dict.fromkeys(row["commit"] for row in rows))
+    seed = f", seed {told('seed')}" if told("seed") else ""
+    versions = f"torch {told('torch')}, transformers {told('transformers')}"
+    return f"{told('device')}, {counted}, float32, {versions}{seed}, commit {commits}"

@@ -91,4 +91,4 @@ def _tasks(row: Row) -> Sequence[str]:
 
 def _note(protocol: Protocol, row: Row, asked: str | None = None) -> str:
     questions = f"{row['questions']} questions over {row['images']}" if asked is None else f"Questions: {asked}"
-    return f"{TOLD[protocol]}; {questions} pictures, seed {row['seed']}; {origin([row])}."
+    return f"{TOLD[protocol]}; {questions} pictures; {origin([row])}."

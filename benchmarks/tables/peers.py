@@ -21,7 +21,7 @@ def quality() -> str:
     asked = ", ".join(f"{next(r for r in rows if r['images'] == n)['questions']} over {n}" for n in lengths)
     versions = next((r["versions"] for r in rows if r["versions"]), "")
     worst = max((float(r["logits_differ"]) for r in rows if r["logits_differ"]), default=0.0)
-    told = f"next-turn; questions: {asked} pictures, seed {rows[0]['seed']}. The peer: {versions}, in its own "
+    told = f"next-turn; questions: {asked} pictures. The peer: {versions}, in its own "
     told += f"environment; with nothing evicted its logits differ from ours by {worst:.1g} at most."
     return f"{markdown(header, table)}\n\n{told} {origin(rows)}."
 

@@ -92,6 +92,8 @@ def test_what_a_model_cannot_take_is_left_out_of_what_nobody_named(loaded, monke
     result = bench(*SMALL, "--repeats", 0, "--json")
     assert result.exit_code == 0 and "left out: aim: too much for it" in result.stderr
     assert [row["setting"] for row in json.loads(result.stdout)["rows"]] == ["off", "lookm-20", "balanced"]
+    monkeypatch.setattr(runner, "refusals", lambda model, settings: dict.fromkeys(settings, "no"))
+    assert "takes none of the default settings" in refused(*SMALL)
 
 
 def test_a_plot_has_the_baselines(loaded, tmp_path, monkeypatch):
