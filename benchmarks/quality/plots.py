@@ -82,7 +82,7 @@ def pareto() -> Path:
     title = f"nano, {PARETO_IMAGES} pictures, next-turn"
     path = RESULTS / "pareto.png"
     panels = [
-        Panels(title, points["wrong"], "wrong answers, %"),
+        Panels(title, points["wrong"], "wrong answers, %", 100 - float(rows["off"]["accuracy"])),
         Panels(title, points["kl_long"], "KL over 32 tokens, nats"),
     ]
     pareto_plot(panels, ["prompt FLOPs", "cache entries"], path)

@@ -9,6 +9,7 @@ from typing import Any
 
 from mminfer.errors import InputError
 
+BEST, FULL = "best at its cost", "uncompressed"
 SAVES_NOTHING = 99.0  # percent; rules that do not save a cost are no part of its panel
 
 
@@ -37,11 +38,13 @@ class Panels:
         title: what all of them share.
         points: settings.
         loss: name of what is lost, with its unit.
+        full: what the uncompressed model loses; None: nothing.
     """
 
     title: str
     points: Sequence[Point]
     loss: str
+    full: float | None = None
 
 
 def check_drawable(path: Path) -> None:
@@ -88,6 +91,7 @@ def pareto_plot(rows: Sequence[Panels], costs: Sequence[str], path: Path, log: b
             if column == 0:
                 panel.set_ylabel(f"{panels.loss}  (lower is better)")
     handles = {label: handle for row in axes for panel in row for handle, label in _legend(panel)}
+    handles = {label: handles[label] for label in sorted(handles, key=[*styles, BEST, FULL].index)}
     figure.legend(handles.values(), handles.keys(), loc="center right", fontsize=8, frameon=False)
     figure.tight_layout(rect=(0, 0, 1 - 2.4 / figure.get_size_inches()[0], 1))
     try:
@@ -113,10 +117,14 @@ def _draw(panel: Any, panels: Panels, cost: str, styles: Mapping[str, dict[str, 
     panel.step(
         [p.cost[cost] for p in best],
         [max(p.loss, floor) if floor else p.loss for p in best],
-        where="post", color="black", lw=5, alpha=0.12, label="best at its cost",
+        where="post", color="black", lw=5, alpha=0.12, label=BEST,
     )  # fmt: skip
+    if panels.full is not None:
+        panel.axhline(panels.full, color="black", lw=0.8, ls=":", label=FULL)
     if log:
         panel.set_yscale("log")
+        for axis in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
+            axis(lambda value, place: f"{value:g}" if f"{value:.0e}"[0] in "125" else "")
     panel.set_xlabel(f"{cost}, % of the uncompressed model's")
     panel.set_xlim(0, 105)
     panel.set_title(panels.title, fontsize=10)
