@@ -10,7 +10,7 @@ def answers() -> str:
     """Stages of whole answers, beside the host's."""
     rows = read_rows("answers")
     header = ["model", "pictures", "setting", "processor", "vision", "prompt pass", "TTFT", "TPOT", "tokens/s"]
-    header += ["less FLOPs", "prompt pass", "TTFT", "TPOT", "cache MiB", "peak MiB"]
+    header += ["FLOPs, times less", "prompt pass, x", "TTFT, x", "TPOT, x", "cache MiB", "peak MiB"]
     table = []
     for r in rows:
         stages = [_span(r, stage) for stage in ("prepare", "vision", "prompt", "ttft", "tpot")]
@@ -20,7 +20,7 @@ def answers() -> str:
         memory = [f"{int(r['cache_bytes']) / MIB:,.2f}", f"{int(r['peak_bytes']) / MIB:,.0f}"]
         times = [*stages, f"{float(r['tokens_per_s']):,.0f}", *(f"{ratio:.2f}" for ratio in ratios)]
         table.append([r["model"], r["images"], f"`{r['setting']}`", *times, *memory])
-    told = "Milliseconds: the median (20th to 80th percentile); then how many times less than the host. `0.5b` is "
+    told = "Milliseconds: the median (20th to 80th percentile); then how many times less (x) than the host. `0.5b` is "
     told += "LLaVA-OneVision-0.5B's geometry with its vision tower, weights random."
     calls = " or ".join(dict.fromkeys(r["repeats"] for r in rows))
     runs = f"{calls} calls of each, interleaved, after a warm-up; resident memory of the whole process"
