@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mminfer.baselines import H2O, Downsample, FastV, RandomEvict, RandomPrune, SnapKV
+from mminfer.cache.digest import Digest
 from mminfer.cache.lookm import LookM
 from mminfer.errors import ConfigError
 from mminfer.operators.skip import OperatorSkip
@@ -32,8 +33,8 @@ if TYPE_CHECKING:
 TECHNIQUES: dict[str, type[Technique]] = {
     cls.__name__: cls
     for cls in (
-        V2PE, LinearScaling, DynamicNTK, AIMMerge, Downsample, AIMPrune, FastV, RandomPrune, OperatorSkip, LookM, H2O,
-        SnapKV, RandomEvict,
+        V2PE, LinearScaling, DynamicNTK, AIMMerge, Downsample, AIMPrune, FastV, RandomPrune, OperatorSkip, LookM,
+        Digest, H2O, SnapKV, RandomEvict,
     )
 }  # fmt: skip
 

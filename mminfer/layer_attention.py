@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from mminfer_kernels import prompt_attention_mass
 from mminfer_kernels.prompt_attention import shares_logits
@@ -43,6 +45,7 @@ class LayerAttention:
         self.adapter, self.config, self.layout, self.layer_idx = adapter, config, layout, layer_idx
         self.origin, self.queries, self.past = origin, queries, past
         self.entries: list[CacheEntries] = []
+        self.needs: list[float] = []  # of each sequence, where the cache settles behind the last layer
         self.kept: list[Tensor] = []
         self.work: list[LayerWork] = []
         self.mass_flops: list[int] = []
@@ -74,6 +77,7 @@ class LayerAttention:
         none = self._new_entries(k[:, :, :0], v[:, :, :0], 0, 0)
         held = none if self.past is None else self.past.row(sequence)
         self.entries.append(held)
+        self.needs.append(0.0)
         self.work.append(LayerWork(self.layer_idx, self.seen[sequence], 0, 0, len(held), 0, len(held)))
         self.mass_flops.append(0)
 
@@ -152,6 +156,9 @@ class LayerAttention:
     ) -> CacheEntries:
         if self.config.cache is None:
             return entries
+        if self.config.cache.settles:
+            self.needs.append(self.config.cache.need(q, entries, places, scale))
+            return entries
         return self.config.cache.apply(q, entries, self.seen[sequence], self.layer_idx, places, scale, mass)
 
     @property
@@ -159,6 +166,11 @@ class LayerAttention:
         """Tokens of each sequence that this layer has taken in, this pass included."""
         past = (0,) * self.layout.num_sequences if self.past is None else self.past.seen
         return [a + b for a, b in zip(past, self.layout.lengths, strict=True)]
+
+    def take(self, sequence: int, entries: CacheEntries) -> None:
+        """What a cache that settles has left of a sequence's entries."""
+        self.entries[sequence] = entries
+        self.work[sequence] = replace(self.work[sequence], kept=len(entries))
 
     def record(self, ffn: Tensor | None) -> LayerRecord:
         """What the layer did; ffn: [K] packed rows that went through its FFN, None: all."""

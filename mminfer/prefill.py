@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
@@ -121,20 +121,40 @@ def _run_layers(
     """All layers over the rows of one chunk ([T, C]), behind what the cache holds; it then holds them too."""
     origin = tuple(zip(layout.lengths, layout.visual_lengths, strict=True))
     hidden, depth = embeds[None], adapter.spec.num_layers
-    layers, records = [], []
+    layers: list[CompressedLayer] = []
+    records: list[LayerRecord] = []
+    unsettled: list[tuple[LayerAttention, Tensor | None]] = []
+    settles = config.cache is not None and config.cache.settles
     with routed_attention(adapter.text_config):
         for i in range(depth):
             queries, ffn = (None, None) if config.skip is None else config.skip.apply(layout, i, depth)
             past = cache.layers[i] if cache.layers else None
             attend = LayerAttention(adapter, config, layout, i, origin, queries, past)
             hidden = _through_layer(attend, hidden, tables[adapter.layer_kinds[i]], ffn)
-            layers.append(CompressedLayer(attend.entries, attend.seen, cache))
-            records.append(attend.record(ffn))
+            if settles:
+                unsettled.append((attend, ffn))
+            else:
+                layers.append(CompressedLayer(attend.entries, attend.seen, cache))
+                records.append(attend.record(ffn))
             if attend.kept:
                 kept, layout, tables = keep_rows(torch.cat(attend.kept), hidden[0], layout, tables)
                 hidden = kept[None]
+    if settles:
+        _settle(config, [attend for attend, _ in unsettled])
+        layers = [CompressedLayer(attend.entries, attend.seen, cache) for attend, _ in unsettled]
+        records = [attend.record(ffn) for attend, ffn in unsettled]
     cache.layers = layers
     return hidden[0], layout, records
+
+
+def _settle(config: InferenceConfig, layers: Sequence[LayerAttention]) -> None:
+    """Each sequence's entries in all layers together."""
+    if config.cache is None:
+        return
+    for b in range(layers[0].layout.num_sequences):
+        held, needs, seen = ([getattr(a, name)[b] for a in layers] for name in ("entries", "needs", "seen"))
+        for attend, entries in zip(layers, config.cache.settle(held, needs, seen), strict=True):
+            attend.take(b, entries)
 
 
 def keep_rows(kept: Tensor, hidden: Tensor, layout: TokenLayout, tables: Tables) -> tuple[Tensor, TokenLayout, Tables]:

@@ -187,9 +187,28 @@ class SkipTechnique(Technique):
 
 
 class CacheTechnique(Technique):
-    """Compresses a layer's keys and values; `cost` takes query-key pairs a sequence."""
+    """Compresses a layer's keys and values; `cost` takes query-key pairs a sequence.
+
+    Behind each layer by `apply`; or, where it `settles`, all layers together behind the last one.
+    """
 
     stage = Stage.CACHE
+    settles: ClassVar[bool] = False
+
+    def need(self, q: Tensor, entries: CacheEntries, query_index: Tensor | None, scale: float) -> float:
+        """What `settle` must know of one layer; arguments as for `apply`. Only of those that settle."""
+        return 0.0
+
+    def settle(self, layers: Sequence[CacheEntries], needs: Sequence[float], seen: Sequence[int]) -> list[CacheEntries]:
+        """What one sequence keeps in all layers. Only of those that settle.
+
+        Args:
+            layers: all entries of each layer, those of this pass last.
+            needs: of each layer.
+            seen: tokens that each layer has taken in over all passes.
+        """
+        return list(layers)
+
     # Whether entries carry the rows of the prompt that they came from (`CacheEntries.source`).
     traces: ClassVar[bool] = False
 

@@ -1,0 +1,166 @@
+"""A cache for questions yet to come: every picture keeps a digest of itself, as detailed as each layer is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from mminfer.cache.digest_rules import PIECE, cluster_runs, runs_of, share_out
+from mminfer.cache.kv_cache import CacheEntries
+from mminfer.errors import ConfigError
+from mminfer.technique import CacheTechnique, LayerWork, check_fraction, is_number, is_whole
+
+if TYPE_CHECKING:
+    from mminfer.models.base import ModelSpec
+
+
+@dataclass(frozen=True)
+class Digest(CacheTechnique):
+    """Entries are shared out over layers by need, over pictures evenly, and what is alike becomes one.
+
+    A layer needs detail where a picture's entries, replaced by their mean standing for all of them, would change what
+    text reads out of them from token to token. Layers that read a mean anyway keep a few entries a picture. Within a
+    picture entries spread over its keys and values, farthest first; each other one is averaged into the nearest. Text
+    stays, unless it takes more than its share of the budget: then it is digested likewise. All layers are compressed
+    together, behind the last one, in each pass anew.
+
+    Args:
+        ratio: entries kept, as a fraction of the tokens that the layers took in, in (0, 1].
+        budget: entries a head of the average layer, in place of the ratio.
+        text_share: of all entries, what text may take at most, in (0, 1].
+        contrast: power of the need by which layers share; 0 shares evenly.
+        queries: text queries whose reading tells the need, evenly spread over those of a pass.
+
+    Raises:
+        ConfigError: a setting is out of range.
+
+    Reference:
+        Ours. Standing in for many by the logarithm of their number is proportional attention (ToMe, arXiv 2210.09461);
+        layers with budgets of their own are in PyramidKV (arXiv 2406.02069) and VL-Cache (arXiv 2410.23317), by other
+        measures; spreading by the farthest point is the greedy k-centre rule.
+    """
+
+    ratio: float = 0.2
+    budget: int | None = None
+    text_share: float = 0.5
+    contrast: float = 2.0
+    queries: int = 64
+
+    settles: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_fraction("Digest.ratio", self.ratio)
+        check_fraction("Digest.text_share", self.text_share)
+        if self.budget is not None and not is_whole(self.budget, least=1):
+            raise ConfigError(f"Digest.budget={self.budget!r}, wanted a number of entries, 1 or more, or None")
+        if not is_number(self.contrast) or self.contrast < 0 or not is_whole(self.queries, least=1):
+            raise ConfigError(
+                f"Digest(contrast={self.contrast!r}, queries={self.queries!r}): wanted a power of 0 or more and at "
+                "least one query"
+            )
+
+    def check(self, spec: ModelSpec) -> None:
+        if spec.sliding_layers:
+            raise ConfigError(
+                f"Digest: {len(spec.sliding_layers)} of {spec.num_layers} layers attend within a sliding window, which "
+                "eviction would stretch; leave cache=None for this model"
+            )
+
+    def apply(
+        self,
+        q: Tensor,
+        entries: CacheEntries,
+        seen: int,
+        layer_idx: int,
+        query_index: Tensor | None,
+        scale: float,
+        mass: Tensor | None = None,
+    ) -> CacheEntries:
+        """One layer by itself."""
+        return self.settle([entries], [1.0], [seen])[0]
+
+    def need(self, q: Tensor, entries: CacheEntries, query_index: Tensor | None, scale: float) -> float:
+        """How much of what text reads in this layer is detail of pictures: 0 where a mean of each would do.
+
+        The first quartile over text queries of |o - o'| / |o|, where o is what the heads read among all entries, o'
+        the same with each picture as one entry, and what all queries have in common is taken off the difference.
+        """
+        is_visual = None if entries.is_visual is None else entries.is_visual[0, 0]
+        if is_visual is None or q.shape[2] == 0 or not bool(is_visual.any()):
+            return 0.0
+        keys = entries.keys.shape[2]
+        places = torch.arange(keys - q.shape[2], keys, device=q.device) if query_index is None else query_index
+        asking = (~is_visual[places]).nonzero()[:, 0]
+        asking = asking if len(asking) else torch.arange(len(places), device=q.device)
+        chosen = asking[torch.linspace(0, len(asking) - 1, min(self.queries, len(asking))).round().long()]
+        exact, pooled = _readings(q[0, :, chosen], entries, is_visual, scale)
+        change = exact - pooled
+        change = (change - change.mean(1, keepdim=True)).square().sum((0, 2)).sqrt()
+        whole = exact.square().sum((0, 2)).sqrt().clamp_min(1e-12)
+        return float((change / whole).quantile(0.25))
+
+    def settle(self, layers: Sequence[CacheEntries], needs: Sequence[float], seen: Sequence[int]) -> list[CacheEntries]:
+        visual = [_is_visual(entries) for entries in layers]
+        if any(v is None for v in visual):
+            return list(layers)
+        total = sum(seen) * self.ratio if self.budget is None else self.budget * len(layers)
+        if sum(map(len, layers)) <= total:
+            return list(layers)
+        flags = [v for v in visual if v is not None]
+        texts, pictures = [int((~v).sum()) for v in flags], [int(v.sum()) for v in flags]
+        of_text = max(min(sum(texts), self.text_share * total), total - sum(pictures))
+        text = share_out(texts, [1.0] * len(layers), max(int(of_text), len(layers)))  # a layer is never left empty
+        weights = [need**self.contrast for need in needs]
+        runs = [len(runs_of(v)) for v in flags]
+        left = int(total) - sum(text)
+        image = share_out(pictures, weights, left, runs if sum(runs) <= left else None)
+        return [self._digest(*parts) for parts in zip(layers, flags, text, image, strict=True)]
+
+    def _digest(self, entries: CacheEntries, is_visual: Tensor, text: int, image: int) -> CacheEntries:
+        """One layer with so many entries of text and of pictures."""
+        places = torch.arange(len(entries), device=is_visual.device)
+        halves = ((places[~is_visual], text), (places[is_visual], image))
+        kept = [cluster_runs(entries, rows, count) for rows, count in halves if count > 0]
+        place, keys, values, size = (torch.cat(column, 2) for column in zip(*kept, strict=True))
+        order = place.argsort(-1)
+        wide = order[..., None].expand(*order.shape, keys.shape[-1])
+        out = entries.kept(place.gather(2, order), keys.gather(2, wide), values.gather(2, wide))
+        return CacheEntries.of([*out.columns[:3], size.gather(2, order), *out.columns[4:]])
+
+    def cost(self, spec: ModelSpec, lengths: Sequence[int]) -> int:
+        """Logits and readings of so many pairs of a query and an entry."""
+        return 4 * spec.num_attention_heads * spec.head_dim * sum(lengths)
+
+    def layer_cost(self, spec: ModelSpec, work: LayerWork) -> int:
+        """What the need reads, and distances of entries to those that stay, twice: to choose them and to join them."""
+        read = self.cost(spec, [min(self.queries, work.queries) * work.keys])
+        near = min(PIECE, work.keys) * work.kept if work.kept < work.keys else 0
+        return read + 8 * spec.num_key_value_heads * spec.head_dim * near
+
+
+def _is_visual(entries: CacheEntries) -> Tensor | None:
+    return None if entries.is_visual is None else entries.is_visual[0, 0]
+
+
+def _readings(q: Tensor, entries: CacheEntries, is_visual: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """[H, S, D] each: what these queries ([H, S, D]) read among all entries, and with every picture as one of them."""
+    repeat = q.shape[0] // entries.keys.shape[1]
+    keys, values = (x[0].repeat_interleave(repeat, 0) for x in (entries.keys, entries.values))
+    logits = (q @ keys.mT).float() * scale
+    exact = logits.softmax(-1).to(values.dtype) @ values
+    runs = runs_of(is_visual)
+    owner = torch.repeat_interleave(torch.arange(len(runs), device=q.device), runs[:, 1] - runs[:, 0])
+    count = (runs[:, 1] - runs[:, 0]).to(keys.dtype)
+    rows = is_visual.nonzero()[:, 0]
+    means = []
+    for x in (keys, values):
+        pooled = x.new_zeros(x.shape[0], len(runs), x.shape[2]).index_add_(1, owner, x[:, rows])
+        means.append(pooled / count[:, None])
+    of_pictures = (q @ means[0].mT).float() * scale + count.log()
+    text = (~is_visual).nonzero()[:, 0]
+    weights = torch.cat([logits[:, :, text], of_pictures], -1).softmax(-1).to(values.dtype)
+    return exact, weights @ torch.cat([values[:, text], means[1]], 1)

@@ -1,0 +1,127 @@
+"""Digest's rules on plain tensors: runs of one kind, sharing out a budget, and joining what is alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize, one_hot
+
+from mminfer.cache.kv_cache import CacheEntries
+
+PIECE = 128  # entries among which alike ones are looked for; a longer run is cut
+
+
+def runs_of(is_visual: Tensor) -> Tensor:
+    """[R, 2] int64: first row and one past the last of each run of visual entries ([N] bool)."""
+    edges = torch.cat([is_visual.new_zeros(1), is_visual, is_visual.new_zeros(1)]).int().diff()
+    return torch.stack([(edges == 1).nonzero()[:, 0], (edges == -1).nonzero()[:, 0]], 1)
+
+
+def share_out(
+    most: Sequence[int], weights: Sequence[float], total: int, least: Sequence[int] | None = None
+) -> list[int]:
+    """Whole numbers in proportion to weights, none above its bound, `total` in all where the bounds allow.
+
+    Args:
+        most: upper bounds.
+        weights: 0 or more; all 0 count as equal.
+        total: what there is to share.
+        least: lower bounds, of no more than `total` in all; None: 0.
+    """
+    bound = torch.tensor(most, dtype=torch.float64)
+    given = torch.zeros_like(bound) if least is None else torch.tensor(least, dtype=torch.float64).minimum(bound)
+    weight = torch.tensor(weights, dtype=torch.float64)
+    weight = weight if float(weight.sum()) > 0 else torch.ones_like(weight)
+    weight = weight / weight.sum() + 1e-9  # so that what the needy cannot take goes to somebody
+    for _ in range(len(most)):
+        left, room = total - float(given.sum()), given < bound
+        if left < 1 or not bool(room.any()):
+            break
+        given = (given + left * weight * room / float((weight * room).sum())).minimum(bound)
+    whole = given.floor()
+    spare = min(total, int(bound.sum())) - int(whole.sum())
+    for i in (given - whole).argsort(descending=True).tolist() * 2:
+        if spare > 0 and whole[i] < bound[i]:
+            whole[i] += 1
+            spare -= 1
+    return [int(x) for x in whole]
+
+
+def cluster_runs(entries: CacheEntries, rows: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Some entries of one sequence as fewer, each run by itself.
+
+    Args:
+        entries: of which `score` is how many tokens an entry stands for; 0 counts as one.
+        rows: [n] int64, ascending: which entries; a gap begins a new run.
+        count: entries to keep of them; runs share by their length.
+
+    Returns:
+        place [1, G, count] int64, the entry at which each result stands; keys and values [1, G, count, D]; sizes
+        [1, G, count] float32.
+    """
+    sizes = entries.score
+    sizes = entries.keys.new_ones(entries.keys.shape[:3]) if sizes is None else sizes.where(sizes > 0, 1)
+    lengths = _pieces(rows)
+    kept = share_out(lengths, [float(n) for n in lengths], count)
+    starts = torch.tensor([0, *lengths], device=rows.device).cumsum(0)[:-1]
+    table = torch.tensor([lengths, kept], device=rows.device)
+    found = []
+    for length, m in table.unique(dim=1).T.tolist():
+        if m:
+            first = starts[(table[0] == length) & (table[1] == m)]
+            index = rows[first[:, None] + torch.arange(length, device=rows.device)]  # [runs, length]
+            found.append(_clustered(entries, sizes, index, m))
+    place, keys, values, size = (torch.cat(column, 2) for column in zip(*found, strict=True))
+    return place, keys, values, size
+
+
+def _pieces(rows: Tensor) -> list[int]:
+    """Lengths of the runs of consecutive rows, those beyond `PIECE` cut into about equal pieces."""
+    ends = torch.cat([(rows.diff() > 1).nonzero()[:, 0] + 1, rows.new_tensor([len(rows)])])
+    lengths = ends.diff(prepend=ends.new_zeros(1)).tolist()
+    pieces = []
+    for length in lengths:
+        parts = -(-length // PIECE)
+        pieces += [length * (i + 1) // parts - length * i // parts for i in range(parts)]
+    return pieces
+
+
+def _clustered(entries: CacheEntries, sizes: Tensor, index: Tensor, m: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Runs of one length, [runs, n] places, as m entries each; flat [1, G, runs * m, ...]."""
+    keys, values, size = entries.keys[0][:, index], entries.values[0][:, index], sizes[0][:, index]
+    groups, runs, n, _ = keys.shape
+    place = index.expand(groups, runs, n)
+    if m < n:
+        alike = normalize(torch.cat([normalize(keys.float(), dim=-1), normalize(values.float(), dim=-1)], -1), dim=-1)
+        centre = farthest_first(alike, m)
+        near = (alike @ alike.gather(2, centre[..., None].expand(*centre.shape, alike.shape[-1])).mT).argmax(-1)
+        near.scatter_(2, centre, torch.arange(m, device=index.device).expand(groups, runs, m))  # itself, among equals
+        weight = one_hot(near, m).to(size.dtype) * size[..., None]  # [G, runs, n, m]
+        grown = weight.sum(2)
+        keys, values = ((weight.mT @ x.float() / grown[..., None]).to(x.dtype) for x in (keys, values))
+        place, size = place.gather(2, centre), grown
+    flat = (x.flatten(1, 2)[None] for x in (place, keys, values, size))
+    place, keys, values, size = flat
+    return place, keys, values, size
+
+
+def farthest_first(x: Tensor, m: int) -> Tensor:
+    """Greedy k-centre: the vector least like the mean, then again and again the one least like any chosen.
+
+    Args:
+        x: [..., n, C] of length one.
+        m: how many, at most n.
+
+    Returns:
+        [..., m] int64, in the order of their choice.
+    """
+    chosen = [(x @ x.mean(-2, keepdim=True).mT)[..., 0].argmin(-1, keepdim=True)]
+    nearest = x.new_full(x.shape[:-1], -torch.inf)
+    for _ in range(m - 1):
+        last = x.gather(-2, chosen[-1][..., None].expand(*chosen[-1].shape, x.shape[-1]))
+        nearest = nearest.maximum((x @ last.mT)[..., 0])
+        nearest.scatter_(-1, chosen[-1], torch.inf)  # never again
+        chosen.append(nearest.argmin(-1, keepdim=True))
+    return torch.cat(chosen, -1)
