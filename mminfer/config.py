@@ -167,6 +167,10 @@ PRESETS: dict[str, InferenceConfig] = {
     "lookm-5": InferenceConfig(cache=LookM(important_ratio=0.025, recent_ratio=0.025)),
     # A cache of fixed size, for prompts that are read in chunks; averaged, since every chunk comes before its question.
     "lookm-8k": InferenceConfig(cache=LookM(budget=8192, merge="average")),
+    # For chats, streams and cached documents, whose questions come later.
+    "digest-50": InferenceConfig(cache=Digest(ratio=0.5)),
+    "digest-20": InferenceConfig(cache=Digest(ratio=0.2)),
+    "digest-8k": InferenceConfig(cache=Digest(budget=8192)),
     # Every other layer from an eighth of the depth on, the form that arXiv 2410.09454 tries.
     "skip-ffn": InferenceConfig(skip=OperatorSkip(ffn=LayerRange(start=0.125, interval=2))),
     # Our own, chosen by needle accuracy on the bundled model: the best that a third and a sixth of the FLOPs gave.

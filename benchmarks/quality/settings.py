@@ -7,6 +7,7 @@ from typing import Any
 from mminfer import V2PE, AIMMerge, InferenceConfig, LookM
 from mminfer.baselines import Downsample
 from mminfer.bench.ladders import Ladder, cache_ladders, token_ladders
+from mminfer.cache.digest import Digest
 
 Settings = dict[str, InferenceConfig]
 OFF = {"off": InferenceConfig()}
@@ -44,10 +45,27 @@ def _composition() -> Settings:
     return {" + ".join(c): InferenceConfig(**{k: v for name in c for k, v in ALONE[name].items()}) for c in chosen}
 
 
+def _digest() -> Settings:
+    """What each part of Digest adds."""
+    settings = {}
+    for share in (20, 10):
+        parts: dict[str, Digest] = {
+            "Digest": Digest(share / 100),
+            "Digest, layers alike": Digest(share / 100, contrast=0.0),
+            "Digest, spread evenly": Digest(share / 100, spread="even"),
+            "Digest, others dropped": Digest(share / 100, join=False),
+            "Digest, spread evenly, others dropped": Digest(share / 100, spread="even", join=False),
+            "Digest, text first": Digest(share / 100, text_share=1.0),
+        }
+        settings |= {f"{name} {share} %": InferenceConfig(cache=cache) for name, cache in parts.items()}
+    return settings
+
+
 GROUPS: dict[str, Settings] = {
     "positions": _presets("v2pe-4", "v2pe-16", "v2pe-64", "v2pe-256"),
     "tokens": _steps(token_ladders()),
     "cache": _cache(),
     "composition": _composition(),
+    "digest": _digest(),
     "presets": _presets("balanced", "fast"),
 }

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mminfer.baselines import H2O, Downsample, FastV, RandomEvict, RandomPrune, SnapKV
+from mminfer.cache.digest import Digest
 from mminfer.cache.lookm import LookM
 from mminfer.config import InferenceConfig
 from mminfer.tokens.merge import AIMMerge
@@ -62,7 +63,8 @@ def cache_ladders() -> tuple[Ladder, ...]:
         "H2O": (H2O, {}, True),
         "SnapKV": (SnapKV, {}, True),
     }
-    return tuple(_evicting(name, *rule) for name, rule in rules.items())
+    digest = {f"{share} %": InferenceConfig(cache=Digest(share / 100)) for share in CACHE_SHARES}
+    return (Ladder("Digest", digest, False), *(_evicting(name, *rule) for name, rule in rules.items()))
 
 
 def _merging(rule: str, technique: Any, baseline: bool) -> Ladder:

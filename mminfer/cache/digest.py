@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from mminfer.cache.digest_rules import PIECE, cluster_runs, runs_of, share_out
+from mminfer.cache.digest_rules import PIECE, SPREADS, cluster_runs, runs_of, share_out
 from mminfer.cache.kv_cache import CacheEntries
 from mminfer.errors import ConfigError
 from mminfer.technique import CacheTechnique, LayerWork, check_fraction, is_number, is_whole
@@ -34,6 +34,8 @@ class Digest(CacheTechnique):
         text_share: of all entries, what text may take at most, in (0, 1].
         contrast: power of the need by which layers share; 0 shares evenly.
         queries: text queries whose reading tells the need, evenly spread over those of a pass.
+        spread: which entries of a picture stay: "farthest" apart, or "even" along it.
+        join: whether those that do not stay are averaged into the nearest that does, or dropped.
 
     Raises:
         ConfigError: a setting is out of range.
@@ -49,6 +51,8 @@ class Digest(CacheTechnique):
     text_share: float = 0.5
     contrast: float = 2.0
     queries: int = 64
+    spread: str = "farthest"
+    join: bool = True
 
     settles: ClassVar[bool] = True
 
@@ -61,6 +65,12 @@ class Digest(CacheTechnique):
             raise ConfigError(
                 f"Digest(contrast={self.contrast!r}, queries={self.queries!r}): wanted a power of 0 or more and at "
                 "least one query"
+            )
+
+        if self.spread not in SPREADS or not isinstance(self.join, bool):
+            raise ConfigError(
+                f"Digest(spread={self.spread!r}, join={self.join!r}): wanted one of {', '.join(SPREADS)}, and True or "
+                "False"
             )
 
     def check(self, spec: ModelSpec) -> None:
@@ -124,7 +134,7 @@ class Digest(CacheTechnique):
         """One layer with so many entries of text and of pictures."""
         places = torch.arange(len(entries), device=is_visual.device)
         halves = ((places[~is_visual], text), (places[is_visual], image))
-        kept = [cluster_runs(entries, rows, count) for rows, count in halves if count > 0]
+        kept = [cluster_runs(entries, rows, n, self.spread, self.join) for rows, n in halves if n > 0]
         place, keys, values, size = (torch.cat(column, 2) for column in zip(*kept, strict=True))
         order = place.argsort(-1)
         wide = order[..., None].expand(*order.shape, keys.shape[-1])

@@ -10,6 +10,7 @@ from torch.nn.functional import normalize, one_hot
 
 from mminfer.cache.kv_cache import CacheEntries
 
+SPREADS = ("farthest", "even")
 PIECE = 128  # entries among which alike ones are looked for; a longer run is cut
 
 
@@ -49,13 +50,17 @@ def share_out(
     return [int(x) for x in whole]
 
 
-def cluster_runs(entries: CacheEntries, rows: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def cluster_runs(
+    entries: CacheEntries, rows: Tensor, count: int, spread: str = "farthest", join: bool = True
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Some entries of one sequence as fewer, each run by itself.
 
     Args:
         entries: of which `score` is how many tokens an entry stands for; 0 counts as one.
         rows: [n] int64, ascending: which entries; a gap begins a new run.
         count: entries to keep of them; runs share by their length.
+        spread: "farthest" or "even", see `Digest`.
+        join: whether the others are averaged into the nearest, or dropped.
 
     Returns:
         place [1, G, count] int64, the entry at which each result stands; keys and values [1, G, count, D]; sizes
@@ -72,7 +77,7 @@ def cluster_runs(entries: CacheEntries, rows: Tensor, count: int) -> tuple[Tenso
         if m:
             first = starts[(table[0] == length) & (table[1] == m)]
             index = rows[first[:, None] + torch.arange(length, device=rows.device)]  # [runs, length]
-            found.append(_clustered(entries, sizes, index, m))
+            found.append(_clustered(entries, sizes, index, m, spread, join))
     place, keys, values, size = (torch.cat(column, 2) for column in zip(*found, strict=True))
     return place, keys, values, size
 
@@ -88,23 +93,38 @@ def _pieces(rows: Tensor) -> list[int]:
     return pieces
 
 
-def _clustered(entries: CacheEntries, sizes: Tensor, index: Tensor, m: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _clustered(
+    entries: CacheEntries, sizes: Tensor, index: Tensor, m: int, spread: str, join: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Runs of one length, [runs, n] places, as m entries each; flat [1, G, runs * m, ...]."""
     keys, values, size = entries.keys[0][:, index], entries.values[0][:, index], sizes[0][:, index]
-    groups, runs, n, _ = keys.shape
+    groups, runs, n, width = keys.shape
     place = index.expand(groups, runs, n)
     if m < n:
         alike = normalize(torch.cat([normalize(keys.float(), dim=-1), normalize(values.float(), dim=-1)], -1), dim=-1)
-        centre = farthest_first(alike, m)
-        near = (alike @ alike.gather(2, centre[..., None].expand(*centre.shape, alike.shape[-1])).mT).argmax(-1)
-        near.scatter_(2, centre, torch.arange(m, device=index.device).expand(groups, runs, m))  # itself, among equals
-        weight = one_hot(near, m).to(size.dtype) * size[..., None]  # [G, runs, n, m]
-        grown = weight.sum(2)
-        keys, values = ((weight.mT @ x.float() / grown[..., None]).to(x.dtype) for x in (keys, values))
-        place, size = place.gather(2, centre), grown
-    flat = (x.flatten(1, 2)[None] for x in (place, keys, values, size))
-    place, keys, values, size = flat
+        if spread == "farthest":
+            centre = farthest_first(alike, m)
+        else:
+            centre = ((torch.arange(m, device=index.device) + 0.5) * n / m).long().expand(groups, runs, m)
+        if join:
+            keys, values, size = _joined(keys, values, size, alike, centre)
+        else:
+            wide = centre[..., None].expand(groups, runs, m, width)
+            keys, values, size = keys.gather(2, wide), values.gather(2, wide), size.gather(2, centre)
+        place = place.gather(2, centre)
+    place, keys, values, size = (x.flatten(1, 2)[None] for x in (place, keys, values, size))
     return place, keys, values, size
+
+
+def _joined(keys: Tensor, values: Tensor, size: Tensor, alike: Tensor, centre: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Means, weighted by size, of the entries nearest to each of the centres ([..., m] among [..., n])."""
+    near = (alike @ alike.gather(2, centre[..., None].expand(*centre.shape, alike.shape[-1])).mT).argmax(-1)
+    m = centre.shape[-1]
+    near = near.scatter(2, centre, torch.arange(m, device=near.device).expand(centre.shape))  # itself, among equals
+    weight = one_hot(near, m).to(size.dtype) * size[..., None]  # [G, runs, n, m]
+    grown = weight.sum(2)
+    keys, values = ((weight.mT @ x.float() / grown[..., None]).to(x.dtype) for x in (keys, values))
+    return keys, values, grown
 
 
 def farthest_first(x: Tensor, m: int) -> Tensor:

@@ -1,0 +1,206 @@
+"""Digest: budgets shared out by need, entries spread over each picture, what is alike joined; through every door."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mminfer import AIMMerge, AIMPrune, ConfigError, Engine, InferenceConfig, OperatorSkip, patched
+from mminfer.bench.contexts import made_contexts
+from mminfer.cache.digest import Digest
+from mminfer.cache.digest_rules import PIECE, cluster_runs, farthest_first, runs_of, share_out
+from mminfer.cache.kv_cache import CacheEntries
+from tests.tiny import FAMILIES, IMAGE, LAYERS, fitting, refusal, skip_if_refused, tiny_inputs, tiny_model, tiny_rows
+
+
+def made(pattern, groups=2, size=4, seed=0):
+    """Random entries; pattern: lengths of text and visual runs in turn."""
+    flags = torch.cat([torch.full((n,), bool(i % 2)) for i, n in enumerate(pattern)])
+    generator = torch.Generator().manual_seed(seed)
+    keys, values = (torch.randn(1, groups, len(flags), size, generator=generator) for _ in range(2))
+    heads = (1, groups, len(flags))
+    return CacheEntries(keys, values, flags.expand(heads), torch.zeros(heads), torch.arange(len(flags)).expand(heads))
+
+
+def test_runs():
+    flags = torch.tensor([1, 1, 0, 0, 1, 0, 1, 1, 1]).bool()
+    assert runs_of(flags).tolist() == [[0, 2], [4, 5], [6, 9]]
+    assert runs_of(~flags).tolist() == [[2, 4], [5, 6]]
+    assert runs_of(flags[2:4]).tolist() == []
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 50), st.floats(0, 10)), min_size=1, max_size=8), st.floats(0, 1), st.booleans()
+)
+@settings(max_examples=200, deadline=None)
+def test_shares_add_up_and_keep_their_bounds(parts, share, at_least):
+    most, weights = [p[0] for p in parts], [p[1] for p in parts]
+    total = int(share * sum(most))
+    least = [min(1, m) for m in most] if at_least and sum(min(1, m) for m in most) <= total else None
+    given_ = share_out(most, weights, total, least)
+    assert sum(given_) == total
+    assert all(0 <= g <= m for g, m in zip(given_, most, strict=True))
+    assert least is None or all(g >= n for g, n in zip(given_, least, strict=True))
+
+
+def test_shares_follow_the_weights():
+    assert share_out([100] * 3, [1, 2, 5], 80) == [10, 20, 50]
+    assert share_out([100, 100, 30], [1, 1, 8], 80) == [25, 25, 30]  # what one cannot take goes to the others
+    assert share_out([9, 9], [0, 0], 6) == [3, 3]
+
+
+def test_the_farthest_come_first():
+    x = torch.nn.functional.normalize(torch.tensor([[1.0, 0], [1, 0.1], [0, 1], [-1, 0], [0.1, 1]]), dim=-1)
+    assert farthest_first(x, 1).tolist() == [3]
+    assert set(farthest_first(x, 3).tolist()[:2]) == {3, 1} or set(farthest_first(x, 3).tolist()[:2]) == {3, 0}
+    same = torch.ones(6, 2) / 2**0.5
+    assert sorted(farthest_first(same, 6).tolist()) == list(range(6))  # none twice, even among equals
+
+
+def test_what_is_alike_becomes_one_mean_by_size():
+    entries = made([0, 4])
+    two = torch.tensor([[1.0, 0, 0, 0], [0, 1, 0, 0]])
+    keys = two[[0, 1, 0, 1]].expand(1, 2, 4, 4)
+    values = keys + 0.01 * torch.arange(4.0)[:, None]
+    sized = CacheEntries(keys, values, entries.is_visual, torch.tensor([3.0, 0, 1, 1]).expand(1, 2, 4))
+    place, k, v, size = cluster_runs(sized, torch.arange(4), 2)
+    for head in range(2):
+        by_place = {p % 2: i for i, p in enumerate(place[0, head].tolist())}
+        assert set(by_place) == {0, 1}
+        assert size[0, head, by_place[0]] == 4 and size[0, head, by_place[1]] == 2  # a size of 0 counts as one
+        torch.testing.assert_close(k[0, head, by_place[0]], two[0])
+        torch.testing.assert_close(v[0, head, by_place[0]], (3 * values[0, head, 0] + values[0, head, 2]) / 4)
+
+
+@pytest.mark.parametrize("count", [1, 3, 20, 299, 300])
+def test_runs_share_by_length_and_long_ones_are_cut(count):
+    entries = made([10, 300, 5, 20, 4])
+    rows = entries.is_visual[0, 0].nonzero()[:, 0]
+    place, k, _, size = cluster_runs(entries, rows, count)
+    assert place.shape == (1, 2, count) and k.shape == (1, 2, count, 4)
+    torch.testing.assert_close(size.sum(-1), torch.full((1, 2), 320.0) if count > 20 else size.sum(-1))
+    assert all(len(set(p.tolist())) == count for p in place[0])
+    long = ((place >= 10) & (place < 310)).sum(-1)
+    assert (long.float() / count - 300 / 320).abs().max() < 0.07 or count < 20
+    assert PIECE < 300
+
+
+def test_without_joining_what_stays_is_as_it_was():
+    entries = made([4, 40, 4])
+    rows = entries.is_visual[0, 0].nonzero()[:, 0]
+    for spread in ("farthest", "even"):
+        place, k, v, size = cluster_runs(entries, rows, 8, spread, join=False)
+        index = place[..., None].expand(*place.shape, 4)
+        assert torch.equal(k, entries.keys.gather(2, index)) and torch.equal(v, entries.values.gather(2, index))
+        assert (size == 1).all()
+        assert spread == "farthest" or (place[0, 0].diff() == 5).all()
+
+
+def test_layers_get_detail_where_it_is_read():
+    layers = [made([6, 30, 4, 30, 6], seed=n) for n in range(3)]
+    kept = Digest(0.5).settle(layers, [0.1, 0.1, 0.8], [76] * 3)
+    visual = [int(e.is_visual[0, 0].sum()) for e in kept]
+    assert sum(map(len, kept)) == 3 * 38 and visual[0] == visual[1] < visual[2]
+    for entries, whole in zip(kept, layers, strict=True):
+        assert torch.equal(entries.keys[:, :, :6], whole.keys[:, :, :6])  # text stays as it is
+        assert (entries.source.diff() > 0).all()  # and everything in its order
+        held = entries.is_visual[0, 0].nonzero()[:, 0]
+        assert len(runs_of(entries.is_visual[0, 0])) == 2 and len(held) >= 2  # no picture starves
+
+
+def test_text_is_digested_where_it_is_too_much():
+    layers = [made([60, 10, 20], seed=n) for n in range(2)]
+    kept = Digest(0.2, text_share=0.5).settle(layers, [1.0, 1.0], [90] * 2)
+    assert [len(e) for e in kept] == [18, 18]
+    assert [int((~e.is_visual[0, 0]).sum()) for e in kept] == [9, 9]
+    alone = Digest(0.2).settle([made([60])] * 2, [0.0, 0.0], [60] * 2)
+    assert [len(e) for e in alone] == [12, 12]
+
+
+def test_need_is_detail_that_text_reads():
+    entries = made([4, 20, 4])
+    q = torch.randn(1, 4, 28, 4, generator=torch.Generator().manual_seed(1))
+    technique = Digest()
+    same = CacheEntries(entries.keys.clone(), entries.values.clone(), entries.is_visual, entries.score, entries.source)
+    same.keys[:, :, 4:24], same.values[:, :, 4:24] = same.keys[:, :, 4:5], same.values[:, :, 4:5]
+    assert technique.need(q, same, None, 0.5) < 1e-6  # equal ones are their mean
+    assert technique.need(q, entries, None, 0.5) > 1e-3
+    sharper = technique.need(8 * q, entries, None, 0.5)
+    assert sharper > technique.need(q, entries, None, 0.5)
+    assert technique.need(q[:, :, :0], entries, torch.empty(0).long(), 0.5) == 0
+    assert technique.need(q, made([28]), None, 0.5) == 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_keeps_its_budget(family):
+    config = InferenceConfig(cache=Digest(0.4))
+    skip_if_refused(family, config)
+    prompts = [[8, IMAGE, 5, IMAGE, 30], [9], [12, IMAGE, 9]]
+    with patched(tiny_model(family), config) as handle:
+        out = tiny_model(family)(**tiny_inputs(family, prompts), logits_to_keep=1, use_cache=True)
+    cache = out.past_key_values
+    for b, tokens in enumerate(cache.tokens):
+        entries = [layer.lengths[b] for layer in cache.layers]
+        assert sum(entries) <= 0.4 * tokens * LAYERS
+        assert sum(entries) >= 0.4 * tokens * LAYERS - LAYERS
+    assert [layer.entries for layer in handle.records[-1].layers] == [tuple(x.lengths) for x in cache.layers]
+    assert all(sum(layer.cache_flops) > 0 for layer in handle.records[-1].layers)
+
+
+@pytest.mark.parametrize("family", ["internvl", "qwen2_5_vl", "llava_onevision"])
+def test_a_batch_keeps_what_each_keeps_alone(family):
+    before = {"merge": AIMMerge(0.5), "prune": AIMPrune(1, 3), "skip": OperatorSkip(ffn=[1])}
+    config = fitting(family, InferenceConfig(cache=Digest(0.3), **before))
+    prompts = [[8, IMAGE, 5, IMAGE, 30], [12, IMAGE, 9]]
+    model = tiny_model(family)
+    with patched(model, config):
+        batch = model(**tiny_inputs(family, prompts), logits_to_keep=1, use_cache=True).past_key_values
+        alone = [model(**row, logits_to_keep=1, use_cache=True).past_key_values for row in tiny_rows(family, prompts)]
+    for b, own in enumerate(alone):
+        for held, layer in zip(batch.layers, own.layers, strict=True):
+            torch.testing.assert_close(held.row(b).keys, layer.row(0).keys, rtol=0, atol=1e-4)
+            torch.testing.assert_close(held.row(b).values, layer.row(0).values, rtol=0, atol=1e-4)
+
+
+def test_a_whole_budget_changes_nothing():
+    model, inputs = tiny_model("internvl"), tiny_inputs("internvl", [[8, IMAGE, 12]])
+    with patched(model, InferenceConfig(cache=Digest(1.0))):
+        kept = model.generate(**inputs, max_new_tokens=5, do_sample=False)
+    assert torch.equal(kept, model.generate(**inputs, max_new_tokens=5, do_sample=False))
+
+
+def test_gemmas_windows_are_refused():
+    assert "sliding window" in refusal("gemma3", InferenceConfig(cache=Digest()))
+
+
+def test_turns_and_chunks_keep_the_budget():
+    pytest.importorskip("sklearn")
+    plain = Engine.from_pretrained("nano")
+    engine = Engine(plain.model, plain.processor, InferenceConfig(cache=Digest(budget=100)))
+    (context,) = made_contexts(6, 1, 2, 0, None)
+    for chunk in (None, 150):
+        chat = engine.chat(prefill_chunk_size=chunk)
+        chat.read(context.content)
+        held = [lengths[0] for lengths in chat.cache.lengths]
+        assert 590 <= sum(held) <= 600 and len(set(held)) > 1
+        for question in context.questions:
+            chat.send(question, max_new_tokens=3)
+            assert sum(lengths[0] for lengths in chat.cache.lengths) <= 600 + 6 * 3
+    assert InferenceConfig.from_json(engine.config.to_json()) == engine.config
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"ratio": 0},
+        {"ratio": 1.5},
+        {"budget": 0},
+        {"text_share": 0},
+        {"contrast": -1},
+        {"queries": 0},
+        {"spread": "far"},
+    ],
+)
+def test_wrong_settings_are_refused(wrong):
+    with pytest.raises(ConfigError, match="Digest"):
+        Digest(**wrong)
