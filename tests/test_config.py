@@ -96,7 +96,10 @@ def test_every_technique_has_defaults_and_says_its_stage():
         ({"merge": {"technique": "Nothing"}}, "unknown technique 'Nothing'.*AIMMerge"),
         ({"merge": {}}, "unknown technique None"),
         ({"merge": {"technique": "AIMMerge", "keep": 0.5}}, "merge: .*keep"),
-        ({"cache": {"technique": "AIMMerge"}}, "no cache technique: use LookM, H2O, SnapKV, RandomEvict or None"),
+        (
+            {"cache": {"technique": "AIMMerge"}},
+            "no cache technique: use LookM, Digest, H2O, SnapKV, RandomEvict or None",
+        ),
         ({"positions": {"technique": "V2PE", "delta": "x"}}, "positions"),
     ],
 )
