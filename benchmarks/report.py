@@ -20,7 +20,8 @@ answers say nothing of eviction; there the KL over long continuations counts: 32
 says, forced upon each setting.
 
 `random` spends the same budget by lot. Rules that put text first keep all of it, about an eighth of the entries here,
-whatever the budget."""
+whatever the budget. The last table takes `Digest` apart: without budgets by layer, without the farthest-first choice,
+without joining, and with all text kept."""
 
 KERNELS = """Every op beside its reference in plain PyTorch, torch.compile of that, and the roofline of the machine's
 measured product and copy rates. The reference of `prompt_attention` is PyTorch's own fused attention; *with exact
@@ -48,6 +49,7 @@ SECTIONS: list[Section] = [
             partial(needle.budgets, Protocol.STREAMED),
             partial(needle.budgets, Protocol.IN_PROMPT),
             needle.at_equal_entries,
+            needle.parts,
         ],
     ),
     (

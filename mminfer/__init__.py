@@ -1,5 +1,6 @@
 """Efficient inference for long-context multimodal LLMs behind one generate()."""
 
+from mminfer.cache.digest import Digest
 from mminfer.cache.lookm import LookM
 from mminfer.config import InferenceConfig
 from mminfer.engine import Engine
@@ -16,6 +17,7 @@ __all__ = [
     "AIMMerge",
     "AIMPrune",
     "ConfigError",
+    "Digest",
     "Engine",
     "InferenceConfig",
     "InputError",

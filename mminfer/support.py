@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from transformers import CONFIG_MAPPING
 
+from mminfer.cache.digest import Digest
 from mminfer.cache.lookm import LookM
 from mminfer.errors import ConfigError
 from mminfer.models.base import ModelSpec
@@ -27,6 +28,7 @@ TECHNIQUES: dict[str, Technique] = {
     "OperatorSkip attention": OperatorSkip(attention=[0]),
     "OperatorSkip block": OperatorSkip(block=[0]),
     "LookM": LookM(),
+    "Digest": Digest(),
 }
 
 

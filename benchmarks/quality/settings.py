@@ -37,12 +37,20 @@ ALONE: dict[str, dict[str, Any]] = {
     "LOOK-M": {"cache": LookM(0.1, 0.1, merge="average")},
     "skip": {"skip": InferenceConfig.from_preset("skip-ffn").skip},
 }
+DIGEST = {"cache": Digest(0.2)}
 
 
 def _composition() -> Settings:
-    """Each technique alone, every pair, all four."""
+    """Each technique alone, every pair, all four; and Digest in the place of LOOK-M."""
     chosen = [c for n in (1, 2, 4) for c in combinations(ALONE, n)]
-    return {" + ".join(c): InferenceConfig(**{k: v for name in c for k, v in ALONE[name].items()}) for c in chosen}
+    named = {" + ".join(c): [ALONE[name] for name in c] for c in chosen}
+    digests = {
+        name.replace("LOOK-M", "Digest"): [DIGEST if part is ALONE["LOOK-M"] else part for part in parts]
+        for name, parts in named.items()
+        if "LOOK-M" in name
+    }
+    every = digests | named
+    return {name: InferenceConfig(**{k: v for part in parts for k, v in part.items()}) for name, parts in every.items()}
 
 
 def _digest() -> Settings:

@@ -55,6 +55,20 @@ def at_equal_entries() -> str:
     return f"{markdown(header, table)}\n\n{_note(protocol, found['off', protocol, LENGTH])}"
 
 
+def parts() -> str:
+    """What each part of Digest adds; next-turn, 8 and 16 pictures."""
+    found, protocol, lengths = cells(), Protocol.NEXT_TURN, (8, 16)
+    names = dict.fromkeys(name.rpartition(" ")[0].rpartition(" ")[0] for name in GROUPS["digest"])
+    header = ["setting", *(f"right, {s} %, {n} pictures" for s in (20, 10) for n in lengths), "KL, 20 %", "KL, 10 %"]
+    table = []
+    for name in names:
+        own = {share: [found[f"{name} {share} %", protocol, n] for n in lengths] for share in (20, 10)}
+        right = [row["accuracy"] for share in (20, 10) for row in own[share]]
+        table.append([name, *right, *(own[share][1]["kl_long"] for share in (20, 10))])
+    row = found["Digest 20 %", protocol, LENGTH]
+    return f"{markdown(header, table)}\n\n{_note(protocol, row)}"
+
+
 def by_length(group: str, protocol: Protocol) -> str:
     """Accuracy of a group's settings by number of pictures, with what they keep at 16."""
     found = cells()

@@ -214,8 +214,26 @@ class RecordedCache(_Recorded, CacheTechnique):
 
     traces: ClassVar[bool] = True
 
+    @property
+    def settles(self) -> bool:  # type: ignore[override]
+        return bool(self.technique.settles)
+
     def wants_mass(self, seen: int, layer_idx: int) -> bool:
         return bool(self.technique.wants_mass(seen, layer_idx))
+
+    def need(self, q: Tensor, entries: CacheEntries, query_index: Tensor | None, scale: float) -> float:
+        return float(self.technique.need(q, entries, query_index, scale))
+
+    def settle(self, layers: Sequence[CacheEntries], needs: Sequence[float], seen: Sequence[int]) -> list[CacheEntries]:
+        out: list[CacheEntries] = self.technique.settle(layers, needs, seen)
+        for layer_idx, entries in enumerate(out):
+            self._note(layer_idx, entries)
+        return out
+
+    def _note(self, layer_idx: int, entries: CacheEntries) -> None:
+        if entries.source is None:
+            raise ValueError(f"{type(self.technique).__name__} lost the source of its entries: use CacheEntries.kept")
+        self.record.held[layer_idx] = entries.source[0]
 
     def apply(
         self,
@@ -228,10 +246,8 @@ class RecordedCache(_Recorded, CacheTechnique):
         mass: Tensor | None = None,
     ) -> CacheEntries:
         out: CacheEntries = self.technique.apply(q, entries, seen, layer_idx, query_index, scale, mass)
-        if out.source is None or entries.source is None:
-            raise ValueError(f"{type(self.technique).__name__} lost the source of its entries: use CacheEntries.kept")
-        self.record.held[layer_idx] = out.source[0]
-        if isinstance(self.technique, LookM):
+        self._note(layer_idx, out)
+        if isinstance(self.technique, LookM) and entries.source is not None:
             score = mass if mass is not None else self.technique.score(q, entries.keys, layer_idx, query_index, scale)
             self.record.scores.append(self.record.scatter(score[0].sum(0), entries.source[0, 0]))
         return out

@@ -14,7 +14,7 @@ from tests.inspection.stub import inspect_tiny
 from tests.tiny import IMAGE
 
 
-@pytest.mark.parametrize("preset", ["balanced", "lookm-20", "off"])
+@pytest.mark.parametrize("preset", ["balanced", "lookm-20", "digest-20", "off"])
 def test_a_picture_has_the_size_of_its_grid(nano_inspection, preset):
     found = nano_inspection(preset)
     assert len(found.images) == 8

@@ -69,7 +69,7 @@ def asks_outside(page):
     return found
 
 
-@pytest.mark.parametrize("preset", ["balanced", "lookm-20", "off"])
+@pytest.mark.parametrize("preset", ["balanced", "lookm-20", "digest-20", "off"])
 def test_the_page_is_self_contained(nano_inspection, preset):
     page = Page(page_html(nano_inspection(preset), preset))
     assert asks_outside(page) == []
