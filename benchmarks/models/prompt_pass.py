@@ -19,10 +19,10 @@ import torch
 
 from benchmarks.common import interleaved, write_rows
 from benchmarks.models.geometries import llava_onevision_05b, nano_prompt, video_prompt
-from mminfer import AIMMerge, AIMPrune, InferenceConfig, LookM, patched, prefill
+from mminfer import AIMMerge, AIMPrune, Digest, InferenceConfig, LookM, patched, prefill
 from mminfer.metrics.flops import measured_flops
 
-PRESETS = ("off", "aim", "aim-merge", "aim-prune", "lookm-20", "skip-ffn", "balanced", "fast")
+PRESETS = ("off", "aim", "aim-merge", "aim-prune", "lookm-20", "digest-20", "skip-ffn", "balanced", "fast")
 
 
 class Stopwatch:
@@ -46,6 +46,7 @@ def techniques_timed() -> Iterator[Stopwatch]:
     """Times what the techniques themselves do; the scores that come with an attention are in the attention's time."""
     watch = Stopwatch()
     wrapped = [(AIMMerge, "apply"), (AIMPrune, "apply"), (LookM, "apply"), (prefill, "keep_rows")]
+    wrapped += [(Digest, "need"), (Digest, "settle")]
     patches = [mock.patch.object(owner, name, watch.around(getattr(owner, name))) for owner, name in wrapped]
     for patch in patches:
         patch.start()

@@ -6,10 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mminfer import AIMMerge, AIMPrune, ConfigError, Engine, InferenceConfig, OperatorSkip, patched
+from mminfer.baselines import RandomEvict
 from mminfer.bench.contexts import made_contexts
 from mminfer.cache.digest import Digest
 from mminfer.cache.digest_rules import PIECE, cluster_runs, farthest_first, runs_of, share_out
-from mminfer.cache.kv_cache import CacheEntries
+from mminfer.cache.kv_cache import CACHE_NAME, CacheEntries
+from mminfer.metrics.fidelity import kl_divergence
 from tests.tiny import FAMILIES, IMAGE, LAYERS, fitting, refusal, skip_if_refused, tiny_inputs, tiny_model, tiny_rows
 
 
@@ -160,6 +162,27 @@ def test_a_batch_keeps_what_each_keeps_alone(family):
         for held, layer in zip(batch.layers, own.layers, strict=True):
             torch.testing.assert_close(held.row(b).keys, layer.row(0).keys, rtol=0, atol=1e-4)
             torch.testing.assert_close(held.row(b).values, layer.row(0).values, rtol=0, atol=1e-4)
+
+
+def answer(family, config, seed):
+    """Logits of a question's last token, asked once the context was compressed."""
+    model = tiny_model(family)
+    context = tiny_inputs(family, [[20, IMAGE, 10, IMAGE, 10, IMAGE, 15, IMAGE, 9]], seed)
+    ids = tiny_inputs(family, [[12]], seed + 99)["input_ids"]
+    with patched(model, config):
+        cache = getattr(model(**context, logits_to_keep=1, use_cache=True), CACHE_NAME)
+        mask = torch.ones(1, cache.get_seq_length() + 12, dtype=torch.int64)
+        out = model(input_ids=ids, attention_mask=mask, **{CACHE_NAME: cache}, logits_to_keep=1, use_cache=True)
+    return out.logits[:, -1]
+
+
+@pytest.mark.parametrize("family", ["internvl", "qwen2_5_vl", "llava_onevision", "idefics3"])
+def test_it_stays_nearer_to_the_whole_cache_than_chance(family):
+    def lost(cache):
+        pairs = ((answer(family, InferenceConfig(cache=c), seed) for c in (None, cache)) for seed in range(4))
+        return sum(kl_divergence(*pair).item() for pair in pairs)
+
+    assert lost(Digest(0.5)) < 0.8 * lost(RandomEvict(0.25, 0.25, text_prior=False))
 
 
 def test_a_whole_budget_changes_nothing():
