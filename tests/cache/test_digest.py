@@ -164,23 +164,25 @@ def test_a_batch_keeps_what_each_keeps_alone(family):
             torch.testing.assert_close(held.row(b).values, layer.row(0).values, rtol=0, atol=1e-4)
 
 
-def answer(family, config, seed):
+def answer(family, seed, cache):
     """Logits of a question's last token, asked once the context was compressed."""
     model = tiny_model(family)
     context = tiny_inputs(family, [[20, IMAGE, 10, IMAGE, 10, IMAGE, 15, IMAGE, 9]], seed)
     ids = tiny_inputs(family, [[12]], seed + 99)["input_ids"]
-    with patched(model, config):
+    with patched(model, InferenceConfig(cache=cache)):
         cache = getattr(model(**context, logits_to_keep=1, use_cache=True), CACHE_NAME)
         mask = torch.ones(1, cache.get_seq_length() + 12, dtype=torch.int64)
         out = model(input_ids=ids, attention_mask=mask, **{CACHE_NAME: cache}, logits_to_keep=1, use_cache=True)
     return out.logits[:, -1]
 
 
-@pytest.mark.parametrize("family", ["internvl", "qwen2_5_vl", "llava_onevision", "idefics3"])
-def test_it_stays_nearer_to_the_whole_cache_than_chance(family):
+def test_it_stays_nearer_to_the_whole_cache_than_chance():
+    """Over all families; on random weights, of which none has learned to look anything up."""
+
     def lost(cache):
-        pairs = ((answer(family, InferenceConfig(cache=c), seed) for c in (None, cache)) for seed in range(4))
-        return sum(kl_divergence(*pair).item() for pair in pairs)
+        cells = [(family, seed) for family in FAMILIES if family != "gemma3" for seed in range(3)]
+        logits = ((answer(*cell, c) for c in (None, cache)) for cell in cells)
+        return sum(kl_divergence(*pair).item() for pair in logits)
 
     assert lost(Digest(0.5)) < 0.8 * lost(RandomEvict(0.25, 0.25, text_prior=False))
 
