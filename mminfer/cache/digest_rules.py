@@ -58,7 +58,8 @@ def cluster_runs(
     Args:
         entries: of which `score` is how many tokens an entry stands for; 0 counts as one.
         rows: [n] int64, ascending: which entries; a gap begins a new run.
-        count: entries to keep of them; runs share by their length.
+        count: entries to keep of them; runs share by the tokens they stand for, so that what was digested in earlier
+            passes does not shrink beside what is new.
         spread: "farthest" or "even", see `Digest`.
         join: whether the others are averaged into the nearest, or dropped.
 
@@ -69,7 +70,8 @@ def cluster_runs(
     sizes = entries.score
     sizes = entries.keys.new_ones(entries.keys.shape[:3]) if sizes is None else sizes.where(sizes > 0, 1)
     lengths = _pieces(rows)
-    kept = share_out(lengths, [float(n) for n in lengths], count)
+    stand_for = [float(part.sum()) for part in sizes[0, 0, rows].split(lengths)]
+    kept = share_out(lengths, stand_for, count)
     starts = torch.tensor([0, *lengths], device=rows.device).cumsum(0)[:-1]
     table = torch.tensor([lengths, kept], device=rows.device)
     found = []
@@ -110,7 +112,8 @@ def _clustered(
             keys, values, size = _joined(keys, values, size, alike, centre)
         else:
             wide = centre[..., None].expand(groups, runs, m, width)
-            keys, values, size = keys.gather(2, wide), values.gather(2, wide), size.gather(2, centre)
+            keys, values = keys.gather(2, wide), values.gather(2, wide)
+            size = size.sum(2, keepdim=True).expand(groups, runs, m) / m  # each stands for as many
         place = place.gather(2, centre)
     place, keys, values, size = (x.flatten(1, 2)[None] for x in (place, keys, values, size))
     return place, keys, values, size

@@ -94,8 +94,22 @@ def test_without_joining_what_stays_is_as_it_was():
         place, k, v, size = cluster_runs(entries, rows, 8, spread, join=False)
         index = place[..., None].expand(*place.shape, 4)
         assert torch.equal(k, entries.keys.gather(2, index)) and torch.equal(v, entries.values.gather(2, index))
-        assert (size == 1).all()
+        assert (size == 5).all()
         assert spread == "farthest" or (place[0, 0].diff() == 5).all()
+
+
+def test_what_was_digested_before_does_not_shrink_beside_what_is_new():
+    technique, kept = Digest(0.25), []
+    for chunk in range(4):
+        new = made([4, 40], seed=chunk)
+        entries = new if not kept else kept[0].extend(new)
+        kept = technique.settle([entries], [1.0], [44 * (chunk + 1)])
+    entries = kept[0]
+    assert len(entries) == 44
+    runs = runs_of(entries.is_visual[0, 0])
+    assert len(runs) == 4
+    assert int((runs[:, 1] - runs[:, 0]).min()) >= int((runs[:, 1] - runs[:, 0]).max()) - 1
+    assert float(entries.score[0, 0].sum()) == 4 * 44  # everything is in something
 
 
 def test_layers_get_detail_where_it_is_read():
