@@ -25,13 +25,15 @@ class Digest(CacheTechnique):
     A layer needs detail where a picture's entries, replaced by their mean standing for all of them, would change what
     text reads out of them from token to token. Layers that read a mean anyway keep a few entries a picture. Within a
     picture entries spread over its keys and values, farthest first; each other one is averaged into the nearest. Text
-    stays, unless it takes more than its share of the budget: then it is digested likewise. All layers are compressed
-    together, behind the last one, in each pass anew.
+    stays, unless it takes more than its share of the budget: then it is digested likewise, but for the last of it
+    behind the last picture, which is what was asked. All layers are compressed together, behind the last one, in each
+    pass anew.
 
     Args:
         ratio: entries kept, as a fraction of the tokens that the layers took in, in (0, 1].
         budget: entries a head of the average layer, in place of the ratio.
         text_share: of all entries, what text may take at most, in (0, 1].
+        recent: entries of text behind the last picture that stay as they are, if they fit in half of the budget.
         contrast: power of the need by which layers share; 0 shares evenly.
         queries: text queries whose reading tells the need, evenly spread over those of a pass.
         spread: which entries of a picture stay: "farthest" apart, or "even" along it.
@@ -49,6 +51,7 @@ class Digest(CacheTechnique):
     ratio: float = 0.2
     budget: int | None = None
     text_share: float = 0.5
+    recent: int = 64
     contrast: float = 2.0
     queries: int = 64
     spread: str = "farthest"
@@ -61,6 +64,8 @@ class Digest(CacheTechnique):
         check_fraction("Digest.text_share", self.text_share)
         if self.budget is not None and not is_whole(self.budget, least=1):
             raise ConfigError(f"Digest.budget={self.budget!r}, wanted a number of entries, 1 or more, or None")
+        if not is_whole(self.recent, least=0):
+            raise ConfigError(f"Digest.recent={self.recent!r}, wanted a number of entries, 0 or more")
         if not is_number(self.contrast) or self.contrast < 0 or not is_whole(self.queries, least=1):
             raise ConfigError(
                 f"Digest(contrast={self.contrast!r}, queries={self.queries!r}): wanted a power of 0 or more and at "
@@ -121,19 +126,25 @@ class Digest(CacheTechnique):
         if sum(map(len, layers)) <= total:
             return list(layers)
         flags = [v for v in visual if v is not None]
-        texts, pictures = [int((~v).sum()) for v in flags], [int(v.sum()) for v in flags]
+        most = int(total / (2 * len(layers)))
+        tails = [min(self.recent, most, _text_behind_pictures(v)) for v in flags]
+        total -= sum(tails)
+        texts = [int((~v).sum()) - tail for v, tail in zip(flags, tails, strict=True)]
+        pictures = [int(v.sum()) for v in flags]
         of_text = max(min(sum(texts), self.text_share * total), total - sum(pictures))
         text = share_out(texts, [1.0] * len(layers), max(int(of_text), len(layers)))  # a layer is never left empty
         weights = [need**self.contrast for need in needs]
         runs = [len(runs_of(v)) for v in flags]
         left = int(total) - sum(text)
         image = share_out(pictures, weights, left, runs if sum(runs) <= left else None)
-        return [self._digest(*parts) for parts in zip(layers, flags, text, image, strict=True)]
+        return [self._digest(*parts) for parts in zip(layers, flags, text, image, tails, strict=True)]
 
-    def _digest(self, entries: CacheEntries, is_visual: Tensor, text: int, image: int) -> CacheEntries:
-        """One layer with so many entries of text and of pictures."""
+    def _digest(self, entries: CacheEntries, is_visual: Tensor, text: int, image: int, tail: int) -> CacheEntries:
+        """One layer with so many entries of text and of pictures, and the last ones as they are."""
         places = torch.arange(len(entries), device=is_visual.device)
-        halves = ((places[~is_visual], text), (places[is_visual], image))
+        end = len(entries) - tail
+        older = places < end
+        halves = ((places[~is_visual & older], text), (places[is_visual], image), (places[end:], tail))
         kept = [cluster_runs(entries, rows, n, self.spread, self.join) for rows, n in halves if n > 0]
         place, keys, values, size = (torch.cat(column, 2) for column in zip(*kept, strict=True))
         order = place.argsort(-1)
@@ -154,6 +165,12 @@ class Digest(CacheTechnique):
 
 def _is_visual(entries: CacheEntries) -> Tensor | None:
     return None if entries.is_visual is None else entries.is_visual[0, 0]
+
+
+def _text_behind_pictures(is_visual: Tensor) -> int:
+    """Entries behind the last visual one."""
+    visual = is_visual.nonzero()[:, 0]
+    return len(is_visual) - (int(visual[-1]) + 1 if len(visual) else 0)
 
 
 def _readings(q: Tensor, entries: CacheEntries, is_visual: Tensor, scale: float) -> tuple[Tensor, Tensor]:

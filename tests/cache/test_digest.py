@@ -126,11 +126,19 @@ def test_layers_get_detail_where_it_is_read():
 
 def test_text_is_digested_where_it_is_too_much():
     layers = [made([60, 10, 20], seed=n) for n in range(2)]
-    kept = Digest(0.2, text_share=0.5).settle(layers, [1.0, 1.0], [90] * 2)
+    kept = Digest(0.2, text_share=0.5, recent=0).settle(layers, [1.0, 1.0], [90] * 2)
     assert [len(e) for e in kept] == [18, 18]
     assert [int((~e.is_visual[0, 0]).sum()) for e in kept] == [9, 9]
     alone = Digest(0.2).settle([made([60])] * 2, [0.0, 0.0], [60] * 2)
     assert [len(e) for e in alone] == [12, 12]
+
+
+def test_what_was_asked_last_stays_as_it_is():
+    layers = [made([30, 40, 12], seed=n) for n in range(2)]
+    for entries, whole in zip(Digest(0.3).settle(layers, [1.0, 1.0], [82] * 2), layers, strict=True):
+        assert torch.equal(entries.keys[:, :, -12:], whole.keys[:, :, -12:])
+    tight = Digest(0.1).settle(layers, [1.0, 1.0], [82] * 2)  # no more of it than half of the budget
+    assert [int((entries.source[0, 0] >= 70).sum()) for entries in tight] == [4, 4]
 
 
 def test_need_is_detail_that_text_reads():
@@ -237,6 +245,7 @@ def test_turns_and_chunks_keep_the_budget():
         {"text_share": 0},
         {"contrast": -1},
         {"queries": 0},
+        {"recent": -1},
         {"spread": "far"},
     ],
 )
