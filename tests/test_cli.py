@@ -326,7 +326,13 @@ def test_a_long_reading_shows_a_bar_and_ends_plainly_on_ctrl_c():
     command = [sys.executable, "-c", "from mminfer.cli import main; main()", "generate", "--frames", "100000"]
     command += ["--preset", "v2pe-256", "--prefill-chunk-size", "500"]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
-    process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        command,
+        env=env,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # in the background of a shell it is ignored
+    )
     seen = b""
     try:
         while seen.count(b"tokens/s") < 8:
