@@ -175,19 +175,19 @@ def _text_behind_pictures(is_visual: Tensor) -> int:
 
 def _readings(q: Tensor, entries: CacheEntries, is_visual: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """[H, S, D] each: what these queries ([H, S, D]) read among all entries, and with every picture as one of them."""
-    repeat = q.shape[0] // entries.keys.shape[1]
-    keys, values = (x[0].repeat_interleave(repeat, 0) for x in (entries.keys, entries.values))
-    logits = (q @ keys.mT).float() * scale
+    keys, values = entries.keys[0], entries.values[0]
+    grouped = q.reshape(keys.shape[0], -1, q.shape[2])  # the heads of a group ask the same entries
+    logits = (grouped @ keys.mT).float() * scale
     exact = logits.softmax(-1).to(values.dtype) @ values
     runs = runs_of(is_visual)
-    owner = torch.repeat_interleave(torch.arange(len(runs), device=q.device), runs[:, 1] - runs[:, 0])
-    count = (runs[:, 1] - runs[:, 0]).to(keys.dtype)
-    rows = is_visual.nonzero()[:, 0]
+    lengths = runs[:, 1] - runs[:, 0]
+    owner, rows, count = torch.repeat_interleave(lengths), is_visual.nonzero()[:, 0], lengths.to(keys.dtype)
     means = []
     for x in (keys, values):
         pooled = x.new_zeros(x.shape[0], len(runs), x.shape[2]).index_add_(1, owner, x[:, rows])
         means.append(pooled / count[:, None])
-    of_pictures = (q @ means[0].mT).float() * scale + count.log()
+    of_pictures = (grouped @ means[0].mT).float() * scale + count.log()
     text = (~is_visual).nonzero()[:, 0]
     weights = torch.cat([logits[:, :, text], of_pictures], -1).softmax(-1).to(values.dtype)
-    return exact, weights @ torch.cat([values[:, text], means[1]], 1)
+    pooled = weights @ torch.cat([values[:, text], means[1]], 1)
+    return exact.reshape(q.shape), pooled.reshape(q.shape)

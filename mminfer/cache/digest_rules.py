@@ -69,6 +69,9 @@ def cluster_runs(
     """
     sizes = entries.score
     sizes = entries.keys.new_ones(entries.keys.shape[:3]) if sizes is None else sizes.where(sizes > 0, 1)
+    if count >= len(rows):
+        place = rows.expand(*entries.keys.shape[:2], len(rows))
+        return place, entries.keys[:, :, rows], entries.values[:, :, rows], sizes[:, :, rows]
     lengths = _pieces(rows)
     stand_for = [float(part.sum()) for part in sizes[0, 0, rows].split(lengths)]
     kept = share_out(lengths, stand_for, count)
@@ -105,7 +108,7 @@ def _clustered(
     if m < n:
         alike = normalize(torch.cat([normalize(keys.float(), dim=-1), normalize(values.float(), dim=-1)], -1), dim=-1)
         if spread == "farthest":
-            centre = farthest_first(alike, m)
+            centre = farthest_first(alike @ alike.mT, m)
         else:
             centre = ((torch.arange(m, device=index.device) + 0.5) * n / m).long().expand(groups, runs, m)
         if join:
@@ -130,21 +133,20 @@ def _joined(keys: Tensor, values: Tensor, size: Tensor, alike: Tensor, centre: T
     return keys, values, grown
 
 
-def farthest_first(x: Tensor, m: int) -> Tensor:
-    """Greedy k-centre: the vector least like the mean, then again and again the one least like any chosen.
+def farthest_first(similarity: Tensor, m: int) -> Tensor:
+    """Greedy k-centre: the one least like all, then again and again the one least like any chosen.
 
     Args:
-        x: [..., n, C] of length one.
+        similarity: [..., n, n], of each to each.
         m: how many, at most n.
 
     Returns:
         [..., m] int64, in the order of their choice.
     """
-    chosen = [(x @ x.mean(-2, keepdim=True).mT)[..., 0].argmin(-1, keepdim=True)]
-    nearest = x.new_full(x.shape[:-1], -torch.inf)
+    chosen = [similarity.sum(-1).argmin(-1, keepdim=True)]
+    nearest = similarity.new_full(similarity.shape[:-1], -torch.inf)
     for _ in range(m - 1):
-        last = x.gather(-2, chosen[-1][..., None].expand(*chosen[-1].shape, x.shape[-1]))
-        nearest = nearest.maximum((x @ last.mT)[..., 0])
-        nearest.scatter_(-1, chosen[-1], torch.inf)  # never again
+        last = similarity.gather(-2, chosen[-1][..., None].expand(*chosen[-1].shape, similarity.shape[-1]))
+        nearest = nearest.maximum(last[..., 0, :]).scatter_(-1, chosen[-1], torch.inf)  # never again
         chosen.append(nearest.argmin(-1, keepdim=True))
     return torch.cat(chosen, -1)
