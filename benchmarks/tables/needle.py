@@ -34,25 +34,28 @@ def budgets(protocol: Protocol) -> str:
     header = ["rule", *(f"right, {s} %" for s in CACHE_SHARES if by_answer), *(f"KL, {s} %" for s in CACHE_SHARES)]
     off = found["off", protocol, LENGTH]
     table = [["nothing evicted", *([off["accuracy"]] * 4 if by_answer else []), *["0"] * 4]]
+    told = [found["H2O 20 %", protocol, LENGTH], off]
     for rule, settings in names.items():
         rows = [found[setting, protocol, LENGTH] for setting in settings]
+        told += rows
         right = [row["accuracy"] for row in rows] if by_answer else []
         table.append([rule, *right, *(row["kl_long"] for row in rows)])
-    return f"{markdown(header, table)}\n\n{_note(protocol, found['H2O 20 %', protocol, LENGTH])}"
+    return f"{markdown(header, table)}\n\n{_note(protocol, told)}"
 
 
 def at_equal_entries() -> str:
     """A fifth and a half of all entries, by eviction or by bringing images down before the model; next-turn."""
     found, protocol = cells(), Protocol.NEXT_TURN
-    table = []
+    table, told = [], [found["off", Protocol.NEXT_TURN, LENGTH]]
     for share in (50, 20):
         names = [f"{ladder.rule} {share} %" for ladder in cache_ladders()]
         names += [f"LOOK-M weighted {share} %"] * (share == 20)
         for name in [*names, f"AIM merge to {share} %", f"down-sampling to {share} %"]:
             row = found[name, protocol, LENGTH]
+            told.append(row)
             table.append([name, f"{float(row['cache_kept']):.0f} %", row["accuracy"], *_tasks(row), row["kl_long"]])
     header = ["setting", "entries kept", "right", "Q1 labels", "Q2 contents", "Q3 facts", "KL"]
-    return f"{markdown(header, table)}\n\n{_note(protocol, found['off', protocol, LENGTH])}"
+    return f"{markdown(header, table)}\n\n{_note(protocol, told)}"
 
 
 def parts() -> str:
@@ -65,8 +68,9 @@ def parts() -> str:
         own = {share: [found[f"{name} {share} %", protocol, n] for n in lengths] for share in (20, 10)}
         right = [row["accuracy"] for share in (20, 10) for row in own[share]]
         table.append([name, *right, *(own[share][1]["kl_long"] for share in (20, 10))])
-    row = found["Digest 20 %", protocol, LENGTH]
-    return f"{markdown(header, table)}\n\n{_note(protocol, row)}"
+    told = [found[f"{name} {share} %", protocol, n] for name in names for share in (20, 10) for n in lengths]
+    asked = ", ".join(f"{found['Digest 20 %', protocol, n]['questions']} over {n}" for n in lengths)
+    return f"{markdown(header, table)}\n\n{_note(protocol, told, asked)}"
 
 
 def by_length(group: str, protocol: Protocol) -> str:
@@ -83,7 +87,7 @@ def by_length(group: str, protocol: Protocol) -> str:
         kept = [f"{float(flops):.0f} %" if flops else "", f"{float(row['cache_kept']):.0f} %"]
         table.append([f"`{name}`", *kept, *right, row["kl_long"], row["top1_long"]])
     asked = ", ".join(f"{found[names[0], protocol, n]['questions']} over {n}" for n in lengths)
-    told = _note(protocol, found[names[0], protocol, LENGTH], asked)
+    told = _note(protocol, [row for (name, p, _), row in found.items() if name in names and p == protocol], asked)
     return f"{markdown(header, table)}\n\n{told} FLOPs of the prompt, entries, KL and same token at {LENGTH} pictures."
 
 
@@ -96,13 +100,13 @@ def by_task(protocol: Protocol) -> str:
         if p == protocol and n == LENGTH
     ]
     header = ["setting", "right", "Q1 labels", "Q2 contents", "Q3 facts", "KL, answer", "same answer", "KL, long"]
-    return f"{markdown(header, table)}\n\n{_note(protocol, found['off', protocol, LENGTH])}"
+    return f"{markdown(header, table)}\n\n{_note(protocol, [r for (_, p, n), r in found.items() if p == protocol and n == LENGTH])}"
 
 
 def _tasks(row: Row) -> Sequence[str]:
     return [row[task] for task in ("Q1", "Q2", "Q3")]
 
 
-def _note(protocol: Protocol, row: Row, asked: str | None = None) -> str:
-    questions = f"{row['questions']} questions over {row['images']}" if asked is None else f"Questions: {asked}"
-    return f"{TOLD[protocol]}; {questions} pictures; {origin([row])}."
+def _note(protocol: Protocol, rows: Sequence[Row], asked: str | None = None) -> str:
+    questions = f"{rows[0]['questions']} questions over {rows[0]['images']}" if asked is None else f"questions: {asked}"
+    return f"{TOLD[protocol]}; {questions} pictures; {origin(list(rows))}."
