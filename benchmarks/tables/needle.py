@@ -100,7 +100,8 @@ def by_task(protocol: Protocol) -> str:
         if p == protocol and n == LENGTH
     ]
     header = ["setting", "right", "Q1 labels", "Q2 contents", "Q3 facts", "KL, answer", "same answer", "KL, long"]
-    return f"{markdown(header, table)}\n\n{_note(protocol, [r for (_, p, n), r in found.items() if p == protocol and n == LENGTH])}"
+    told = [row for (_, p, n), row in found.items() if p == protocol and n == LENGTH]
+    return f"{markdown(header, table)}\n\n{_note(protocol, told)}"
 
 
 def _tasks(row: Row) -> Sequence[str]:
