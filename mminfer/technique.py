@@ -296,3 +296,12 @@ def check_fraction(name: str, value: Any, *, zero: bool = False) -> None:
     if not is_number(value) or not 0 <= value <= 1 or (value == 0 and not zero):
         interval = "[0, 1]" if zero else "(0, 1]"
         raise ConfigError(f"{name}={value!r}: a kept fraction must be a number in {interval}; 1 keeps all")
+
+
+def check_full_attention(name: str, spec: ModelSpec) -> None:
+    """Raises `ConfigError` if some of the model's layers attend within a window."""
+    if spec.sliding_layers:
+        raise ConfigError(
+            f"{name}: {len(spec.sliding_layers)} of {spec.num_layers} layers attend within a sliding window, which "
+            "eviction would stretch; leave cache=None for this model"
+        )

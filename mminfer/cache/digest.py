@@ -12,7 +12,14 @@ from torch import Tensor
 from mminfer.cache.digest_rules import PIECE, SPREADS, cluster_runs, runs_of, share_out
 from mminfer.cache.kv_cache import CacheEntries
 from mminfer.errors import ConfigError
-from mminfer.technique import CacheTechnique, LayerWork, check_fraction, is_number, is_whole
+from mminfer.technique import (
+    CacheTechnique,
+    LayerWork,
+    check_fraction,
+    check_full_attention,
+    is_number,
+    is_whole,
+)
 
 if TYPE_CHECKING:
     from mminfer.models.base import ModelSpec
@@ -71,7 +78,6 @@ class Digest(CacheTechnique):
                 f"Digest(contrast={self.contrast!r}, queries={self.queries!r}): wanted a power of 0 or more and at "
                 "least one query"
             )
-
         if self.spread not in SPREADS or not isinstance(self.join, bool):
             raise ConfigError(
                 f"Digest(spread={self.spread!r}, join={self.join!r}): wanted one of {', '.join(SPREADS)}, and True or "
@@ -79,11 +85,7 @@ class Digest(CacheTechnique):
             )
 
     def check(self, spec: ModelSpec) -> None:
-        if spec.sliding_layers:
-            raise ConfigError(
-                f"Digest: {len(spec.sliding_layers)} of {spec.num_layers} layers attend within a sliding window, which "
-                "eviction would stretch; leave cache=None for this model"
-            )
+        check_full_attention("Digest", spec)
 
     def apply(
         self,
@@ -132,7 +134,7 @@ class Digest(CacheTechnique):
         texts = [int((~v).sum()) - tail for v, tail in zip(flags, tails, strict=True)]
         pictures = [int(v.sum()) for v in flags]
         of_text = max(min(sum(texts), self.text_share * total), total - sum(pictures))
-        text = share_out(texts, [1.0] * len(layers), max(int(of_text), len(layers)))  # a layer is never left empty
+        text = share_out(texts, [1.0] * len(layers), max(int(of_text), len(layers)))
         weights = [need**self.contrast for need in needs]
         runs = [len(runs_of(v)) for v in flags]
         left = int(total) - sum(text)
@@ -141,6 +143,7 @@ class Digest(CacheTechnique):
 
     def _digest(self, entries: CacheEntries, is_visual: Tensor, text: int, image: int, tail: int) -> CacheEntries:
         """One layer with so many entries of text and of pictures, and the last ones as they are."""
+        tail = tail or int(text + image == 0)  # a layer is never left empty
         places = torch.arange(len(entries), device=is_visual.device)
         end = len(entries) - tail
         older = places < end

@@ -14,7 +14,7 @@ from torch import Tensor
 from mminfer.cache.kv_cache import CacheEntries
 from mminfer.cache.lookm_rules import MERGES, lookm_keep, lookm_merge
 from mminfer.errors import ConfigError
-from mminfer.technique import CacheTechnique, LayerWork, check_fraction, is_whole
+from mminfer.technique import CacheTechnique, LayerWork, check_fraction, check_full_attention, is_whole
 
 if TYPE_CHECKING:
     from mminfer.models.base import ModelSpec
@@ -101,11 +101,7 @@ class LookM(CacheTechnique):
                 raise ConfigError(
                     f"LookM.{name} has {len(value)} values for {spec.num_layers} layers: give one each, or a single one"
                 )
-        if spec.sliding_layers:
-            raise ConfigError(
-                f"LookM: {len(spec.sliding_layers)} of {spec.num_layers} layers attend within a sliding window, which "
-                "eviction would stretch; leave cache=None for this model"
-            )
+        check_full_attention("LookM", spec)
 
     def apply(
         self,

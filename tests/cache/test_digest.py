@@ -133,6 +133,12 @@ def test_text_is_digested_where_it_is_too_much():
     assert [len(e) for e in alone] == [12, 12]
 
 
+def test_no_layer_is_left_empty():
+    """A chunk of a picture alone, and less to keep than there are layers."""
+    kept = Digest(0.05).settle([made([0, 10], seed=n) for n in range(4)], [1.0] * 4, [10] * 4)
+    assert all(len(entries) >= 1 for entries in kept)
+
+
 def test_what_was_asked_last_stays_as_it_is():
     layers = [made([30, 40, 12], seed=n) for n in range(2)]
     for entries, whole in zip(Digest(0.3).settle(layers, [1.0, 1.0], [82] * 2), layers, strict=True):
