@@ -8,24 +8,38 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from mminfer.cache.kv_cache import CompressedCache
-from mminfer.cache.storage import cache_facts, cache_tensors, restore_cache
+from mminfer.config import InferenceConfig
 from mminfer.errors import InputError
-from mminfer.messages import count_parts
-from mminfer.reading import Reading
-from mminfer.request import GenerationOutput
-
-if TYPE_CHECKING:
-    from mminfer.engine import Engine
-    from mminfer.running import RunOptions
+from mminfer.forward.kv_cache import CompressedCache
+from mminfer.forward.storage import cache_facts, cache_tensors, restore_cache
+from mminfer.inputs.messages import count_parts
+from mminfer.inputs.pieces import Reading
+from mminfer.output import GenerationOutput
+from mminfer.running import Runner, RunOptions
 
 FILE_FORMAT = 2
 _ANSWER = "\u27e6mminfer:answer:{}\u27e7"
+
+
+class ChatHost(Protocol):
+    """What a chat needs of the engine that holds it."""
+
+    runner: Runner
+    config: InferenceConfig
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def load(self, content: Any, media: dict[str, Any]) -> Iterator[dict[str, Any]]: ...
 
 
 class Chat:
@@ -38,7 +52,7 @@ class Chat:
         cache: the compressed cache of all turns so far.
     """
 
-    def __init__(self, engine: Engine, media: dict[str, Any], options: RunOptions, **generation_kwargs: Any) -> None:
+    def __init__(self, engine: ChatHost, media: dict[str, Any], options: RunOptions, **generation_kwargs: Any) -> None:
         self._engine = engine
         self._media, self._options = media, options
         self._generation_kwargs = generation_kwargs

@@ -7,9 +7,11 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mminfer.baselines import H2O, Downsample, FastV, RandomEvict, RandomPrune, SnapKV
 from mminfer.cache.digest import Digest
+from mminfer.cache.h2o import H2O
 from mminfer.cache.lookm import LookM
+from mminfer.cache.random_evict import RandomEvict
+from mminfer.cache.snapkv import SnapKV
 from mminfer.errors import ConfigError
 from mminfer.operators.skip import OperatorSkip
 from mminfer.positions.scaling import DynamicNTK, LinearScaling
@@ -24,8 +26,11 @@ from mminfer.technique import (
     Stage,
     Technique,
 )
+from mminfer.tokens.downsample import Downsample
+from mminfer.tokens.fastv import FastV
 from mminfer.tokens.merge import AIMMerge
 from mminfer.tokens.prune import AIMPrune
+from mminfer.tokens.random_prune import RandomPrune
 
 if TYPE_CHECKING:
     from mminfer.models.base import ModelSpec

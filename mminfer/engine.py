@@ -12,11 +12,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from mminfer import nano
-from mminfer.cache.kv_cache import CompressedCache
 from mminfer.chat import Chat
 from mminfer.config import InferenceConfig
 from mminfer.errors import ConfigError, InputError, UnsupportedModelError
-from mminfer.messages import (
+from mminfer.forward.kv_cache import CompressedCache
+from mminfer.inputs.messages import (
     MediaOptions,
     as_text_part,
     count_parts,
@@ -25,9 +25,10 @@ from mminfer.messages import (
     load_parts,
     normalise_messages,
 )
+from mminfer.inputs.pieces import Reading, bare
+from mminfer.inputs.request import build_inputs, cap_video, check_placeholders
 from mminfer.models.registry import adapter_for, check_family
-from mminfer.reading import Reading, bare
-from mminfer.request import GenerationOutput, build_inputs, cap_video, check_placeholders
+from mminfer.output import GenerationOutput
 from mminfer.running import Runner, RunOptions
 from mminfer.streaming import TextStream
 from mminfer.technique import is_whole

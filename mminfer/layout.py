@@ -12,6 +12,8 @@ from torch import Tensor
 
 from mminfer.errors import InputError
 
+READY = "ready_rows"  # the name among model inputs under which `ReadyRows` travel
+
 
 class Modality(IntEnum):
     """Where a token came from."""
@@ -193,3 +195,32 @@ class TokenLayout:
     def at(self, position: Tensor, next_position: Tensor) -> TokenLayout:
         """The same tokens at other rotary positions: [A, T] and [B] float64."""
         return replace(self, position=position, next_position=next_position)
+
+
+@dataclass(frozen=True)
+class ReadyRows:
+    """Rows of a prompt whose embeddings the user gave.
+
+    Args:
+        mask: [B, N] bool, the places of the rows in the padded batch.
+        features: [K, C], the rows in order.
+        modality: [K] int8, a `Modality`.
+        part: [K] int64, which part a row belongs to.
+    """
+
+    mask: Tensor
+    features: Tensor
+    modality: Tensor
+    part: Tensor
+
+    def repeated(self, copies: int) -> ReadyRows:
+        """Every sequence so many times in a row, as beams repeat a batch; copies are parts of their own."""
+        rows = torch.arange(len(self.part), device=self.part.device).split(self.mask.sum(1).tolist())
+        order = torch.cat([own for own in rows for _ in range(copies)])
+        copy = torch.cat([torch.full_like(own, n) for own in rows for n in range(copies)])
+        return ReadyRows(
+            self.mask.repeat_interleave(copies, 0),
+            self.features[order],
+            self.modality[order],
+            self.part[order] + copy * (int(self.part.max()) + 1),
+        )

@@ -14,16 +14,16 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from mminfer.cache.kv_cache import CACHE_NAME, ROOM, CompressedCache
 from mminfer.config import InferenceConfig
-from mminfer.decode import Decoder
-from mminfer.embeddings import ReadyRows
 from mminfer.errors import ConfigError, InputError
+from mminfer.forward.decode import Decoder
+from mminfer.forward.kv_cache import CACHE_NAME, ROOM, CompressedCache
+from mminfer.forward.prefill import prompt_pass
+from mminfer.layout import ReadyRows
 from mminfer.metrics.records import PromptRecord
 from mminfer.metrics.vision import vision_shares
 from mminfer.models.base import ModelAdapter
 from mminfer.models.registry import adapter_for
-from mminfer.prefill import prompt_pass
 from mminfer.technique import is_whole
 
 _REFUSED = {

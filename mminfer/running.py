@@ -16,18 +16,19 @@ from mminfer_kernels import record_backends
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from mminfer.cache.kv_cache import CACHE_NAME, ROOM, CompressedCache
 from mminfer.config import InferenceConfig
 from mminfer.errors import InputError
+from mminfer.forward.kv_cache import CACHE_NAME, ROOM, CompressedCache
+from mminfer.inputs.pieces import Host, Reading
+from mminfer.inputs.progress import reading_bar
+from mminfer.layout import READY
 from mminfer.metrics.memory import Peak, peak_memory
 from mminfer.metrics.records import PromptRecord, joined, stacked
 from mminfer.metrics.stats import CallTimes, stats_of
 from mminfer.metrics.vision import vision_shares
 from mminfer.models.base import ModelAdapter
+from mminfer.output import GenerationOutput
 from mminfer.patching import PatchHandle, patched
-from mminfer.progress import reading_bar
-from mminfer.reading import Host, Reading
-from mminfer.request import READY, GenerationOutput
 
 MOST_ROOM = 1024  # beyond, a cache grows when the tokens come
 COPIES = ("num_beams", "num_return_sequences")

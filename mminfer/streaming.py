@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, TextStreamer
 
-from mminfer.request import GenerationOutput
+from mminfer.output import GenerationOutput
 from mminfer.running import ReadingStopped
 
 _END = object()

@@ -12,8 +12,38 @@ import pytest
 ROOT = Path(__file__).parents[1]
 KERNELS = ROOT / "kernels"
 ROOMS = ("positions", "tokens", "operators", "cache")
-PASSES = ("prefill", "decode", "patching", "engine", "chat", "config")
+# From the ground up; wings of one floor know nothing of each other. What no floor names is found by a test.
+ORDER = (
+    ("errors",),
+    ("layout",),
+    ("technique",),
+    ("models",),
+    ("metrics",),
+    ROOMS,
+    ("config",),
+    ("forward",),
+    ("output", "nano"),
+    ("inputs",),
+    ("patching",),
+    ("running",),
+    ("streaming",),
+    ("chat",),
+    ("engine",),
+    ("media",),
+    ("needle", "inspection"),
+    ("bench",),
+    ("cli",),
+)
+FLOORS = {wing: floor for floor, wings in enumerate(ORDER) for wing in wings}
 SOURCES = sorted([*(ROOT / "mminfer").rglob("*.py"), *KERNELS.rglob("*.py")])
+
+
+def wings():
+    """Modules and folders of the package, by name."""
+    found = (
+        path.stem for path in (ROOT / "mminfer").iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()
+    )
+    return sorted(name for name in found if not name.startswith("__"))
 
 
 class Import(NamedTuple):
@@ -106,39 +136,37 @@ def test_kernels_know_nothing_of_the_engine():
     assert wrong("kernels/mminfer_kernels", "transformers") == []
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_technique_rooms_are_apart(room):
-    others = [f"mminfer.{other}" for other in ROOMS if other != room]
-    later = [f"mminfer.{name}" for name in (*PASSES, "models")]
-    assert wrong(f"mminfer/{room}", *others, *later) == []
-    shared = [f"mminfer.{name}" for name in (room, "technique", "layout", "errors")]
-    assert wrong(f"mminfer/{room}", "mminfer", allowed=shared) == []
+@pytest.mark.parametrize("wing", wings())
+def test_wings_are_built_from_the_ground_up(wing):
+    """Nobody imports what stands above, and every wing has its place in the order."""
+    above = [f"mminfer.{other}" for other in FLOORS if FLOORS[other] > FLOORS[wing]]
+    apart = [f"mminfer.{other}" for other in FLOORS if FLOORS[other] == FLOORS[wing] and other != wing]
+    sources = f"mminfer/{wing}" if (ROOT / "mminfer" / wing).is_dir() else f"mminfer/{wing}.py"
+    assert wrong(sources, *above, *apart) == []
 
 
-def test_the_interface_of_techniques_knows_none():
-    assert wrong("mminfer/technique.py", "mminfer", allowed=["mminfer.errors", "mminfer.layout"]) == []
-    assert wrong("mminfer/layout.py", "mminfer", allowed=["mminfer.errors"]) == []
-    assert wrong("mminfer/errors.py", "mminfer") == []
+def test_the_order_names_every_wing_and_nothing_else():
+    assert sorted(FLOORS) == sorted(wings())
 
 
-def test_families_know_no_technique():
-    rooms = [f"mminfer.{room}" for room in ROOMS]
-    later = [f"mminfer.{name}" for name in (*PASSES, "technique")]
-    assert wrong("mminfer/models", *rooms, *later) == []
+@pytest.mark.parametrize("wing", wings())
+def test_annotations_run_no_farther_up_than_imports(wing):
+    """Names for type checkers may come from the models and from a wing's own floor, but from nothing above."""
+    above = [f"mminfer.{other}" for other in FLOORS if FLOORS[other] > max(FLOORS[wing], FLOORS["models"])]
+    path = ROOT / "mminfer" / wing
+    files = sorted(path.rglob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
+    assert [f"{file}: {found.name}" for file, found in pairs_of(files) if found.of(*above)] == []
 
 
-@pytest.mark.parametrize("name", ["prefill", "decode", "patching", "attention"])
-def test_the_passes_do_not_know_the_engine(name):
-    doors = [
-        f"mminfer.{door}" for door in ("engine", "chat", "streaming", "request", "cli", "bench_cli", "needle", "nano")
-    ]
-    assert wrong(f"mminfer/{name}.py", *doors) == []
+@pytest.mark.parametrize("wing", ["forward", "patching", "running", "inputs", "engine", "chat"])
+def test_the_passes_know_techniques_by_their_interface_alone(wing):
+    """They reach the rooms through the configuration: none of them names a technique."""
+    sources = f"mminfer/{wing}" if (ROOT / "mminfer" / wing).is_dir() else f"mminfer/{wing}.py"
+    assert wrong(sources, *(f"mminfer.{room}" for room in ROOMS)) == []
 
 
-@pytest.mark.parametrize("name", ["prefill", "decode", "patching", "engine", "chat"])
-def test_the_passes_know_techniques_by_their_interface_alone(name):
-    techniques = ["positions", "tokens", "operators", "cache.lookm", "baselines"]
-    assert wrong(f"mminfer/{name}.py", *(f"mminfer.{x}" for x in techniques)) == []
+def test_training_stays_outside():
+    assert wrong("mminfer", "training", "benchmarks", "tests") == []
 
 
 def test_optional_packages_are_imported_where_they_are_used():
@@ -199,7 +227,7 @@ import sys
 sys.modules |= dict.fromkeys(("triton", "flash_attn", "av", "matplotlib", "sklearn"))
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 before = dict(ALL_ATTENTION_FUNCTIONS.items())
-import mminfer, mminfer.cli, mminfer.media
+import mminfer, mminfer.cli.main, mminfer.inputs.media
 assert dict(ALL_ATTENTION_FUNCTIONS.items()) == before, "attention functions changed"
 print("fine")
 """

@@ -7,9 +7,14 @@ import pytest
 import torch
 
 from mminfer import AIMMerge, AIMPrune, ConfigError, InferenceConfig, LookM, OperatorSkip, patched
-from mminfer.baselines import H2O, Downsample, FastV, RandomEvict, RandomPrune, SnapKV, _smaller_grid
-from mminfer.cache.kv_cache import CacheEntries
+from mminfer.cache.h2o import H2O
+from mminfer.cache.random_evict import RandomEvict
+from mminfer.cache.snapkv import SnapKV
 from mminfer.models.registry import adapter_for
+from mminfer.technique import CacheEntries
+from mminfer.tokens.downsample import Downsample, _smaller_grid
+from mminfer.tokens.fastv import FastV
+from mminfer.tokens.random_prune import RandomPrune
 from tests.tiny import FAMILIES, IMAGE, LAYERS, VIDEO, skip_if_refused, tiny_inputs, tiny_model
 
 PROMPTS = [[3, IMAGE, 5, IMAGE, 4], [8], [2, IMAGE, 9]]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mminfer import V2PE, AIMMerge, Engine, InferenceConfig, InputError, LookM, nano
-from mminfer.request import build_piece
+from mminfer.inputs.request import build_piece
 
 QUESTION = "Which image shows a blue 1?"
 
@@ -182,7 +182,7 @@ def test_token_types_cover_what_is_read_of_the_answer(engine, monkeypatch, name)
         piece = build_piece(*args, **kwargs)
         return piece | {name: torch.ones_like(piece["input_ids"])}
 
-    monkeypatch.setattr("mminfer.reading.build_piece", with_types)
+    monkeypatch.setattr("mminfer.inputs.pieces.build_piece", with_types)
     monkeypatch.setattr(engine.runner, "read", lambda readings, *_: seen.update(next(iter(readings[0]))))
     chat.read(QUESTION)
     assert seen[name].shape == seen["input_ids"].shape

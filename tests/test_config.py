@@ -8,11 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mminfer import V2PE, AIMMerge, AIMPrune, ConfigError, InferenceConfig, LookM, OperatorSkip
-from mminfer.baselines import RandomEvict, RandomPrune
+from mminfer.cache.random_evict import RandomEvict
 from mminfer.config import PRESETS, TECHNIQUES
 from mminfer.models.base import ModelSpec
 from mminfer.positions import DynamicNTK, LinearScaling
 from mminfer.technique import LayerRange, Stage, layer_index
+from mminfer.tokens.random_prune import RandomPrune
 
 NAN, INF = float("nan"), float("inf")
 DEPTHS = (4, 6, 12, 24, 28, 32, 80)

@@ -23,7 +23,8 @@ from transformers.generation.streamers import BaseStreamer
 from benchmarks.common import interleaved, quantiles, write_rows
 from benchmarks.models.geometries import llava_onevision_05b, llava_onevision_mha, nano_prompt
 from mminfer import InferenceConfig, patch, patched
-from mminfer.cache.kv_cache import CACHE_NAME, CacheEntries, CompressedCache, CompressedLayer, Places
+from mminfer.forward.kv_cache import CACHE_NAME, CompressedCache, CompressedLayer, Places
+from mminfer.technique import CacheEntries
 
 OFF = InferenceConfig()
 

@@ -17,7 +17,7 @@ from benchmarks.peers.workers.wire import Prompt
 from benchmarks.quality.needle import contexts
 from mminfer.metrics.fidelity import kl_divergence
 from mminfer.nano import build
-from mminfer.nano.evaluate import TASKS, chat_inputs
+from training.nano.evaluate import TASKS, chat_inputs
 
 WORKERS = Path(__file__).parent / "workers"
 KEY = ("against", "model", "measure", "system", "setting", "images")  # what tells rows apart

@@ -27,8 +27,8 @@ from benchmarks.common import quantiles, write_rows
 from benchmarks.peers.exchange import KEY, MEASURED, WORKERS, PeerError, Worker, peer_python, row, sample_prompts, score
 from benchmarks.peers.workers.wire import Prompt, save_prompts
 from mminfer import Engine, InferenceConfig, LookM, patched
-from mminfer.baselines import RandomEvict
-from mminfer.cache.kv_cache import CACHE_NAME, CompressedCache
+from mminfer.cache.random_evict import RandomEvict
+from mminfer.forward.kv_cache import CACHE_NAME, CompressedCache
 from mminfer.nano import checkpoint_path
 
 PEER, PACKAGES = "kvpress", ["kvpress==0.5.5"]

@@ -23,8 +23,8 @@ from mminfer import Engine
 from mminfer.bench.fidelity import Continuation, Fidelity, continuation, fidelity, forced, logits_of
 from mminfer.bench.protocols import Ask, Protocol, reader
 from mminfer.nano import data
-from mminfer.nano.evaluate import TASKS, question_plan
-from mminfer.request import GenerationOutput
+from mminfer.output import GenerationOutput
+from training.nano.evaluate import TASKS, question_plan
 
 CHUNK = 512  # tokens, seven pictures
 LONG = 32

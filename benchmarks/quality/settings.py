@@ -5,9 +5,9 @@ from itertools import combinations
 from typing import Any
 
 from mminfer import V2PE, AIMMerge, InferenceConfig, LookM
-from mminfer.baselines import Downsample
 from mminfer.bench.ladders import Ladder, cache_ladders, token_ladders
 from mminfer.cache.digest import Digest
+from mminfer.tokens.downsample import Downsample
 
 Settings = dict[str, InferenceConfig]
 OFF = {"off": InferenceConfig()}

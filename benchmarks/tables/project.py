@@ -2,8 +2,8 @@
 
 from benchmarks.tables.markdown import markdown
 from mminfer.config import PRESETS
+from mminfer.inspection.support import YES, support_table
 from mminfer.models.registry import supported_families
-from mminfer.support import YES, support_table
 
 
 def families() -> str:

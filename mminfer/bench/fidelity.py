@@ -15,10 +15,10 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from mminfer.bench.contexts import Context
 from mminfer.bench.protocols import Ask, Protocol, reader
 from mminfer.engine import Engine
-from mminfer.media import PROGRESS
+from mminfer.inputs.media import PROGRESS
 from mminfer.metrics.fidelity import kl_divergence, top1_agreement
 from mminfer.metrics.stats import GenerationStats
-from mminfer.request import GenerationOutput
+from mminfer.output import GenerationOutput
 
 _GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1, "output_logits": True}
 

@@ -5,11 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mminfer.baselines import H2O, Downsample, FastV, RandomEvict, RandomPrune, SnapKV
 from mminfer.cache.digest import Digest
+from mminfer.cache.h2o import H2O
 from mminfer.cache.lookm import LookM
+from mminfer.cache.random_evict import RandomEvict
+from mminfer.cache.snapkv import SnapKV
 from mminfer.config import InferenceConfig
+from mminfer.tokens.downsample import Downsample
+from mminfer.tokens.fastv import FastV
 from mminfer.tokens.merge import AIMMerge
+from mminfer.tokens.random_prune import RandomPrune
 
 CACHE_SHARES = (50, 20, 10, 5)  # percent of all entries
 MERGE_SHARES = (50, 25, 12.5)  # percent of an image's tokens

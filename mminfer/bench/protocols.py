@@ -7,7 +7,7 @@ from enum import StrEnum
 from typing import Any
 
 from mminfer.engine import Engine
-from mminfer.request import GenerationOutput
+from mminfer.output import GenerationOutput
 
 Part = dict[str, Any]
 Ask = Callable[..., GenerationOutput]  # ask(question, **generation_kwargs)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from mminfer.cache.digest_rules import PIECE, SPREADS, cluster_runs, runs_of, share_out
-from mminfer.cache.kv_cache import CacheEntries
 from mminfer.errors import ConfigError
 from mminfer.technique import (
+    CacheEntries,
     CacheTechnique,
     LayerWork,
     check_fraction,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
-from mminfer.cache.kv_cache import CacheEntries
+from mminfer.technique import CacheEntries
 
 SPREADS = ("farthest", "even")
 PIECE = 128  # entries among which alike ones are looked for; a longer run is cut

@@ -11,10 +11,9 @@ import torch
 from mminfer_kernels import column_mass
 from torch import Tensor
 
-from mminfer.cache.kv_cache import CacheEntries
 from mminfer.cache.lookm_rules import MERGES, lookm_keep, lookm_merge
 from mminfer.errors import ConfigError
-from mminfer.technique import CacheTechnique, LayerWork, check_fraction, check_full_attention, is_whole
+from mminfer.technique import CacheEntries, CacheTechnique, LayerWork, check_fraction, check_full_attention, is_whole
 
 if TYPE_CHECKING:
     from mminfer.models.base import ModelSpec

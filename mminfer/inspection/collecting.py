@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mminfer.config import InferenceConfig
 from mminfer.errors import InputError
+from mminfer.inputs.request import build_inputs
 from mminfer.inspection.facts import Floats, ImageFacts, Inspection, LayerFacts, Mask, Rows, TokenFacts
 from mminfer.inspection.pictures import Pictures, frame_pictures, image_pictures
 from mminfer.inspection.recording import PassRecord, recording
@@ -19,7 +20,7 @@ from mminfer.layout import Modality, TokenLayout
 from mminfer.metrics.fidelity import kl_divergence
 from mminfer.models.base import ModelSpec, attention_mask
 from mminfer.models.registry import adapter_for
-from mminfer.request import GenerationOutput, build_inputs
+from mminfer.output import GenerationOutput
 from mminfer.running import Runner
 from mminfer.tokens.grid import image_views, patch_places
 

@@ -7,7 +7,7 @@ from itertools import groupby
 
 from mminfer.inspection.facts import Inspection
 from mminfer.inspection.words import image_names, percent
-from mminfer.report import show_bytes
+from mminfer.metrics.memory import show_bytes
 
 
 def layers_html(inspection: Inspection) -> str:

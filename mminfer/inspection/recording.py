@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from mminfer.baselines import FastV
-from mminfer.cache.kv_cache import CacheEntries
 from mminfer.cache.lookm import LookM
 from mminfer.config import InferenceConfig
 from mminfer.layout import TokenLayout
 from mminfer.technique import (
+    CacheEntries,
     CacheTechnique,
     LayerWork,
     MergeTechnique,
@@ -24,6 +23,7 @@ from mminfer.technique import (
     SkipTechnique,
     Technique,
 )
+from mminfer.tokens.fastv import FastV
 from mminfer.tokens.prune import AIMPrune
 
 if TYPE_CHECKING:

@@ -78,3 +78,12 @@ def full_cache_bytes(spec: ModelSpec, tokens: Sequence[int], element_size: int) 
     if spec.sliding_window is not None:
         entries += len(spec.sliding_layers) * sum(min(n, spec.sliding_window - 1) for n in tokens)
     return 2 * entries * spec.num_key_value_heads * spec.head_dim * element_size
+
+
+def show_bytes(count: float) -> str:
+    """A number of bytes in the unit that suits it."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"

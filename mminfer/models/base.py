@@ -11,9 +11,8 @@ import torch
 from mminfer_kernels import rotary_table
 from torch import Tensor
 
-from mminfer.embeddings import ReadyRows
 from mminfer.errors import InputError, UnsupportedModelError
-from mminfer.layout import Modality, TokenLayout
+from mminfer.layout import Modality, ReadyRows, TokenLayout
 from mminfer.models.packing import PackedRows
 from mminfer.models.vision import PIXEL_INPUTS, VisionTower, VisionWork
 

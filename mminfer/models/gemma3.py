@@ -9,8 +9,7 @@ from typing import Any
 from mminfer_kernels import rotary_table
 from torch import Tensor
 
-from mminfer.embeddings import ReadyRows
-from mminfer.layout import TokenLayout
+from mminfer.layout import ReadyRows, TokenLayout
 from mminfer.models.base import ModelAdapter, attention_mask, rescaled
 from mminfer.models.vision import VisionTower
 

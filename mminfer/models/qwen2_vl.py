@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mminfer.embeddings import ReadyRows
-from mminfer.layout import Modality, TokenLayout
+from mminfer.layout import Modality, ReadyRows, TokenLayout
 from mminfer.models.base import ModelAdapter
 from mminfer.models.vision import PIXEL_INPUTS, VisionTower, VisionWork
 

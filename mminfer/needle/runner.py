@@ -15,11 +15,11 @@ from mminfer import nano
 from mminfer.config import InferenceConfig
 from mminfer.engine import Engine, check_before_loading
 from mminfer.errors import ConfigError, UnsupportedModelError
-from mminfer.media import PROGRESS
+from mminfer.inputs.media import PROGRESS
 from mminfer.models.registry import check_family
 from mminfer.needle.protocol import NeedleProtocol, Question, Sample
 from mminfer.needle.scores import Answer
-from mminfer.request import GenerationOutput
+from mminfer.output import GenerationOutput
 
 BLIND = "blind"
 

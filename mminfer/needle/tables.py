@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 
 from rich.table import Table
 
+from mminfer.metrics.memory import show_bytes
 from mminfer.needle.scores import Row
-from mminfer.report import show_bytes
 
 
 def accuracy_tables(rows: Sequence[Row]) -> Iterator[Table]:

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mminfer.cache import lookm_compress, lookm_keep, lookm_merge
-from mminfer.cache.kv_cache import CacheEntries
 from mminfer.cache.lookm import LookM
 from mminfer.errors import ConfigError
+from mminfer.technique import CacheEntries
 
 
 def cache(entries, batch=1, groups=2, size=8, visual_share=0.7):

@@ -7,10 +7,15 @@ import pytest
 import torch
 
 from mminfer import V2PE, AIMMerge, AIMPrune, InferenceConfig, InputError, LookM, OperatorSkip, patched
-from mminfer.baselines import H2O, Downsample, FastV, RandomEvict, RandomPrune, SnapKV
+from mminfer.cache.h2o import H2O
+from mminfer.cache.random_evict import RandomEvict
+from mminfer.cache.snapkv import SnapKV
 from mminfer.inspection.collecting import inspect_inputs
 from mminfer.inspection.recording import RecordedMerge, recording
 from mminfer.models.registry import adapter_for
+from mminfer.tokens.downsample import Downsample
+from mminfer.tokens.fastv import FastV
+from mminfer.tokens.random_prune import RandomPrune
 from tests.inspection.stub import PROCESSOR, inspect_tiny
 from tests.tiny import FAMILIES, IMAGE, LAYERS, VIDEO, fitting, tiny_inputs, tiny_model
 

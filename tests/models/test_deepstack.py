@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from mminfer import AIMMerge, AIMPrune, InferenceConfig
-from mminfer.cache.kv_cache import CompressedCache
+from mminfer.forward.kv_cache import CompressedCache
+from mminfer.forward.prefill import prompt_pass
 from mminfer.layout import TokenLayout
 from mminfer.models.registry import adapter_for
-from mminfer.prefill import prompt_pass
 from tests.tiny import IMAGE, VIDEO, tiny_inputs, tiny_model
 
 PROMPTS = [[3, IMAGE, 5, VIDEO, 4], [2, VIDEO, 9, IMAGE], [6]]

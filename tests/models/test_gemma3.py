@@ -5,7 +5,7 @@ import torch
 from mminfer_kernels.prompt_attention import reference as sdpa
 
 from mminfer import V2PE, AIMMerge, InferenceConfig, OperatorSkip, patched
-from mminfer.attention import causal_attention
+from mminfer.forward.attention import causal_attention
 from mminfer.metrics.memory import full_cache_bytes
 from mminfer.models.registry import adapter_for
 from mminfer.operators.skip import LayerRange

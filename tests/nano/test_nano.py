@@ -71,7 +71,7 @@ def test_sample_messages_interleave_existing_pictures():
 
 def test_samples_are_made_again(tmp_path):
     pytest.importorskip("sklearn")
-    from mminfer.nano.samples import write_samples
+    from training.nano.samples import write_samples
 
     write_samples(tmp_path)
     bundled = sorted(path.name for path in nano.samples_path().iterdir())
@@ -85,7 +85,7 @@ def test_samples_are_made_again(tmp_path):
 
 def test_unseen_pictures_are_read(model, processor):
     pytest.importorskip("sklearn")
-    from mminfer.nano.evaluate import evaluate, table
+    from training.nano.evaluate import evaluate, table
 
     rows = evaluate(model, processor, num_images=4, deltas=[1.0, 1 / 16], questions=12)
     for row in rows:
@@ -97,7 +97,7 @@ def test_unseen_pictures_are_read(model, processor):
 
 def test_shared_prefill_answers_as_generate_does(model, processor):
     pytest.importorskip("sklearn")
-    from mminfer.nano.evaluate import evaluate
+    from training.nano.evaluate import evaluate
 
     shared, single = (
         evaluate(model, processor, num_images=2, deltas=[1 / 16], questions=2, generate=generate)[0]
@@ -166,7 +166,7 @@ def test_checkpoint_is_what_the_code_builds(model, processor):
 
 def test_training_runs_from_stage_to_stage(tmp_path, monkeypatch):
     pytest.importorskip("sklearn")
-    from mminfer.nano import train
+    from training.nano import train
 
     monkeypatch.setattr(train, "reading_accuracy", partial(train.reading_accuracy, n=20))
     log = tmp_path / "log.jsonl"

@@ -12,10 +12,9 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from mminfer import ConfigError, Engine, InferenceConfig, nano, patched
-from mminfer.decode import STEPS_AHEAD, RotaryAhead
+from mminfer.forward.rotary import STEPS_AHEAD, RotaryAhead, frequency_factors
 from mminfer.models.registry import adapter_for
 from mminfer.positions import DynamicNTK, LinearScaling
-from mminfer.prefill import frequency_factors
 from tests.tiny import FAMILIES, IMAGE, tiny_inputs, tiny_model, tiny_rows
 
 BATCH = [[3, IMAGE, 5, IMAGE, 4], [2, IMAGE, 9], [6]]

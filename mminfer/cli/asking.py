@@ -1,0 +1,93 @@
+"""What the options of one request mean: its settings and its chat."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mminfer.cli.options import read_config, read_delta
+from mminfer.errors import InputError
+
+if TYPE_CHECKING:
+    from mminfer.config import InferenceConfig
+
+
+def request_settings(preset: str | None, config: Path | None, delta: str | None) -> InferenceConfig:
+    """The settings of a request: a preset (default: balanced) or a file, with a V2PE step put in.
+
+    Raises:
+        InputError: both were passed, or one cannot be read.
+        ConfigError: there is no such preset, or the file holds no settings.
+    """
+    from mminfer.config import InferenceConfig
+    from mminfer.positions.v2pe import V2PE
+
+    if config is not None and preset is not None:
+        raise InputError(f"--preset {preset} and --config {config}: pass one of them")
+    settings = read_config(config) if config is not None else InferenceConfig.from_preset(preset or "balanced")
+    return settings if delta is None else replace(settings, positions=V2PE(read_delta(delta)))
+
+
+def request_messages(
+    model: str, prompt: str | None, images: list[str], videos: list[str], frames: int, images_from: str | None = None
+) -> list[dict[str, Any]]:
+    """The chat of a request; with nano and no media the bundled one.
+
+    Args:
+        model: its name.
+        prompt: the question; None: the bundled one.
+        images: paths or URLs.
+        videos: likewise.
+        frames: so many pictures without a label between the bundled ones.
+        images_from: a file with the path of an image on each line.
+
+    Raises:
+        InputError: there is no question, or these do not go together.
+    """
+    from mminfer import nano
+
+    media: list[dict[str, Any]] = [{"type": "image", "image": path} for path in images]
+    if images_from is not None:
+        media.append({"type": "images", "images": ListedPaths(images_from)})
+    media += [{"type": "video", "video": path} for path in videos]
+    bundled = model == nano.NANO and not media
+    if frames and not bundled:
+        raise InputError(f"--frames {frames}: they go between the bundled images of nano: leave other media out")
+    if bundled and prompt is None:
+        return nano.sample_messages(frames=frames)
+    if prompt is None or not prompt.strip():
+        raise InputError("no question: pass --prompt TEXT")
+    if bundled:
+        return nano.sample_messages(prompt, frames)
+    return [{"role": "user", "content": [*media, {"type": "text", "text": prompt}]}]
+
+
+class ListedPaths:
+    """The lines of a file, or of the standard input, one by one; remembered for the next time.
+
+    Args:
+        path: of the file; "-": the standard input.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._lines: list[str] | None = None
+        if path != "-" and not Path(path).is_file():
+            raise InputError(f"--images-from {path}: no such file: wanted one with the path of an image on each line")
+
+    def __iter__(self) -> Iterator[str]:
+        if self._lines is not None:
+            yield from self._lines
+            return
+        read = []
+        with nullcontext(sys.stdin) if self._path == "-" else Path(self._path).open() as lines:
+            for line in filter(None, map(str.strip, lines)):
+                read.append(line)
+                yield line
+        if not read:
+            raise InputError(f"--images-from {self._path}: no path in it: wanted one of an image on each line")
+        self._lines = read

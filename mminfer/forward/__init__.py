@@ -1,0 +1,1 @@
+"""The prompt pass and decoding: one loop over the host's own layers, and the cache that it fills."""

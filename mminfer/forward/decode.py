@@ -1,0 +1,140 @@
+"""Steps of decoding over the compressed cache, by the quickest way that the host's layers allow."""
+
+from __future__ import annotations
+
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from mminfer_kernels import DecoderWeights, LayerCache, backend_for, decode_attention, note_backend
+from mminfer_kernels import decode_step as fused_step
+from mminfer_kernels.decode_step import MAX_ROWS
+from mminfer_kernels.tracing import watched
+from torch import Tensor
+
+from mminfer.config import InferenceConfig
+from mminfer.forward.attention import routed_attention
+from mminfer.forward.compiled import CompiledStep
+from mminfer.forward.fused import fused_weights, hooks_of
+from mminfer.forward.kv_cache import CompressedCache, CompressedLayer
+from mminfer.forward.rotary import RotaryAhead, Tables, fractional, frequency_factors
+from mminfer.models.base import ModelAdapter
+
+
+class Decoder:
+    """Runs decoding steps of one host model.
+
+    Standard layers of float32 on the CPU that nobody has hooked or changed take the fused step in C++; all others
+    run as the host's own modules.
+
+    Args:
+        adapter: the host model.
+        config: the techniques (only positions matter here).
+        compile: run the host's modules under torch.compile instead, where that works.
+    """
+
+    def __init__(self, adapter: ModelAdapter, config: InferenceConfig, compile: bool = False) -> None:
+        self.adapter, self._config = adapter, config
+        self._compiled = CompiledStep(adapter) if compile else None
+        self.renew()
+
+    def renew(self) -> None:
+        """Looks at the host's modules afresh: between two prompts they may have been changed."""
+        factors = partial(frequency_factors, self._config, self.adapter.spec)
+        self._rotary = RotaryAhead(self.adapter, fractional(self._config), factors)
+        self._view = LayersView(self.adapter)
+
+    @torch.no_grad()
+    def step(self, hidden_states: Tensor, cache: CompressedCache) -> Tensor:
+        """Runs one new token of each sequence; if anything raises, the cache is as it was.
+
+        Args:
+            hidden_states: [B, 1, C], the tokens' embeddings.
+            cache: grows by one column.
+
+        Returns:
+            Logits [B, 1, vocabulary].
+        """
+        tables = self._rotary.tables(hidden_states, cache.next_position, cache.rotary_length)
+        logits = self._by_compiled(hidden_states, tables, cache)
+        if logits is None:
+            logits = self._by_fused(hidden_states, tables, cache)
+        if logits is None:
+            logits = self._by_modules(hidden_states, tables, cache)
+        cache.advance(1)
+        return logits
+
+    @property
+    def compile_ms(self) -> float:
+        """Time of the steps so far in which something was compiled."""
+        return 0.0 if self._compiled is None else self._compiled.compile_ms
+
+    def _by_compiled(self, hidden_states: Tensor, tables: Tables, cache: CompressedCache) -> Tensor | None:
+        if self._compiled is None or not self._compiled.ready or self._view.hooked or watched():
+            return None
+        note_backend("decode_step", "compiled")
+        return self._compiled(hidden_states, tables, cache)
+
+    def _by_fused(self, hidden_states: Tensor, tables: Tables, cache: CompressedCache) -> Tensor | None:
+        weights = self._fused_weights(hidden_states, tables)
+        if weights is None:
+            return None
+        cos, sin = tables[self.adapter.layer_kinds[0]]
+        caches = [LayerCache(*held.reserve(1), held.starts, held.end) for held in cache.layers]
+        return fused_step(hidden_states[:, 0], cos[:, 0], sin[:, 0], weights, caches, "native")[:, None]
+
+    def _fused_weights(self, hidden_states: Tensor, tables: Tables) -> DecoderWeights | None:
+        """The layers' weights, if the fused step may run this time."""
+        if len(hidden_states) > MAX_ROWS or hidden_states.dtype != torch.float32 or hidden_states.device.type != "cpu":
+            return None
+        if self._view.hooked or watched() or torch.is_autocast_enabled("cpu"):
+            return None
+        cos = tables[self.adapter.layer_kinds[0]][0]
+        shape = (len(hidden_states), 1, self.adapter.spec.head_dim)  # older hosts give each axis of M-RoPE its table
+        return self._view.weights if cos.shape == shape else None
+
+    def _by_modules(self, hidden_states: Tensor, tables: Tables, cache: CompressedCache) -> Tensor:
+        note_backend("decode_step", "host")
+        adapter = self.adapter
+        with routed_attention(adapter.text_config):
+            for layer, kind, held in zip(adapter.layers, adapter.layer_kinds, cache.layers, strict=True):
+                hidden_states = layer(
+                    hidden_states,
+                    position_embeddings=tables[kind],
+                    attention_mask=None,
+                    use_cache=False,
+                    attend=partial(_attend, held),
+                )
+        return adapter.logits(hidden_states)
+
+
+class LayersView:
+    """What was seen of the host's layers at one time."""
+
+    def __init__(self, adapter: ModelAdapter) -> None:
+        self._adapter = adapter
+
+    @cached_property
+    def weights(self) -> DecoderWeights | None:
+        """For the fused step, if it exists here and may stand in for these layers."""
+        weights = fused_weights(self._adapter)
+        there = weights is not None and backend_for("decode_step", weights.tensors[0]) == "native"
+        return weights if there else None
+
+    @cached_property
+    def _hooks(self) -> list[Any]:
+        return hooks_of(self._adapter)
+
+    @property
+    def hooked(self) -> bool:
+        """Whether somebody looks at one of their modules right now."""
+        return any(self._hooks)
+
+
+def _attend(held: CompressedLayer, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+    keys, values = held.stage(k, v)
+    starts = held.starts
+    if window is not None and keys.shape[2] > window:
+        keys, values = keys[:, :, -window:], values[:, :, -window:]
+        starts = None if starts is None else (starts - (held.end + 1 - window)).clamp_min(0)
+    return decode_attention(q, keys, values, starts, scale)

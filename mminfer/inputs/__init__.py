@@ -1,0 +1,1 @@
+"""From what a user writes to model inputs: parts, media, embeddings, templates, pieces."""

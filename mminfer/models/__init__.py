@@ -1,0 +1,1 @@
+"""Families of host models: one adapter for the common structure, one file for each family that needs more."""

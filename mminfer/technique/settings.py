@@ -1,0 +1,71 @@
+"""What settings are made of: ranges of layers, and the checks that techniques share."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mminfer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mminfer.models.base import ModelSpec
+
+
+@dataclass(frozen=True)
+class LayerRange:
+    """Layers `start <= i < end` with `i % interval == 0`; a float start or end is a fraction of the depth."""
+
+    start: int | float = 0
+    end: int | float = 1.0
+    interval: int = 1
+
+    def __post_init__(self) -> None:
+        if not is_number(self.start) or not is_number(self.end) or not is_whole(self.interval, least=1):
+            raise ConfigError(f"{self}: wanted layers as numbers and a whole interval of 1 or more")
+
+    def layers(self, num_layers: int) -> tuple[int, ...]:
+        """The layers' indices."""
+        start, end = (layer_index(x, num_layers) for x in (self.start, self.end))
+        return tuple(i for i in range(start, end) if i % self.interval == 0)
+
+
+def is_number(value: Any, *, above: float = -math.inf) -> bool:
+    """Whether this is a finite number, no bool, above a bound."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > above
+
+
+def is_whole(value: Any, *, least: int) -> bool:
+    """Whether this is an int, no bool, of at least so much."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def layer_index(layer: int | float, num_layers: int) -> int:
+    """A layer given by its index (int) or as a fraction of the depth (float), as an index."""
+    return layer if isinstance(layer, int) else round(layer * num_layers)
+
+
+def check_layer(name: str, layer: Any, num_layers: int, *, last: int | None = None) -> None:
+    """Raises `ConfigError` unless the layer lies in 0..last (default: the last layer of the model)."""
+    last = num_layers - 1 if last is None else last
+    if not is_number(layer) or not 0 <= layer_index(layer, num_layers) <= last:
+        raise ConfigError(
+            f"{name}={layer!r} does not fit a model of {num_layers} layers: give an index from 0 to {last}, "
+            f"or a float from 0.0 to 1.0 as a fraction of the depth"
+        )
+
+
+def check_fraction(name: str, value: Any, *, zero: bool = False) -> None:
+    """Raises `ConfigError` unless value is a number in (0, 1], or in [0, 1] with `zero`."""
+    if not is_number(value) or not 0 <= value <= 1 or (value == 0 and not zero):
+        interval = "[0, 1]" if zero else "(0, 1]"
+        raise ConfigError(f"{name}={value!r}: a kept fraction must be a number in {interval}; 1 keeps all")
+
+
+def check_full_attention(name: str, spec: ModelSpec) -> None:
+    """Raises `ConfigError` if some of the model's layers attend within a window."""
+    if spec.sliding_layers:
+        raise ConfigError(
+            f"{name}: {len(spec.sliding_layers)} of {spec.num_layers} layers attend within a sliding window, which "
+            "eviction would stretch; leave cache=None for this model"
+        )

@@ -1,0 +1,79 @@
+"""Plain down-sampling of images, the baseline of every merging."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from mminfer_kernels import merge_rows
+from torch import Tensor
+
+from mminfer.layout import TokenLayout
+from mminfer.technique import MergeTechnique, check_fraction
+from mminfer.tokens.grid import image_views, patch_places
+
+if TYPE_CHECKING:
+    from mminfer.models.base import ModelSpec
+
+
+@dataclass(frozen=True)
+class Downsample(MergeTechnique):
+    """Plain down-sampling: every view of an image, a grid of tokens, is averaged down to a smaller grid.
+
+    A token stands where the middle one of those stood that it is the mean of. Where tokens form no grid (see
+    `patch_places`), runs of them are averaged.
+
+    Args:
+        ratio: kept fraction of an image's tokens, in (0, 1]; at least one token stays, and no more than this.
+
+    Raises:
+        ConfigError: the ratio is out of range.
+    """
+
+    ratio: float = 0.25
+
+    def __post_init__(self) -> None:
+        check_fraction("Downsample.ratio", self.ratio)
+
+    def check(self, spec: ModelSpec) -> None:
+        """Any model will do."""
+
+    def apply(self, inputs_embeds: Tensor, layout: TokenLayout) -> tuple[Tensor, TokenLayout]:
+        rows, views = torch.arange(len(layout), device=inputs_embeds.device), image_views(layout)
+        if self.ratio == 1 or not views:
+            return inputs_embeds, layout
+        owner = rows.clone()
+        for view in views:
+            owner[view] = view[self._owners(view, layout)]
+        stays = owner == rows
+        index, gone = stays.nonzero()[:, 0], (~stays).nonzero()[:, 0]
+        target, weight = torch.searchsorted(index, owner[gone]), layout.size.where(layout.size > 0, 1)
+        embeds, _ = merge_rows(inputs_embeds[index], inputs_embeds[gone], target, weight[index], weight[gone])
+        size = layout.size[index].index_add(0, target, layout.size[gone])
+        return embeds, layout.merge(index, size, owner)
+
+    def _owners(self, rows: Tensor, layout: TokenLayout) -> Tensor:
+        """[n] int64: for each token of a view the one, among its n, that it becomes part of."""
+        y, x = patch_places(rows, layout)
+        height, width = int(y.max()) + 1, int(x.max()) + 1
+        tall, wide = _smaller_grid(height, width, max(1, int(self.ratio * len(rows) + 1e-9)))
+        cell = (y * tall // height) * wide + x * wide // width
+        _, cell, counts = cell.unique(return_inverse=True, return_counts=True)
+        order = cell.argsort(stable=True)
+        middle = counts.cumsum(0) - counts + counts // 2
+        return order[middle][cell]
+
+
+def _smaller_grid(height: int, width: int, tokens: int) -> tuple[int, int]:
+    """Rows and columns of a grid of at most so many tokens: near their number, and near the shape."""
+    shapes = [(h, min(width, tokens // h)) for h in range(1, min(height, tokens) + 1)]
+
+    def loss(shape: tuple[int, int]) -> tuple[float, int]:
+        """Least where number and shape are kept: five tokens in a line tell less than two lines of two."""
+        tall, wide = shape
+        bent = abs(math.log(tall * width / (wide * height)))
+        return round(0.9 * bent + math.log(tokens / (tall * wide)), 6), wide
+
+    return min(shapes, key=loss)

@@ -1,0 +1,89 @@
+"""FastV: visual tokens leave once, by what the last token looks at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from mminfer_kernels import column_mass
+from torch import Tensor
+
+from mminfer.errors import ConfigError
+from mminfer.technique import LayerWork, PruneTechnique, check_fraction, check_layer, is_whole
+from mminfer.tokens.prune import aim_keep
+
+if TYPE_CHECKING:
+    from mminfer.models.base import ModelSpec
+
+
+@dataclass(frozen=True)
+class FastV(PruneTechnique):
+    """Pruning once: behind layer `layer` stay the visual tokens that the prompt's last token looks at most.
+
+    Of a prompt in chunks, each chunk's last token judges the chunk.
+
+    Args:
+        layer: K, layers that all tokens go through.
+        ratio: kept fraction of the visual tokens, in (0, 1].
+
+    Raises:
+        ConfigError: a setting is out of range.
+
+    Reference:
+        FastV (arXiv 2403.06764) section 4; the paper's usual setting is layer 2 with half of the tokens. Its R is the
+        removed fraction, 1 - `ratio`.
+    """
+
+    layer: int = 2
+    ratio: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_fraction("FastV.ratio", self.ratio)
+        if not is_whole(self.layer, least=1):
+            raise ConfigError(f"FastV.layer={self.layer!r}, wanted a number of layers, 1 or more")
+
+    def check(self, spec: ModelSpec) -> None:
+        check_layer("FastV.layer", self.layer, spec.num_layers)
+        if self.layer - 1 in spec.sliding_layers:
+            sees = f"layer {self.layer - 1} attends within a window of {spec.sliding_window}"
+            raise ConfigError(
+                f"FastV.layer={self.layer}: {sees}, so most tokens would go unseen; count to a full layer"
+            )
+
+    def prunes(self, layer_idx: int, num_layers: int) -> bool:
+        return layer_idx == self.layer - 1 and self.ratio < 1
+
+    def apply(
+        self,
+        q: Tensor,
+        k: Tensor,
+        is_visual: Tensor,
+        origin: tuple[int, int],
+        layer_idx: int,
+        num_layers: int,
+        query_index: Tensor | None,
+        scale: float,
+    ) -> Tensor:
+        rows = is_visual.shape[0]
+        is_visual = torch.cat([is_visual[:-1], is_visual.new_zeros(1)])  # the last token asks for the next one
+        if q.shape[2] == 0:
+            return torch.arange(rows, device=k.device)
+        importance = self.importance(q, k, layer_idx, query_index, scale)[-rows:]
+        return aim_keep(importance, is_visual, origin[0], self.ratio)
+
+    def importance(self, q: Tensor, k: Tensor, layer_idx: int, query_index: Tensor | None, scale: float) -> Tensor:
+        """[N] float32, of every key of one sequence: what the last query looks at; zero where there is no query."""
+        if q.shape[2] == 0:
+            return torch.zeros(k.shape[2], device=k.device)
+        last = query_index[-1:] if query_index is not None else None
+        return column_mass(q[:, :, -1:], k, query_index=last, scale=scale).mean(1)[0]
+
+    def cost(self, spec: ModelSpec, lengths: Sequence[int]) -> int:
+        """One product for the logits, and one of a vote with the probabilities, for pairs of queries that count."""
+        return 2 * spec.num_attention_heads * (spec.head_dim + 1) * sum(lengths)
+
+    def layer_cost(self, spec: ModelSpec, work: LayerWork) -> int:
+        """The last query alone counts, if there is one."""
+        return self.cost(spec, [work.keys]) if work.queries else 0
