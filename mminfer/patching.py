@@ -17,7 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from mminfer.config import InferenceConfig
 from mminfer.errors import ConfigError, InputError
 from mminfer.forward.decode import Decoder
-from mminfer.forward.kv_cache import CACHE_NAME, ROOM, CompressedCache
+from mminfer.forward.kv_cache import CACHE_NAME, HEADROOM, CompressedCache
 from mminfer.forward.prefill import prompt_pass
 from mminfer.layout import ReadyRows
 from mminfer.metrics.records import PromptRecord
@@ -69,7 +69,7 @@ class PatchHandle:
         self.prompt_ms: list[float] = []
         self.first_token_at = 0.0
         self.end_ids: set[int] = set()
-        self.room = ROOM
+        self.room = HEADROOM
         self.chunk_size = prefill_chunk_size
         self.progress: Callable[[int], object] | None = None
         self.ready: ReadyRows | None = None
@@ -135,8 +135,8 @@ class PatchHandle:
                 self.step_ms.append(1e3 * (time.perf_counter() - start))
         else:
             self._rows = None
-            self._decoder.renew()
-            cache.room = self.room
+            self._decoder.refresh()
+            cache.headroom = self.room
             logits = self._prompt(inputs, cache)
             self.first_token_at = time.perf_counter()
             self.prompt_ms.append(1e3 * (self.first_token_at - start))

@@ -18,7 +18,7 @@ from transformers import GenerationConfig
 
 from mminfer.config import InferenceConfig
 from mminfer.errors import InputError
-from mminfer.forward.kv_cache import CACHE_NAME, ROOM, CompressedCache
+from mminfer.forward.kv_cache import CACHE_NAME, HEADROOM, CompressedCache
 from mminfer.inputs.pieces import Host, Reading
 from mminfer.inputs.progress import reading_bar
 from mminfer.layout import READY
@@ -207,7 +207,7 @@ class Runner:
             record_backends() as backends,
             peak_memory(self.device) as peak,
         ):
-            handle.room = min(max(ROOM, generation_kwargs.get("max_new_tokens") or 0), MOST_ROOM)
+            handle.room = min(max(HEADROOM, generation_kwargs.get("max_new_tokens") or 0), MOST_ROOM)
             beams = self._setting(generation_kwargs, "num_beams") or 1
             handle.end_ids = set() if beams > 1 else self._end_ids(generation_kwargs)
             yield _Call(self._model, handle, generation_kwargs, backends, peak)

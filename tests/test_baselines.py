@@ -206,7 +206,7 @@ def test_turns_keep_to_the_budget_and_keep_all_text(family, merge, passes):
                 assert len(call.out) == min(wanted, len(call.entries))
                 assert ((~call.out.is_visual).sum(-1) == texts).all()  # in every head
             assert cache.lengths[layer][row] == len(calls[-1].out)
-            assert cache.layers[layer].seen[row] == cache.tokens[row] == tokens
+            assert cache.layers[layer].tokens_seen[row] == cache.tokens[row] == tokens
 
 
 @pytest.mark.parametrize(
@@ -286,7 +286,7 @@ def test_a_budget_is_a_bound_over_turns(budget, passes):
     for layer in cache.layers:
         for row in range(2):
             visual, recent = layer.row(row).is_visual, budget // 2
-            assert visual.shape[2] == min(budget, layer.seen[row])
+            assert visual.shape[2] == min(budget, layer.tokens_seen[row])
             older = visual[:, :, : visual.shape[2] - recent]
             assert not older.any() or ((~visual).sum(-1) == texts[row]).all()  # no text gave way to a visual entry
 
@@ -309,7 +309,7 @@ def test_a_budget_that_text_may_outgrow_holds_over_turns_and_steps(budget, passe
         for _ in range(3):
             model(input_ids=torch.tensor([[7], [8]]), past_key_values=cache, use_cache=True)
         assert cache.lengths == [[n + 3 for n in layer] for layer in held]
-        assert all(layer.seen == cache.tokens for layer in cache.layers)
+        assert all(layer.tokens_seen == cache.tokens for layer in cache.layers)
         model(input_ids=torch.tensor([[7, 9], [8, 9]]), past_key_values=cache, use_cache=True)
     for layer in cache.layers:
         for row in range(2):

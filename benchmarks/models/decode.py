@@ -23,7 +23,8 @@ from transformers.generation.streamers import BaseStreamer
 from benchmarks.common import interleaved, quantiles, write_rows
 from benchmarks.models.geometries import llava_onevision_05b, llava_onevision_mha, nano_prompt
 from mminfer import InferenceConfig, patch, patched
-from mminfer.forward.kv_cache import CACHE_NAME, CompressedCache, CompressedLayer, Places
+from mminfer.forward.kv_cache import CACHE_NAME, CompressedCache, Continuation
+from mminfer.forward.kv_layer import CompressedLayer
 from mminfer.technique import CacheEntries
 
 OFF = InferenceConfig()
@@ -79,7 +80,7 @@ def random_cache(model: Any, entries: int, tokens: int) -> CompressedCache:
         for _ in range(text.num_hidden_layers)
     ]
     end = torch.tensor([float(tokens)], dtype=torch.float64)
-    cache.commit(layers, tokens, [tokens], Places.after(end))
+    cache.commit(layers, tokens, [tokens], Continuation.behind_text(end))
     return cache
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -153,7 +153,7 @@ class Digest(CacheTechnique):
         order = place.argsort(-1)
         wide = order[..., None].expand(*order.shape, keys.shape[-1])
         out = entries.kept(place.gather(2, order), keys.gather(2, wide), values.gather(2, wide))
-        return CacheEntries.of([*out.columns[:3], size.gather(2, order), *out.columns[4:]])
+        return replace(out, score=size.gather(2, order))
 
     def cost(self, spec: ModelSpec, lengths: Sequence[int]) -> int:
         """Logits and readings of so many pairs of a query and an entry."""

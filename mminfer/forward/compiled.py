@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,35 +21,49 @@ from mminfer.models.base import ModelAdapter
 logger = logging.getLogger(__name__)
 
 
+class LayerBuffers(NamedTuple):
+    """What one layer of the cache holds, spare columns included.
+
+    Args:
+        keys: [B, G, capacity, D].
+        values: [B, G, capacity, D].
+        left_padding: [B] int64, columns of padding before each sequence; None: there is none.
+    """
+
+    keys: Tensor
+    values: Tensor
+    left_padding: Tensor | None
+
+
 class CompiledStep:
-    """Runs steps until one fails; from then on it is not `ready`, and the caller goes another way.
+    """Runs steps until one fails; from then on the caller has to go another way.
 
     Args:
         adapter: the host model.
 
     Attributes:
-        ready: whether it may be called.
+        failed: whether a step failed, so that it must not be called any more.
         compile_ms: time of the calls in which something was compiled.
     """
 
     def __init__(self, adapter: ModelAdapter) -> None:
         self._adapter = adapter
-        self.ready = True
+        self.failed = False
         self.compile_ms = 0.0
 
     def __call__(self, hidden_states: Tensor, tables: Tables, cache: CompressedCache) -> Tensor | None:
-        """Logits [B, 1, vocabulary], the new entries staged behind the cache's end; None: it does not work here."""
+        """Logits [B, 1, vocabulary], the new entries written ahead in the cache; None: the step failed."""
         start, graphs = time.perf_counter(), _graphs()
-        held = [(*layer.reserve(1), layer.starts) for layer in cache.layers]
-        for keys, values, _ in held:
-            for buffer in (keys, values):
-                torch._dynamo.maybe_mark_dynamic(buffer, 2)
-        ends = torch.tensor([layer.end for layer in cache.layers], device=hidden_states.device)
+        layers = [LayerBuffers(*layer.reserve(1), layer.left_padding) for layer in cache.layers]
+        for buffers in layers:
+            torch._dynamo.maybe_mark_dynamic(buffers.keys, 2)
+            torch._dynamo.maybe_mark_dynamic(buffers.values, 2)
+        columns = torch.tensor([layer.num_columns for layer in cache.layers], device=hidden_states.device)
         try:
             with routed_attention(self._adapter.text_config):
-                logits: Tensor = _compiled()(self._adapter, hidden_states, tables, held, ends)
+                logits: Tensor = _compiled()(self._adapter, hidden_states, tables, layers, columns)
         except Exception as error:  # compilers raise anything, and a step that is wrong in itself fails again without
-            self.ready = False
+            self.failed = True
             logger.warning("mminfer: decoding goes on uncompiled: %s", str(error).strip().partition("\n")[0])
             return None
         if _graphs() != graphs:
@@ -70,39 +85,42 @@ def _step(
     adapter: ModelAdapter,
     hidden_states: Tensor,
     tables: Tables,
-    held: Sequence[tuple[Tensor, Tensor, Tensor | None]],
-    ends: Tensor,
+    layers: Sequence[LayerBuffers],
+    columns: Tensor,
 ) -> Tensor:
-    for i, (layer, kind, buffers) in enumerate(zip(adapter.layers, adapter.layer_kinds, held, strict=True)):
+    """One step over all layers; columns: [L] int64, the column into which each layer writes the new entry."""
+    for i, (layer, kind, buffers) in enumerate(zip(adapter.layers, adapter.layer_kinds, layers, strict=True)):
         hidden_states = layer(
             hidden_states,
             position_embeddings=tables[kind],
             attention_mask=None,
             use_cache=False,
-            attend=partial(_attend, *buffers, ends[i : i + 1]),
+            attend=partial(_attend, (buffers, columns[i : i + 1])),
         )
     return adapter.logits(hidden_states)
 
 
 def _attend(
-    keys: Tensor,
-    values: Tensor,
-    starts: Tensor | None,
-    end: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    window: int | None,
+    target: tuple[LayerBuffers, Tensor], q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
 ) -> Tensor:
-    """Attention over whole buffers [B, G, capacity, D] under a mask, so that no shape depends on the step."""
-    keys.index_copy_(2, end, k)
-    values.index_copy_(2, end, v)
-    place = torch.arange(keys.shape[2], device=keys.device)
-    seen = (place <= end)[None]  # [1, T]
+    """Attention over whole buffers under a mask, so that no shape depends on the step.
+
+    Args:
+        target: a layer's buffers, and the column ([1] int64) into which the new entry goes.
+        q: [B, H, 1, D].
+        k: [B, G, 1, D], of the new entry.
+        v: [B, G, 1, D].
+        scale: factor of the scores.
+        window: the query sees its last `window` keys only; None: all.
+    """
+    (keys, values, left_padding), last = target
+    keys.index_copy_(2, last, k)
+    values.index_copy_(2, last, v)
+    column = torch.arange(keys.shape[2], device=keys.device)
+    visible = (column <= last)[None]  # [1 or B, capacity]
     if window is not None:
-        seen = seen & (place > end - window)
-    if starts is not None:
-        seen = seen & (place >= starts[:, None])
-    folded = q.reshape(*keys.shape[:2], -1, q.shape[-1])  # the heads of a group as rows: keys are read once
-    return F.scaled_dot_product_attention(folded, keys, values, seen[:, None, None], scale=scale).reshape(q.shape)
+        visible = visible & (column > last - window)
+    if left_padding is not None:
+        visible = visible & (column >= left_padding[:, None])
+    grouped = q.reshape(*keys.shape[:2], -1, q.shape[-1])  # the heads of a group as rows: keys are read once
+    return F.scaled_dot_product_attention(grouped, keys, values, visible[:, None, None], scale=scale).reshape(q.shape)

@@ -15,8 +15,9 @@ from torch import Tensor
 from mminfer.config import InferenceConfig
 from mminfer.forward.attention import routed_attention
 from mminfer.forward.compiled import CompiledStep
-from mminfer.forward.fused import fused_weights, hooks_of
-from mminfer.forward.kv_cache import CompressedCache, CompressedLayer
+from mminfer.forward.fused import fused_weights, hook_dictionaries
+from mminfer.forward.kv_cache import CompressedCache
+from mminfer.forward.kv_layer import CompressedLayer
 from mminfer.forward.rotary import RotaryAhead, Tables, fractional, frequency_factors
 from mminfer.models.base import ModelAdapter
 
@@ -36,13 +37,13 @@ class Decoder:
     def __init__(self, adapter: ModelAdapter, config: InferenceConfig, compile: bool = False) -> None:
         self.adapter, self._config = adapter, config
         self._compiled = CompiledStep(adapter) if compile else None
-        self.renew()
+        self.refresh()
 
-    def renew(self) -> None:
+    def refresh(self) -> None:
         """Looks at the host's modules afresh: between two prompts they may have been changed."""
         factors = partial(frequency_factors, self._config, self.adapter.spec)
         self._rotary = RotaryAhead(self.adapter, fractional(self._config), factors)
-        self._view = LayersView(self.adapter)
+        self._layers = LayersSnapshot(self.adapter)
 
     @torch.no_grad()
     def step(self, hidden_states: Tensor, cache: CompressedCache) -> Tensor:
@@ -56,11 +57,11 @@ class Decoder:
             Logits [B, 1, vocabulary].
         """
         tables = self._rotary.tables(hidden_states, cache.next_position, cache.rotary_length)
-        logits = self._by_compiled(hidden_states, tables, cache)
+        logits = self._compiled_step(hidden_states, tables, cache)
         if logits is None:
-            logits = self._by_fused(hidden_states, tables, cache)
+            logits = self._fused_step(hidden_states, tables, cache)
         if logits is None:
-            logits = self._by_modules(hidden_states, tables, cache)
+            logits = self._module_step(hidden_states, tables, cache)
         cache.advance(1)
         return logits
 
@@ -69,72 +70,78 @@ class Decoder:
         """Time of the steps so far in which something was compiled."""
         return 0.0 if self._compiled is None else self._compiled.compile_ms
 
-    def _by_compiled(self, hidden_states: Tensor, tables: Tables, cache: CompressedCache) -> Tensor | None:
-        if self._compiled is None or not self._compiled.ready or self._view.hooked or watched():
+    def _compiled_step(self, hidden_states: Tensor, tables: Tables, cache: CompressedCache) -> Tensor | None:
+        if self._compiled is None or self._compiled.failed or self._layers.hooked or watched():
             return None
         note_backend("decode_step", "compiled")
         return self._compiled(hidden_states, tables, cache)
 
-    def _by_fused(self, hidden_states: Tensor, tables: Tables, cache: CompressedCache) -> Tensor | None:
+    def _fused_step(self, hidden_states: Tensor, tables: Tables, cache: CompressedCache) -> Tensor | None:
         weights = self._fused_weights(hidden_states, tables)
         if weights is None:
             return None
         cos, sin = tables[self.adapter.layer_kinds[0]]
-        caches = [LayerCache(*held.reserve(1), held.starts, held.end) for held in cache.layers]
+        caches = [LayerCache(*layer.reserve(1), layer.left_padding, layer.num_columns) for layer in cache.layers]
         return fused_step(hidden_states[:, 0], cos[:, 0], sin[:, 0], weights, caches, "native")[:, None]
 
     def _fused_weights(self, hidden_states: Tensor, tables: Tables) -> DecoderWeights | None:
         """The layers' weights, if the fused step may run this time."""
         if len(hidden_states) > MAX_ROWS or hidden_states.dtype != torch.float32 or hidden_states.device.type != "cpu":
             return None
-        if self._view.hooked or watched() or torch.is_autocast_enabled("cpu"):
+        if self._layers.hooked or watched() or torch.is_autocast_enabled("cpu"):
             return None
         cos = tables[self.adapter.layer_kinds[0]][0]
         shape = (len(hidden_states), 1, self.adapter.spec.head_dim)  # older hosts give each axis of M-RoPE its table
-        return self._view.weights if cos.shape == shape else None
+        return self._layers.fused_weights if cos.shape == shape else None
 
-    def _by_modules(self, hidden_states: Tensor, tables: Tables, cache: CompressedCache) -> Tensor:
+    def _module_step(self, hidden_states: Tensor, tables: Tables, cache: CompressedCache) -> Tensor:
         note_backend("decode_step", "host")
         adapter = self.adapter
         with routed_attention(adapter.text_config):
-            for layer, kind, held in zip(adapter.layers, adapter.layer_kinds, cache.layers, strict=True):
+            for layer, kind, layer_cache in zip(adapter.layers, adapter.layer_kinds, cache.layers, strict=True):
                 hidden_states = layer(
                     hidden_states,
                     position_embeddings=tables[kind],
                     attention_mask=None,
                     use_cache=False,
-                    attend=partial(_attend, held),
+                    attend=partial(_attend, layer_cache),
                 )
         return adapter.logits(hidden_states)
 
 
-class LayersView:
-    """What was seen of the host's layers at one time."""
+class LayersSnapshot:
+    """The host's layers as they were found at the last prompt; hooks that come later are seen too.
+
+    Args:
+        adapter: the host model.
+    """
 
     def __init__(self, adapter: ModelAdapter) -> None:
         self._adapter = adapter
 
     @cached_property
-    def weights(self) -> DecoderWeights | None:
-        """For the fused step, if it exists here and may stand in for these layers."""
+    def fused_weights(self) -> DecoderWeights | None:
+        """For the fused step; None where that is not built, or may not stand in for these layers."""
         weights = fused_weights(self._adapter)
-        there = weights is not None and backend_for("decode_step", weights.tensors[0]) == "native"
-        return weights if there else None
+        built = weights is not None and backend_for("decode_step", weights.tensors[0]) == "native"
+        return weights if built else None
 
     @cached_property
-    def _hooks(self) -> list[Any]:
-        return hooks_of(self._adapter)
+    def _hook_dictionaries(self) -> list[Any]:
+        return hook_dictionaries(self._adapter)
 
     @property
     def hooked(self) -> bool:
-        """Whether somebody looks at one of their modules right now."""
-        return any(self._hooks)
+        """Whether anybody has a hook on one of their modules right now."""
+        return any(self._hook_dictionaries)
 
 
-def _attend(held: CompressedLayer, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
-    keys, values = held.stage(k, v)
-    starts = held.starts
+def _attend(layer_cache: CompressedLayer, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+    """One token's attention over a layer of the cache; its own key and value are written ahead there."""
+    keys, values = layer_cache.write_ahead(k, v)
+    left_padding = layer_cache.left_padding
     if window is not None and keys.shape[2] > window:
-        keys, values = keys[:, :, -window:], values[:, :, -window:]
-        starts = None if starts is None else (starts - (held.end + 1 - window)).clamp_min(0)
-    return decode_attention(q, keys, values, starts, scale)
+        cut = keys.shape[2] - window
+        keys, values = keys[:, :, cut:], values[:, :, cut:]
+        left_padding = None if left_padding is None else (left_padding - cut).clamp_min(0)
+    return decode_attention(q, keys, values, left_padding, scale)

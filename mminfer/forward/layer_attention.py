@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mminfer.config import InferenceConfig
 from mminfer.forward.attention import causal_attention
-from mminfer.forward.kv_cache import CompressedLayer
+from mminfer.forward.kv_layer import CompressedLayer
 from mminfer.layout import TokenLayout
 from mminfer.metrics.flops import causal_pairs
 from mminfer.metrics.records import LayerRecord
@@ -164,7 +164,7 @@ class LayerAttention:
     @property
     def seen(self) -> list[int]:
         """Tokens of each sequence that this layer has taken in, this pass included."""
-        past = (0,) * self.layout.num_sequences if self.past is None else self.past.seen
+        past = (0,) * self.layout.num_sequences if self.past is None else self.past.tokens_seen
         return [a + b for a, b in zip(past, self.layout.lengths, strict=True)]
 
     def take(self, sequence: int, entries: CacheEntries) -> None:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from mminfer.config import InferenceConfig
 from mminfer.forward.attention import routed_attention
-from mminfer.forward.kv_cache import CompressedCache, CompressedLayer, Places
+from mminfer.forward.kv_cache import CompressedCache, Continuation
+from mminfer.forward.kv_layer import CompressedLayer
 from mminfer.forward.layer_attention import LayerAttention
 from mminfer.forward.rotary import Tables, fractional, frequency_factors
 from mminfer.layout import TokenLayout
@@ -73,7 +74,7 @@ def prompt_pass(
     if config.positions is not None:
         layout = config.positions.apply(layout, adapter.spec.max_position_embeddings)
     next_position = layout.next_position
-    places = Places(next_position, layout.resume_position, layout.last_in_run)
+    continuation = Continuation(next_position, layout.resume_position, layout.last_in_run)
     earlier = cache.tokens or (0,) * layout.num_sequences
     record = PromptRecord(earlier, layout.lengths, layout.visual_lengths, ahead=_ahead(layout))
     length = cache.rotary_length or float(next_position.max())
@@ -99,7 +100,7 @@ def prompt_pass(
             if progress is not None:
                 progress(len(rows) * sum(record.prompt) // len(layout))
         taken_in = [a + b for a, b in zip(earlier, record.prompt, strict=True)]
-        cache.commit(cache.layers, columns, taken_in, places, length)
+        cache.commit(cache.layers, columns, taken_in, continuation, length)
     except BaseException:
         undo()
         raise
@@ -188,12 +189,12 @@ def _ahead(layout: TokenLayout) -> tuple[int, ...]:
 def _after(layout: TokenLayout, cache: CompressedCache) -> TokenLayout:
     """The layout moved so that each sequence's first token stands at its next position."""
     first = layout.position[:, [start for start, _ in layout.spans]].amin(0)
-    shift = cache.places.resume.to(first.device) - first
+    shift = cache.continuation.prefill.to(first.device) - first
     return replace(
         layout,
         position=layout.position + shift[layout.sequence],
         next_position=layout.next_position + shift,
-        run_before=cache.places.run.to(first.device),
+        run_before=cache.continuation.visual_run.to(first.device),
     )
 
 

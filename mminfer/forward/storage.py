@@ -7,31 +7,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mminfer.forward.kv_cache import CompressedCache, CompressedLayer, Places
-from mminfer.technique import CacheEntries
+from mminfer.forward.kv_cache import CompressedCache, Continuation
+from mminfer.forward.kv_layer import CompressedLayer
+from mminfer.technique import COLUMNS, CacheEntries
 
-PLACES = ("decode_position", "resume_position", "run_position")
-COLUMNS = ("keys", "values", "is_visual", "score", "source")
+# The names in the file of the fields of `Continuation`, in their order.
+CONTINUATION_NAMES = ("decode_position", "resume_position", "run_position")
 
 
 def cache_tensors(cache: CompressedCache) -> dict[str, Tensor]:
     """Every sequence's entries in every layer, named `layer.sequence.column`, and where the sequences go on."""
-    tensors = {name: column.clone() for name, column in zip(PLACES, cache.places.columns, strict=True)}
+    named = zip(CONTINUATION_NAMES, cache.continuation.columns, strict=True)
+    tensors = {name: column.clone() for name, column in named}
     for i, layer in enumerate(cache.layers):
         for b in range(layer.batch_size):
-            for name, column in zip(COLUMNS, layer.row(b).columns, strict=True):
+            for name, column in layer.row(b).columns.items():
                 if column is not None:
                     tensors[f"{i}.{b}.{name}"] = column.contiguous()
     return tensors
 
 
 def cache_facts(cache: CompressedCache) -> dict[str, Any]:
-    """What of a cache is no tensor."""
-    seen = [list(layer.seen) for layer in cache.layers]
+    """What of a cache is no tensor; its names are those of the file."""
     return {
         "logical_length": cache.logical_length,
         "tokens": list(cache.tokens),
-        "seen": seen,
+        "seen": [list(layer.tokens_seen) for layer in cache.layers],
         "rotary_length": cache.rotary_length,
     }
 
@@ -43,15 +44,20 @@ def restore_cache(tensors: dict[str, Tensor], facts: dict[str, Any], device: tor
         KeyError: a tensor is missing.
     """
     cache = CompressedCache()
+    here = {name: tensor.to(device) for name, tensor in tensors.items()}
     layers = []
-    for i, seen in enumerate(facts["seen"]):
-        rows = []
-        for b in range(len(seen)):
-            columns = {name: tensors.get(f"{i}.{b}.{name}") for name in COLUMNS}
-            if columns["keys"] is None or columns["values"] is None:
-                raise KeyError(f"{i}.{b}.keys")
-            rows.append(CacheEntries.of([None if x is None else x.to(device) for x in columns.values()]))
-        layers.append(CompressedLayer(rows, seen, cache))
-    places = Places(*(tensors[name].to(device) for name in PLACES))
-    cache.commit(layers, facts["logical_length"], facts["tokens"], places, facts["rotary_length"])
+    for i, tokens_seen in enumerate(facts["seen"]):
+        rows = [_entries(here, f"{i}.{b}") for b in range(len(tokens_seen))]
+        layers.append(CompressedLayer(rows, tokens_seen, cache))
+    continuation = Continuation(*(here[name] for name in CONTINUATION_NAMES))
+    cache.commit(layers, facts["logical_length"], facts["tokens"], continuation, facts["rotary_length"])
     return cache
+
+
+def _entries(tensors: dict[str, Tensor], place: str) -> CacheEntries:
+    """One sequence's entries in one layer; place: the beginning of their names, `layer.sequence`."""
+    columns = {name: tensors.get(f"{place}.{name}") for name in COLUMNS}
+    for name in ("keys", "values"):
+        if columns[name] is None:
+            raise KeyError(f"{place}.{name}")
+    return CacheEntries.of(columns)

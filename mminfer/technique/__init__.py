@@ -19,9 +19,10 @@ from mminfer.technique.stages import (
     Stage,
     Technique,
 )
-from mminfer.technique.views import CacheEntries, LayerWork
+from mminfer.technique.views import COLUMNS, CacheEntries, LayerWork
 
 __all__ = [
+    "COLUMNS",
     "CacheEntries",
     "CacheTechnique",
     "LayerRange",

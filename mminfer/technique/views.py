@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -32,32 +32,42 @@ class CacheEntries:
         return self.keys.shape[2]
 
     @classmethod
-    def of(cls, columns: Sequence[Tensor | None]) -> CacheEntries:
-        """From keys, values, is_visual, score and source in this order."""
-        keys, values, *others = columns
-        if keys is None or values is None:
-            raise ValueError("entries without keys or values")
-        return cls(keys, values, *others)
+    def of(cls, columns: Mapping[str, Tensor | None]) -> CacheEntries:
+        """From columns by name.
+
+        Raises:
+            KeyError: there are no keys or no values.
+        """
+        given = {name: column for name, column in columns.items() if column is not None}
+        return cls(given.pop("keys"), given.pop("values"), **given)
 
     @property
-    def columns(self) -> list[Tensor | None]:
-        """Keys, values, is_visual, score and source."""
-        return [self.keys, self.values, self.is_visual, self.score, self.source]
+    def columns(self) -> dict[str, Tensor | None]:
+        """Every column by name; None for those that nobody asked for."""
+        return {name: getattr(self, name) for name in COLUMNS}
 
     def last(self, count: int) -> CacheEntries:
         """The last `count` of these entries, or all there are."""
         start = max(0, len(self) - count)
-        return CacheEntries.of([None if x is None else x[:, :, start:] for x in self.columns])
+        return CacheEntries.of({n: None if x is None else x[:, :, start:] for n, x in self.columns.items()})
 
     def kept(self, places: Tensor, keys: Tensor, values: Tensor) -> CacheEntries:
         """The entries at these places ([1, G, S] int64), with keys and values that others were merged into."""
-        others = (None if x is None else x.gather(2, places) for x in self.columns[2:])
-        return CacheEntries.of([keys, values, *others])
+        others = {n: None if x is None else x.gather(2, places) for n, x in self.columns.items() if n not in _PAIR}
+        return CacheEntries.of({"keys": keys, "values": values, **others})
 
     def extend(self, new: CacheEntries) -> CacheEntries:
         """These entries, then the new ones."""
-        pairs = zip(self.columns, new.columns, strict=True)
-        return CacheEntries.of([None if a is None or b is None else torch.cat([a, b], 2) for a, b in pairs])
+        theirs = new.columns
+        joined = {
+            name: None if x is None or (y := theirs[name]) is None else torch.cat([x, y], 2)
+            for name, x in self.columns.items()
+        }
+        return CacheEntries.of(joined)
+
+
+COLUMNS = tuple(field.name for field in fields(CacheEntries))
+_PAIR = ("keys", "values")
 
 
 @dataclass(frozen=True)

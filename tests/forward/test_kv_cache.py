@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mminfer import AIMPrune, InferenceConfig, InputError, LookM, patched
-from mminfer.forward.kv_cache import CompressedCache, CompressedLayer, Places
+from mminfer.forward.kv_cache import CompressedCache, Continuation
+from mminfer.forward.kv_layer import CompressedLayer
 from mminfer.technique import CacheEntries
 from tests.tiny import IMAGE, tiny_inputs, tiny_model
 
@@ -22,7 +23,7 @@ def layer_of(rows: list[CacheEntries]) -> CompressedLayer:
     cache = CompressedCache()
     layer = CompressedLayer(rows, [len(r) for r in rows], cache)
     ends = torch.tensor([float(len(r)) for r in rows])
-    cache.commit([layer], max(map(len, rows)), [len(r) for r in rows], Places.after(ends))
+    cache.commit([layer], max(map(len, rows)), [len(r) for r in rows], Continuation.behind_text(ends))
     return layer
 
 
@@ -34,7 +35,7 @@ def test_rows_keep_what_was_put_in(lengths, tracked, steps):
     assert layer.nbytes == 2 * sum(lengths) * 2 * 8 * 4
     new = torch.randn(steps, 2, len(lengths), 2, 1, 8)
     for k, v in new:
-        layer.stage(k, v)
+        layer.write_ahead(k, v)
         layer.advance(1)
     for b, before in enumerate(rows):
         after = layer.row(b)
@@ -51,15 +52,15 @@ def test_growing_copies_rarely():
     layer = layer_of([entries(1000)])
     addresses = set()
     for _ in range(200):
-        keys, _ = layer.stage(*torch.randn(2, 1, 2, 1, 8))
+        keys, _ = layer.write_ahead(*torch.randn(2, 1, 2, 1, 8))
         layer.advance(1)
         addresses.add(keys.data_ptr())
     assert len(addresses) <= 3
 
 
-def test_staged_columns_count_only_after_the_advance():
+def test_columns_written_ahead_count_only_after_the_advance():
     layer = layer_of([entries(5), entries(3)])
-    keys, _ = layer.stage(*torch.randn(2, 2, 2, 1, 8))
+    keys, _ = layer.write_ahead(*torch.randn(2, 2, 2, 1, 8))
     assert keys.shape[2] == 6
     assert layer.keys.shape[2] == 5
     assert layer.lengths == [5, 3]
@@ -70,7 +71,7 @@ def test_beams_reorder_rows():
     layer = layer_of(rows)
     layer.cache.reorder_cache(torch.tensor([1, 1, 0]))
     assert layer.lengths == [3, 3, 5]
-    assert layer.seen == (3, 3, 5)
+    assert layer.tokens_seen == (3, 3, 5)
     assert layer.cache.next_position.tolist() == [3, 3, 5]
     assert torch.equal(layer.row(1).keys, rows[1].keys)
 
@@ -78,7 +79,7 @@ def test_beams_reorder_rows():
 def test_a_clone_is_independent():
     layer = layer_of([entries(4)])
     copy = layer.cache.clone()
-    copy.layers[0].stage(*torch.ones(2, 1, 2, 1, 8))
+    copy.layers[0].write_ahead(*torch.ones(2, 1, 2, 1, 8))
     copy.advance(1)
     copy.layers[0].keys.zero_()
     assert layer.lengths == [4]
@@ -102,7 +103,7 @@ def test_a_failed_call_leaves_the_cache_as_it_was(fails_at, new_tokens):
     with patched(model, InferenceConfig(prune=AIMPrune(1, 3), cache=LookM(0.2, 0.1))):
         cache = model(**inputs, use_cache=True).past_key_values
         restore = cache.snapshot()
-        before = [(layer.row(0).keys.clone(), layer.lengths, layer.seen) for layer in cache.layers]
+        before = [(layer.row(0).keys.clone(), layer.lengths, layer.tokens_seen) for layer in cache.layers]
         ids = torch.full((1, new_tokens), 20)
         want = model(input_ids=ids, past_key_values=cache.clone()).logits
 
@@ -117,7 +118,7 @@ def test_a_failed_call_leaves_the_cache_as_it_was(fails_at, new_tokens):
         assert cache.logical_length == inputs["input_ids"].shape[1]
         for layer, (keys, lengths, seen) in zip(cache.layers, before, strict=True):
             assert torch.equal(layer.row(0).keys, keys)
-            assert (layer.lengths, layer.seen) == (lengths, seen)
+            assert (layer.lengths, layer.tokens_seen) == (lengths, seen)
         assert torch.equal(model(input_ids=ids, past_key_values=cache).logits, want)
         restore()
         assert torch.equal(model(input_ids=ids, past_key_values=cache).logits, want)

@@ -10,7 +10,7 @@ import torch
 from transformers import GenerationConfig
 
 from mminfer import V2PE, AIMMerge, ConfigError, Engine, InferenceConfig, InputError, LookM, nano
-from mminfer.forward.kv_cache import CompressedLayer
+from mminfer.forward.kv_layer import CompressedLayer
 from mminfer.inputs.messages import MediaOptions, load_parts
 from mminfer.inputs.pieces import Host, Reading
 from mminfer.metrics.memory import resident_bytes

@@ -1,0 +1,168 @@
+"""One layer of a compressed cache: sequences of lengths of their own in one pair of buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from mminfer.errors import InputError
+from mminfer.technique import CacheEntries
+
+if TYPE_CHECKING:
+    from mminfer.forward.kv_cache import CompressedCache
+
+
+class CompressedLayer(CacheLayerMixin):
+    """One layer: its sequences end at the same column and are padded on the left to the longest of them.
+
+    Behind the columns in use the buffers have spare ones, so that a decoding step copies nothing.
+
+    Args:
+        entries: one `CacheEntries` for each sequence.
+        tokens_seen: how many tokens of each sequence this layer has taken in over all passes, evicted ones included.
+        cache: the cache it belongs to, which knows the logical length and how many spare columns there should be.
+
+    Attributes:
+        num_columns: columns in use, which is the length of the longest sequence.
+        left_padding: [B] int64, columns of padding before each sequence; None: there is none.
+    """
+
+    is_sliding = False
+
+    def __init__(self, entries: Sequence[CacheEntries], tokens_seen: Sequence[int], cache: CompressedCache) -> None:
+        self.cache = cache
+        self.tokens_seen = tuple(tokens_seen)
+        lengths, keys = [len(e) for e in entries], entries[0].keys
+        self.num_columns = max(lengths)
+        self.left_padding = None
+        if len(set(lengths)) > 1:
+            self.left_padding = torch.tensor([self.num_columns - n for n in lengths], device=keys.device)
+        columns = [e.columns for e in entries]
+        self._buffers = {name: self._padded([of_one[name] for of_one in columns]) for name in columns[0]}
+        self.is_initialized = True
+        self.dtype, self.device = keys.dtype, keys.device
+
+    def _padded(self, sequences: Sequence[Tensor | None]) -> Tensor | None:
+        """[1, G, S_b, ...] each -> [B, G, columns in use and spare ones, ...], padded on the left.
+
+        This is always one copy: what attention hands over lies in the order of its projection, and with the spare
+        columns made here the first step copies nothing.
+        """
+        tensors = [x for x in sequences if x is not None]
+        if len(tensors) < len(sequences):
+            return None
+        first, capacity = tensors[0], self.num_columns + self.cache.headroom
+        out = first.new_empty(len(tensors), first.shape[1], capacity, *first.shape[3:])
+        out[:, :, self.num_columns :] = 0
+        for row, own in zip(out, tensors, strict=True):
+            padding = self.num_columns - own.shape[2]
+            row[:, :padding] = 0
+            row[:, padding : self.num_columns] = own[0]
+        return out
+
+    @property
+    def keys(self) -> Tensor:  # type: ignore[override]
+        """[B, G, columns in use, D]."""
+        return self.reserve(0)[0][:, :, : self.num_columns]
+
+    @property
+    def values(self) -> Tensor:  # type: ignore[override]
+        """[B, G, columns in use, D]."""
+        return self.reserve(0)[1][:, :, : self.num_columns]
+
+    @property
+    def batch_size(self) -> int:
+        return self.keys.shape[0]
+
+    @property
+    def lengths(self) -> list[int]:
+        """How many entries a head each sequence has."""
+        padding = [0] * self.batch_size if self.left_padding is None else self.left_padding.tolist()
+        return [self.num_columns - n for n in padding]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys and values held; padding and spare columns are not counted."""
+        return 2 * sum(self.lengths) * self.keys.shape[1] * self.keys.shape[3] * self.keys.element_size()
+
+    def row(self, sequence: int) -> CacheEntries:
+        """One sequence's entries, as views of the buffers."""
+        rows, columns = (
+            slice(sequence, sequence + 1),
+            slice(self.num_columns - self.lengths[sequence], self.num_columns),
+        )
+        return CacheEntries.of({name: None if x is None else x[rows, :, columns] for name, x in self._buffers.items()})
+
+    def write_ahead(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes S new columns ([B, G, S, D]) behind those in use; `advance` makes them count.
+
+        Returns:
+            All keys and all values, the new ones included.
+        """
+        stop = self.num_columns + k.shape[2]
+        keys, values = self.reserve(k.shape[2])
+        keys[:, :, self.num_columns : stop], values[:, :, self.num_columns : stop] = k, v
+        return keys[:, :, :stop], values[:, :, :stop]
+
+    def reserve(self, spare_columns: int) -> tuple[Tensor, Tensor]:
+        """The whole buffers of keys and values, [B, G, capacity, D], with at least so many spare columns."""
+        keys, values = self._buffers["keys"], self._buffers["values"]
+        if keys is None or values is None:
+            raise ValueError("a layer without keys or values")
+        if self.num_columns + spare_columns > keys.shape[2]:
+            self._grow(self.num_columns + spare_columns)
+            return self.reserve(spare_columns)
+        return keys, values
+
+    def _grow(self, num_columns: int) -> None:
+        capacity, used = num_columns + max(self.cache.headroom, num_columns // 8), self.num_columns
+        for name, old in self._buffers.items():
+            if old is not None:
+                new = old.new_empty(*old.shape[:2], capacity, *old.shape[3:])
+                new[:, :, :used] = old[:, :, :used]
+                new[:, :, used:] = 0
+                self._buffers[name] = new
+
+    def advance(self, num_columns: int) -> None:
+        """Makes columns that were written ahead part of the layer."""
+        self.num_columns += num_columns
+        self.tokens_seen = tuple(n + num_columns for n in self.tokens_seen)
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Makes row `rows[i]` row i, as beams, repeats and sequences that leave the batch need it."""
+        if rows.tolist() == list(range(self.batch_size)):
+            return
+        self._buffers = {name: None if x is None else x[rows.to(x.device)] for name, x in self._buffers.items()}
+        padding = self.left_padding
+        self.left_padding = None if padding is None else padding[rows.to(padding.device)]
+        self.tokens_seen = tuple(self.tokens_seen[i] for i in rows.tolist())
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: a layer is made by the prompt pass, whole."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Refused: the host's own attention cannot go on from sequences of different lengths."""
+        raise InputError(
+            "this cache was compressed by mminfer and its rows have lengths of their own: go on with the patched "
+            "model or the engine that made it"
+        )
+
+    def get_seq_length(self) -> int:
+        """Tokens the host believes to be in the cache."""
+        return self.cache.logical_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.num_columns + query_length, self.cache.logical_length - self.num_columns
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        """What host versions before 5.20 or so ask instead."""
+        return -1
