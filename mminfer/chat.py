@@ -92,7 +92,7 @@ class Chat:
         """
         start = time.perf_counter()
         kwargs = {**self._generation_kwargs, "max_new_tokens": max_new_tokens, **generation_kwargs}
-        copies = self._engine.runner.copies(kwargs)
+        copies = self._engine.runner.expand_size(kwargs)
         if copies != 1:
             raise InputError(
                 f"num_beams or num_return_sequences is {copies}: a chat goes on from one answer; use generate()"

@@ -16,15 +16,14 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mminfer.config import InferenceConfig
 from mminfer.errors import ConfigError, InputError
+from mminfer.forward.call_state import CallState, tokens_of
 from mminfer.forward.decode import Decoder
-from mminfer.forward.kv_cache import CACHE_NAME, HEADROOM, CompressedCache
-from mminfer.forward.prefill import prompt_pass
-from mminfer.layout import ReadyRows
+from mminfer.forward.kv_cache import CACHE_NAME, CompressedCache
+from mminfer.forward.prefill import PromptOutput, prompt_pass
 from mminfer.metrics.records import PromptRecord
 from mminfer.metrics.vision import vision_shares
 from mminfer.models.base import ModelAdapter
 from mminfer.models.registry import adapter_for
-from mminfer.technique import is_whole
 
 _REFUSED = {
     "labels": "a loss",
@@ -34,175 +33,173 @@ _REFUSED = {
 
 
 class PatchHandle:
-    """A patched model: what its last prompt pass did, and the way back.
+    """A patched model: what was done since the patch was set, and the way back. `patch` makes it.
 
     Attributes:
         model: the patched model.
         adapter: how the model is read.
         config: the techniques in force.
-        records: one `PromptRecord` a prompt pass, since the patch was set.
+        records: one `PromptRecord` for each prompt pass since the patch was set.
         prompt_ms: duration of each of those passes.
-        end_ids: tokens that end a turn; rows of a batch that got one are computed no further. Empty by default, since
-            only the caller knows that generation stops there; not for beams.
-        room: how many tokens to come the cache has room for from the start.
-        chunk_size: tokens of a prompt that go through the layers at a time; None: all.
-        progress: told after each chunk how many tokens of the prompt it was.
-        ready: rows of the next prompt whose embeddings were given; that prompt takes them.
-        reading: whether every call is a stretch of a prompt, be it of one token.
-        first_token_at: `time.perf_counter()` at the end of the last prompt pass.
-        step_ms: duration of each decoding step since then.
-        compile_ms: time of the steps in which something was compiled, since the patch was set; not among `step_ms`.
     """
 
     def __init__(
         self, model: Any, config: InferenceConfig, compile: bool = False, prefill_chunk_size: int | None = None
     ) -> None:
-        if prefill_chunk_size is not None and not is_whole(prefill_chunk_size, least=1):
-            raise ConfigError(f"prefill_chunk_size={prefill_chunk_size!r}, wanted 1 or more tokens, or None for all")
-        if isinstance(getattr(model.__dict__.get("forward"), "mminfer_handle", None), PatchHandle):
+        self._call = CallState(prefill_chunk_size)
+        self._call_begun = False
+        self._chunk_size = prefill_chunk_size
+        if _patch_on(model) is not None:
             raise ConfigError("the model is patched already: call undo() on that patch first")
         self.model, self.config = model, config
         self.adapter: ModelAdapter = adapter_for(model)
         config.check(self.adapter.spec)
-        self._decoder = Decoder(self.adapter, config, compile)
         self.records: list[PromptRecord] = []
         self.prompt_ms: list[float] = []
-        self.first_token_at = 0.0
-        self.end_ids: set[int] = set()
-        self.room = HEADROOM
-        self.chunk_size = prefill_chunk_size
-        self.progress: Callable[[int], object] | None = None
-        self.ready: ReadyRows | None = None
-        self.reading = False
-        self._rows: Tensor | None = None
-        self._resumed: Tensor | None = None
-        self.step_ms: list[float] = []
-        self._state = {name: getattr(self.adapter.base, name) for name in self.adapter.host_state}
-        self._instance_forward = model.__dict__.get("forward")
-        original = model.forward
-        signature = inspect.signature(original)
-        others = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), "")
+        self._decoder = Decoder(self.adapter, config, compile)
+        self._host_state = {name: getattr(self.adapter.base, name) for name in self.adapter.host_state}
+        self._own_forward = model.__dict__.get("forward")  # None: the class's
+        model.forward = _replacement(model.forward, self)
 
-        @functools.wraps(original)
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            if not args and others:  # as `generate` calls; binding takes long for one token
-                return self._forward(kwargs)
-            bound = signature.bind(*args, **kwargs).arguments
-            return self._forward({**bound.pop(others, {}), **bound})
+    @property
+    def first_token_at(self) -> float:
+        """`time.perf_counter()` at the end of the last prompt pass; 0.0: there was none."""
+        return self._call.first_token_at
 
-        vars(forward)["mminfer_handle"] = self
-        model.forward = forward
+    @property
+    def step_ms(self) -> list[float]:
+        """Duration of each decoding step since the last prompt pass; `compile_ms` has those that compiled."""
+        return self._call.step_ms
 
     @property
     def compile_ms(self) -> float:
+        """Time of the steps since the patch was set in which something was compiled; they are not in `step_ms`."""
         return self._decoder.compile_ms
 
-    def resume(self, cache: CompressedCache, logits: Tensor) -> None:
-        """Lets `generate` go on from a prompt that is in the cache already.
+    @contextmanager
+    def begin(self, state: CallState) -> Iterator[CallState]:
+        """Puts a call's state in force for the time of a `with` block; no other call ever sees it.
 
-        The host asks for the logits of the last token once more; it gets these.
+        Outside such blocks every prompt begins a call of its own, with the settings that `CallState` has by default
+        and the patch's `prefill_chunk_size`.
 
         Args:
-            cache: holds the whole prompt.
-            logits: [B, 1, vocabulary] of its last token.
+            state: made for this call.
+
+        Raises:
+            ConfigError: another call is in force.
         """
-        self._resumed = logits
-        cache.logical_length -= 1
+        if self._call_begun:
+            raise ConfigError("a call of this patched model is in force already: leave its `with` block first")
+        self._call, self._call_begun = state, True
+        try:
+            yield state
+        finally:
+            self._call, self._call_begun = state.followed_by(CallState(self._chunk_size)), False
 
     def undo(self) -> None:
         """Gives the model back as it was. Calling it again does nothing."""
-        if getattr(self.model.__dict__.get("forward"), "mminfer_handle", None) is not self:
+        if _patch_on(self.model) is not self:
             return
-        if self._instance_forward is None:
+        if self._own_forward is None:
             del self.model.forward
         else:
-            self.model.forward = self._instance_forward
-        for name, value in self._state.items():
+            self.model.forward = self._own_forward
+        for name, value in self._host_state.items():
             setattr(self.adapter.base, name, value)
 
     @torch.no_grad()
     def _forward(self, inputs: dict[str, Any]) -> Any:
-        cache = _cache_of(inputs)
-        start = time.perf_counter()
-        if self._resumed is not None:
-            logits, self._resumed = self._resumed, None
-            cache.logical_length += 1
-            self._rows = None
-        elif cache.logical_length and not self.reading and self.ready is None and _is_step(inputs):
-            compiled = self.compile_ms
-            logits = self._step(inputs, cache)
-            if self.compile_ms == compiled:
-                self.step_ms.append(1e3 * (time.perf_counter() - start))
-        else:
-            self._rows = None
-            self._decoder.refresh()
-            cache.headroom = self.room
-            logits = self._prompt(inputs, cache)
-            self.first_token_at = time.perf_counter()
-            self.prompt_ms.append(1e3 * (self.first_token_at - start))
-            self.step_ms.clear()
+        """What the model's `forward` gives for these inputs, a prompt or a decoding step, while it is patched."""
+        cache, call = _cache_of(inputs), self._call
+        logits = call.take_last_logits(cache)
+        if logits is None:
+            logits = self._step(inputs, cache) if call.is_step(inputs, cache) else self._prompt(inputs, cache)
         past: dict[str, Any] = {CACHE_NAME: None if inputs.get("use_cache") is False else cache}
         output = CausalLMOutputWithPast(logits=logits, **past)
         return output.to_tuple() if inputs.get("return_dict") is False else output
 
     def _step(self, inputs: dict[str, Any], cache: CompressedCache) -> Tensor:
+        start, compile_ms = time.perf_counter(), self.compile_ms
         embeds = inputs.get("inputs_embeds")
         if embeds is None:
             embeds = self.model.get_input_embeddings()(inputs["input_ids"])
-        rows = self._unfinished(inputs, cache)
+        rows = self._call.drop_finished(inputs.get("input_ids"), cache)
         if rows is None:
-            return self._decoder.step(embeds, cache)
-        logits = self._decoder.step(embeds[rows], cache)
-        return logits.new_zeros(len(embeds), *logits.shape[1:]).index_copy_(0, rows, logits)
-
-    def _unfinished(self, inputs: dict[str, Any], cache: CompressedCache) -> Tensor | None:
-        """Rows of the batch that still generate; None: all. Those whose turn has ended leave the cache for good."""
-        if not self.end_ids or inputs.get("input_ids") is None:
-            return None
-        ids = inputs["input_ids"][:, 0].tolist()
-        rows = range(len(ids)) if self._rows is None else self._rows.tolist()
-        going = [place for place, row in enumerate(rows) if ids[row] not in self.end_ids]
-        if 0 < len(going) < len(rows):
-            device = inputs["input_ids"].device
-            cache.reorder_cache(torch.tensor(going, device=device))
-            self._rows = torch.tensor([rows[place] for place in going], device=device)
-        return self._rows
+            logits = self._decoder.step(embeds, cache)
+        else:
+            of_rows = self._decoder.step(embeds[rows], cache)
+            logits = of_rows.new_zeros(len(embeds), *of_rows.shape[1:]).index_copy_(0, rows, of_rows)
+        if self.compile_ms == compile_ms:
+            self._call.step_ms.append(1e3 * (time.perf_counter() - start))
+        return logits
 
     def _prompt(self, inputs: dict[str, Any], cache: CompressedCache) -> Tensor:
+        start = time.perf_counter()
+        call = self._call if self._call_begun else CallState(self._chunk_size)
+        self._decoder.refresh()
+        call.begin_prompt(cache)
+        output = self._prompt_output(call, inputs, cache)
+        output.record.vision_flops = vision_shares(self.adapter, inputs, output.record.visual)
+        self.records.append(output.record)
+        logits = self._prompt_logits(inputs, output)
+        call.end_prompt(time.perf_counter())
+        self.prompt_ms.append(1e3 * (call.first_token_at - start))
+        self._call = call
+        return logits
+
+    def _prompt_output(self, call: CallState, inputs: dict[str, Any], cache: CompressedCache) -> PromptOutput:
         for name, what in _REFUSED.items():
             if inputs.get(name) is not None and inputs[name] is not False:
                 raise InputError(f"{name}: a patched model gives no {what}; undo() the patch for this call")
-        ready, self.ready = self.ready, None
-        embeds, layout = self.adapter.embed(inputs, ready)
-        like = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+        embeds, layout = self.adapter.embed(inputs, call.take_given_embeddings())
         keep = inputs.get("logits_to_keep", 0)
-        out = prompt_pass(
+        return prompt_pass(
             self.adapter,
             self.config,
             embeds,
             layout,
             cache,
-            like.shape[1],
-            chunk_size=self.chunk_size,
+            tokens_of(inputs).shape[1],
+            chunk_size=call.chunk_size,
             last_only=isinstance(keep, int) and keep == 1,
-            progress=self.progress,
+            progress=call.progress,
         )
-        out.record.vision_flops = vision_shares(self.adapter, inputs, out.record.visual)
-        self.records.append(out.record)
-        if out.hidden is None:
-            return self.adapter.logits(out.last[:, None])
-        return self._all_logits(inputs, out.hidden, like.shape[:2])
 
-    def _all_logits(self, inputs: dict[str, Any], hidden: Tensor, shape: tuple[int, int]) -> Tensor:
-        """[B, N, vocabulary] (or the columns of `logits_to_keep`), in the padded places the rows came from."""
-        mask = inputs.get("attention_mask")
+    def _prompt_logits(self, inputs: dict[str, Any], output: PromptOutput) -> Tensor:
+        """[B, N, vocabulary] (or the columns of `logits_to_keep`), padding as it came; or [B, 1, vocabulary]."""
+        if output.hidden is None:
+            return self.adapter.logits(output.last[:, None])
+        shape, mask = tokens_of(inputs).shape[:2], inputs.get("attention_mask")
         mask = torch.ones(shape, dtype=torch.bool) if mask is None else mask[:, -shape[1] :].bool()
-        padded = hidden.new_zeros(*shape, hidden.shape[-1])
-        padded[mask.to(hidden.device)] = hidden
+        padded = output.hidden.new_zeros(*shape, output.hidden.shape[-1])
+        padded[mask.to(padded.device)] = output.hidden
         keep = inputs.get("logits_to_keep", 0)
         if isinstance(keep, int):
             keep = slice(-keep, None) if keep else slice(None)
         return self.adapter.logits(padded[:, keep])
+
+
+def _patch_on(model: Any) -> PatchHandle | None:
+    """The patch that is on the model now."""
+    handle = getattr(model.__dict__.get("forward"), "mminfer_handle", None)
+    return handle if isinstance(handle, PatchHandle) else None
+
+
+def _replacement(original: Callable[..., Any], handle: PatchHandle) -> Callable[..., Any]:
+    """What stands in for the model's own `forward`, with its signature."""
+    signature = inspect.signature(original)
+    keywords = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), "")
+
+    @functools.wraps(original)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if not args and keywords:  # as `generate` calls; binding takes long for one token
+            return handle._forward(kwargs)
+        bound = signature.bind(*args, **kwargs).arguments
+        return handle._forward({**bound.pop(keywords, {}), **bound})
+
+    vars(forward)["mminfer_handle"] = handle
+    return forward
 
 
 def _cache_of(inputs: dict[str, Any]) -> CompressedCache:
@@ -222,20 +219,14 @@ def _cache_of(inputs: dict[str, Any]) -> CompressedCache:
     return CompressedCache()
 
 
-def _is_step(inputs: dict[str, Any]) -> bool:
-    """Whether this is one text token a sequence, with nothing to see."""
-    seen = (inputs.get("pixel_values"), inputs.get("pixel_values_videos"), inputs.get("mm_encoder_outputs"))
-    like = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
-    return like.shape[1] == 1 and not any(x is not None and (isinstance(x, Tensor) or len(x) > 0) for x in seen)
-
-
 def patch(
     model: Any, config: InferenceConfig, compile: bool = False, prefill_chunk_size: int | None = None
 ) -> PatchHandle:
     """Makes a loaded Hugging Face vision-language model run with these techniques, in its own `generate`.
 
     `forward` of the instance is replaced, nothing else: no class, no weight, no global table. When rows leave the
-    prompt (merging, pruning), `forward` returns logits of the last position only, as `generate` asks for.
+    prompt (merging, pruning), `forward` returns logits of the last position only, [B, 1, vocabulary], as `generate`
+    asks for; otherwise [B, N, vocabulary] as the host does.
 
     Args:
         model: a `...ForConditionalGeneration` of a supported family.
@@ -252,6 +243,12 @@ def patch(
     Raises:
         UnsupportedModelError: the family has no adapter.
         ConfigError: a setting does not fit the model, or it is patched already.
+
+    Example:
+        >>> handle = mminfer.patch(model, mminfer.InferenceConfig(cache=mminfer.LookM(budget=8192)))
+        >>> ids = model.generate(**processor_inputs, max_new_tokens=64)
+        >>> handle.records[-1].layers[0].entries  # how many entries a head each sequence's cache holds in layer 0
+        >>> handle.undo()
     """
     return PatchHandle(model, config, compile, prefill_chunk_size)
 
@@ -260,7 +257,12 @@ def patch(
 def patched(
     model: Any, config: InferenceConfig, compile: bool = False, prefill_chunk_size: int | None = None
 ) -> Iterator[PatchHandle]:
-    """`patch` for the time of a `with` block."""
+    """`patch` for the time of a `with` block; arguments, errors and handle are those of `patch`.
+
+    Example:
+        >>> with mminfer.patched(model, mminfer.InferenceConfig(merge=mminfer.AIMMerge(ratio=0.25))):
+        ...     ids = model.generate(**processor_inputs, max_new_tokens=64)
+    """
     handle = patch(model, config, compile, prefill_chunk_size)
     try:
         yield handle

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import StoppingCriteria, TextStreamer
 
 from mminfer.output import GenerationOutput
-from mminfer.running import ReadingStopped
+from mminfer.running import ReadingCancelled
 
 _END = object()
 
@@ -39,7 +39,7 @@ class TextStream(Iterator[str]):
         try:
             criteria = [_StopOn(self._stop)]
             self.output = self._run(streamer=self._streamer, stopping_criteria=criteria, stopped=self._stop.is_set)
-        except ReadingStopped:
+        except ReadingCancelled:
             pass  # nobody waits for an answer
         except BaseException as error:  # handed to the reader, whatever it is
             self._error = error

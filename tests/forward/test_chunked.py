@@ -15,6 +15,7 @@ from mminfer import (
     patch,
     patched,
 )
+from mminfer.forward.call_state import CallState
 from mminfer.forward.kv_cache import CACHE_NAME
 from tests.tiny import FAMILIES, IMAGE, VIDEO, skip_if_refused, tiny_inputs, tiny_model
 from tests.tiny_models import VIDEO_ID
@@ -116,8 +117,7 @@ def test_an_error_in_a_later_chunk_leaves_the_cache_as_it_was(monkeypatch):
             if len(chunks) == 2:
                 raise KeyboardInterrupt
 
-        handle.progress = stop
-        with pytest.raises(KeyboardInterrupt):
+        with handle.begin(CallState(chunk_size=18, progress=stop)), pytest.raises(KeyboardInterrupt):
             model(**more, **{CACHE_NAME: cache}, use_cache=True, logits_to_keep=1)
     assert cache.layers is layers and torch.equal(cache.layers[0].keys, keys)
     assert (cache.tokens, cache.logical_length) == facts

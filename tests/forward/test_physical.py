@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mminfer import V2PE, AIMMerge, AIMPrune, InferenceConfig, LookM, OperatorSkip, patched
+from mminfer.forward.call_state import CallState
 from mminfer.models.registry import adapter_for
 from mminfer.technique import LayerRange
 from mminfer.tokens import aim_schedule
@@ -172,7 +173,6 @@ def test_rows_that_have_ended_are_computed_no_further(family):
         new = whole.sequences[:, inputs["input_ids"].shape[1] :]
         ends = int(new[1, 2])
         stops = [row.index(ends) if ends in row else 5 for row in new.tolist()]
-        handle.end_ids = {ends}
         look = (
             adapter_for(model)
             .layers[0]
@@ -181,7 +181,8 @@ def test_rows_that_have_ended_are_computed_no_further(family):
                 with_kwargs=True,
             )
         )
-        ours = model.generate(**inputs, **steps, eos_token_id=ends)
+        with handle.begin(CallState(end_ids={ends})):
+            ours = model.generate(**inputs, **steps, eos_token_id=ends)
         look.remove()
     count = len(ours.logits)
     going = [sum(stop >= step for stop in stops) for step in range(1, count)]

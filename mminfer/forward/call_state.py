@@ -1,0 +1,154 @@
+"""What one call of a patched model is doing: made for the call, and gone with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mminfer.errors import ConfigError
+from mminfer.forward.kv_cache import HEADROOM, CompressedCache
+from mminfer.layout import ReadyRows
+from mminfer.technique import is_whole
+
+VISUAL_INPUTS = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
+
+
+@dataclass(eq=False)
+class CallState:
+    """What one call of a patched model is doing; `PatchHandle.begin` puts it in force.
+
+    A call is a prompt, in one stretch or in several, and the decoding steps behind it.
+
+    Args:
+        chunk_size: tokens of each chat that go through the layers at a time; None: all.
+        end_ids: tokens that end a turn; rows of a batch that got one are computed no further. Empty by default, since
+            only the caller knows that generation stops there; not for beams.
+        headroom: how many tokens to come the cache has room for from the start.
+        progress: told after each chunk how many tokens of the prompt it was.
+        given_embeddings: rows of the next prompt whose embeddings are given; that prompt takes them.
+
+    Attributes:
+        first_token_at: `time.perf_counter()` at the end of the last prompt pass.
+        step_ms: duration of each decoding step since then, but for those in which something was compiled.
+
+    Raises:
+        ConfigError: the chunk size is no number of tokens.
+    """
+
+    chunk_size: int | None = None
+    end_ids: Collection[int] = ()
+    headroom: int = HEADROOM
+    progress: Callable[[int], object] | None = None
+    given_embeddings: ReadyRows | None = None
+    first_token_at: float = field(default=0.0, init=False)
+    step_ms: list[float] = field(default_factory=list, init=False)
+    _prompt_only: bool = field(default=False, init=False)  # every call is a stretch of a prompt, be it of one token
+    _last_logits: Tensor | None = field(default=None, init=False)  # of a prompt that the cache holds already
+    _running: Tensor | None = field(default=None, init=False)  # [K] int64, rows that still generate; None: all
+
+    def __post_init__(self) -> None:
+        if self.chunk_size is not None and not is_whole(self.chunk_size, least=1):
+            raise ConfigError(f"prefill_chunk_size={self.chunk_size!r}, wanted 1 or more tokens, or None for all")
+
+    @contextmanager
+    def reading(self, progress: Callable[[int], object] | None) -> Iterator[None]:
+        """Within the `with` block every forward pass is a stretch of a prompt, be it of one token.
+
+        Args:
+            progress: as the attribute, for this time.
+        """
+        before = self.progress
+        self._prompt_only, self.progress = True, progress
+        try:
+            yield
+        finally:
+            self._prompt_only, self.progress = False, before
+
+    @contextmanager
+    def resuming(self, cache: CompressedCache, logits: Tensor) -> Iterator[None]:
+        """Within the `with` block the host's `generate` goes on from a prompt that is in the cache already.
+
+        The host asks for the logits of the last token once more; it gets these. If it never does, the cache is put
+        back as it was.
+
+        Args:
+            cache: holds the whole prompt.
+            logits: [B, 1, vocabulary], of the prompt's last token.
+        """
+        self._last_logits = logits
+        cache.logical_length -= 1
+        try:
+            yield
+        finally:
+            self.take_last_logits(cache)
+
+    def take_last_logits(self, cache: CompressedCache) -> Tensor | None:
+        """[B, 1, vocabulary], of a prompt that the cache holds already; None: there is none, or they were taken."""
+        logits, self._last_logits = self._last_logits, None
+        if logits is not None:
+            cache.logical_length += 1
+        return logits
+
+    def take_given_embeddings(self) -> ReadyRows | None:
+        """The embeddings given for the next prompt, once."""
+        given, self.given_embeddings = self.given_embeddings, None
+        return given
+
+    def is_step(self, inputs: dict[str, Any], cache: CompressedCache) -> bool:
+        """Whether a forward pass with these inputs is a decoding step and no prompt.
+
+        It is one where something is in the cache and one token of text is added to each sequence.
+        """
+        if not cache.logical_length or self._prompt_only or self.given_embeddings is not None:
+            return False
+        if tokens_of(inputs).shape[1] != 1:
+            return False
+        visual = (inputs.get(name) for name in VISUAL_INPUTS)
+        return not any(x is not None and (isinstance(x, Tensor) or len(x) > 0) for x in visual)
+
+    def begin_prompt(self, cache: CompressedCache) -> None:
+        """A prompt is about to go into the cache; all rows of its batch will generate."""
+        self._running = None
+        cache.headroom = self.headroom
+
+    def end_prompt(self, now: float) -> None:
+        """The first token can be chosen; now: by `time.perf_counter()`."""
+        self.first_token_at = now
+        self.step_ms = []
+
+    def followed_by(self, other: CallState) -> CallState:
+        """The other call, which has done nothing yet; it goes on with the times of this one, and with nothing else."""
+        other.first_token_at, other.step_ms = self.first_token_at, self.step_ms
+        return other
+
+    def drop_finished(self, input_ids: Tensor | None, cache: CompressedCache) -> Tensor | None:
+        """Takes sequences whose turn has ended out of the cache, for good; at least one always stays.
+
+        Args:
+            input_ids: [B, 1], the last token of each row of the whole batch; None: not known.
+            cache: holds the rows that were generating up to now.
+
+        Returns:
+            [K] int64, the rows that still generate; None: all of them.
+        """
+        if not self.end_ids or input_ids is None:
+            return None
+        last = input_ids[:, 0].tolist()
+        running = list(range(len(last))) if self._running is None else self._running.tolist()
+        places = [place for place, row in enumerate(running) if last[row] not in self.end_ids]
+        if 0 < len(places) < len(running):
+            cache.reorder_cache(torch.tensor(places, device=input_ids.device))
+            self._running = torch.tensor([running[place] for place in places], device=input_ids.device)
+        return self._running
+
+
+def tokens_of(inputs: dict[str, Any]) -> Tensor:
+    """What of a model's inputs has one column for each token: ids [B, N], or embeddings [B, N, C]."""
+    ids = inputs.get("input_ids")
+    tokens: Tensor = inputs["inputs_embeds"] if ids is None else ids
+    return tokens

@@ -1,0 +1,76 @@
+"""Taking readings in: the pieces of a prompt go through a patched model, one after the other, into a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from mminfer.forward.call_state import CallState
+from mminfer.forward.kv_cache import CACHE_NAME, CompressedCache
+from mminfer.inputs.pieces import Reading
+from mminfer.inputs.progress import ReadingBar, reading_bar
+from mminfer.layout import READY
+from mminfer.metrics.records import PromptRecord, joined
+from mminfer.patching import PatchHandle
+
+
+class ReadingCancelled(Exception):
+    """Whoever asked for an answer has gone while its prompt was read."""
+
+
+class PromptReader:
+    """Takes readings in on a patched model.
+
+    Args:
+        handle: the patch that is on the model.
+        state: what the call is doing, in force on the patch.
+        show_progress: whether to show a bar of the tokens read.
+        stopped: called after each chunk; ends the reading if it gives True.
+    """
+
+    def __init__(
+        self,
+        handle: PatchHandle,
+        state: CallState,
+        show_progress: bool,
+        stopped: Callable[[], bool] | None = None,
+    ) -> None:
+        self._handle, self._state = handle, state
+        self._show_progress, self._stopped = show_progress, stopped
+
+    def read(self, readings: Sequence[Reading], caches: Sequence[CompressedCache]) -> tuple[Tensor, list[PromptRecord]]:
+        """Takes each reading into its cache.
+
+        Returns:
+            Logits [B, 1, vocabulary] of the last tokens, and a record of each reading; those without tokens left out.
+
+        Raises:
+            ReadingCancelled: `stopped` gave True.
+        """
+        logits, records = [], []
+        with reading_bar(self._show_progress) as bar, self._state.reading(partial(self._advance, bar)):
+            for reading, cache in zip(readings, caches, strict=True):
+                first = len(self._handle.records)
+                last_logits = self._read_one(reading, cache, bar)
+                if last_logits is not None:
+                    logits.append(last_logits)
+                    records.append(joined(self._handle.records[first:]))
+        return torch.cat(logits) if logits else torch.empty(0), records
+
+    def _read_one(self, reading: Reading, cache: CompressedCache, bar: ReadingBar) -> Tensor | None:
+        """[1, 1, vocabulary], of the reading's last token; None: it has no token."""
+        output = None
+        bar.begin()
+        for inputs in reading:
+            self._state.given_embeddings = inputs.pop(READY, None)
+            output = self._handle.model(**inputs, **{CACHE_NAME: cache}, logits_to_keep=1, use_cache=True)
+            bar.expect(reading.parts_done, reading.parts_expected)
+        return None if output is None else output.logits
+
+    def _advance(self, bar: ReadingBar, tokens: int) -> None:
+        bar.advance(tokens)
+        if self._stopped is not None and self._stopped():
+            raise ReadingCancelled

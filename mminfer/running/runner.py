@@ -1,0 +1,181 @@
+"""Answers prepared requests on one model, by the host's `generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from mminfer_kernels import record_backends
+from torch import Tensor
+
+from mminfer.config import InferenceConfig
+from mminfer.forward.call_state import CallState
+from mminfer.forward.kv_cache import CACHE_NAME, CompressedCache
+from mminfer.inputs.pieces import Host, Reading
+from mminfer.layout import READY, ReadyRows
+from mminfer.metrics.memory import peak_memory
+from mminfer.metrics.records import PromptRecord, stacked
+from mminfer.metrics.stats import stats_of
+from mminfer.metrics.vision import vision_shares
+from mminfer.models.base import ModelAdapter
+from mminfer.output import GenerationOutput
+from mminfer.patching import patched
+from mminfer.running.call import GenerationCall
+from mminfer.running.model_lock import lock_of
+from mminfer.running.options import GenerationArguments, RunOptions
+from mminfer.running.prompt_reader import PromptReader
+
+
+class Runner:
+    """Answers prepared requests.
+
+    Args:
+        model: the host model.
+        processor: its processor.
+        adapter: how the model is read.
+        config: the techniques.
+        compile: decode by the host's modules under torch.compile; see `mminfer.patch`.
+    """
+
+    def __init__(
+        self, model: Any, processor: Any, adapter: ModelAdapter, config: InferenceConfig, compile: bool
+    ) -> None:
+        self._model, self._processor, self._adapter = model, processor, adapter
+        self._config, self._compile = config, compile
+        self._lock = lock_of(model)
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self._model.get_input_embeddings().weight.device
+        return device
+
+    @property
+    def host(self) -> Host:
+        """What readings need of the model."""
+        return Host(self._adapter, self._processor, self.device, self._model.dtype)
+
+    def run(self, inputs: dict[str, Any], start: float, **generation_kwargs: Any) -> list[GenerationOutput]:
+        """Generates from prepared inputs.
+
+        Args:
+            inputs: of a batch, as the processor makes them.
+            start: `time.perf_counter()` when the request came in.
+            generation_kwargs: the host's; `stopped` is left unheard, since one pass cannot be stopped.
+
+        Raises:
+            InputError: the host knows no such argument.
+        """
+        arguments = self._checked(generation_kwargs)
+        given = inputs.get(READY)
+        if given is not None:
+            given = given.repeated(arguments.expand_size)
+        with self._generating(arguments, given_embeddings=given) as call:
+            call.generate({name: value for name, value in inputs.items() if name != READY})
+        record = call.handle.records[-1]
+        if not record.vision_flops:  # the host's `generate` encodes before it calls the model
+            record.vision_flops = vision_shares(self._adapter, inputs, record.visual, arguments.expand_size)
+        return self._outputs(call, record, start)
+
+    def read(self, readings: Sequence[Reading], caches: Sequence[CompressedCache], options: RunOptions) -> None:
+        """Takes readings in, each into its cache, without generating.
+
+        If anything raises, what some pieces left in a cache stays there: it is the caller's to put it back.
+        """
+        state = CallState(options.chunk_size)
+        with self._lock, patched(self._model, self._config) as handle, handle.begin(state):
+            PromptReader(handle, state, options.progress).read(readings, caches)
+
+    def answer(
+        self,
+        readings: Sequence[Reading],
+        caches: Sequence[CompressedCache],
+        start: float,
+        options: RunOptions,
+        **generation_kwargs: Any,
+    ) -> list[GenerationOutput]:
+        """Takes readings in, each into its cache as `read` does, and answers them in one batch.
+
+        Args:
+            readings: one for each chat, to the end of its prompt.
+            caches: what earlier turns left of each chat, or empty ones.
+            start: `time.perf_counter()` when the request came in.
+            options: how the prompts go in.
+            generation_kwargs: the host's; `stopped` is called after each chunk and ends the reading if it gives True.
+
+        Raises:
+            InputError: the host knows no such argument.
+            ReadingCancelled: `stopped` gave True.
+        """
+        arguments = self._checked(generation_kwargs)
+        with self._generating(arguments, options.chunk_size) as call:
+            reader = PromptReader(call.handle, call.state, options.progress, arguments.stopped)
+            logits, records = reader.read(readings, caches)
+            cache, expand_size = CompressedCache.stack(caches), arguments.expand_size
+            if expand_size > 1:  # the host repeats its inputs so, but not a cache that it is given
+                cache.batch_repeat_interleave(expand_size)
+                logits = logits.repeat_interleave(expand_size, 0)
+            with call.state.resuming(cache, logits):
+                call.generate({**self._placeholders([r.ids for r in readings]), CACHE_NAME: cache})
+        return self._outputs(call, stacked(records), start)
+
+    def expand_size(self, generation_kwargs: dict[str, Any]) -> int:
+        """How many times the host repeats every sequence: for beams, or for sequences to return."""
+        return GenerationArguments(self._model, generation_kwargs).expand_size
+
+    def check_names(self, generation_kwargs: dict[str, Any]) -> None:
+        """Refuses arguments that the host will not know, which it would say only behind the prompt.
+
+        Raises:
+            InputError: there is one.
+        """
+        self._checked(generation_kwargs)
+
+    def _checked(self, generation_kwargs: dict[str, Any]) -> GenerationArguments:
+        arguments = GenerationArguments(self._model, generation_kwargs)
+        arguments.check()
+        return arguments
+
+    @contextmanager
+    def _generating(
+        self, arguments: GenerationArguments, chunk_size: int | None = None, given_embeddings: ReadyRows | None = None
+    ) -> Iterator[GenerationCall]:
+        """A call, whose state is in force within the `with` block and nowhere else."""
+        if "stop_strings" in arguments.host_arguments:
+            arguments.host_arguments.setdefault("tokenizer", self._processor.tokenizer)
+        state = CallState(chunk_size, arguments.finishing_ids, arguments.headroom, given_embeddings=given_embeddings)
+        with (
+            self._lock,
+            patched(self._model, self._config, self._compile) as handle,
+            handle.begin(state),
+            record_backends() as backends,
+            peak_memory(self.device) as peak,
+        ):
+            yield GenerationCall(handle, state, arguments, backends, peak)
+
+    def _placeholders(self, rows: Sequence[list[int]]) -> dict[str, Tensor]:
+        """What the host's `generate` wants to see of prompts that the cache holds already.
+
+        Args:
+            rows: the token ids of each prompt.
+        """
+        columns, device = max(map(len, rows)), self.device
+        ids = torch.tensor([[0] * (columns - len(row)) + row for row in rows], device=device)
+        lengths = torch.tensor([[len(row)] for row in rows], device=device)
+        mask = (torch.arange(columns, device=device) >= columns - lengths).long()
+        axes = self._adapter.position_axes
+        positions = ids.new_zeros(ids.shape if axes == 1 else (axes, *ids.shape))  # nobody reads them
+        return {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+
+    def _outputs(self, call: GenerationCall, record: PromptRecord, start: float) -> list[GenerationOutput]:
+        """The answers, one for each row that was generated; start: when the request came in."""
+        times, element_size = call.times(start), self._model.dtype.itemsize
+        outputs = []
+        for row in range(len(call.new_ids)):
+            ids, logits = call.answer(row)
+            chat = row * len(record.prompt) // len(call.new_ids)  # several rows may belong to one chat
+            stats = stats_of(self._adapter.spec, record, chat, len(ids), element_size, times)
+            text = self._processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
+            outputs.append(GenerationOutput(text, ids, stats, logits))
+        return outputs
