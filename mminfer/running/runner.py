@@ -124,14 +124,6 @@ class Runner:
         """How many times the host repeats every sequence: for beams, or for sequences to return."""
         return GenerationArguments(self._model, generation_kwargs).expand_size
 
-    def check_names(self, generation_kwargs: dict[str, Any]) -> None:
-        """Refuses arguments that the host will not know, which it would say only behind the prompt.
-
-        Raises:
-            InputError: there is one.
-        """
-        self._checked(generation_kwargs)
-
     def _checked(self, generation_kwargs: dict[str, Any]) -> GenerationArguments:
         arguments = GenerationArguments(self._model, generation_kwargs)
         arguments.check()
