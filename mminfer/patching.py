@@ -19,7 +19,7 @@ from mminfer.errors import ConfigError, InputError
 from mminfer.forward.decode import Decoder
 from mminfer.forward.kv_cache import CACHE_NAME, ROOM, CompressedCache
 from mminfer.forward.prefill import prompt_pass
-from mminfer.layout import ReadyRows
+from mminfer.layout import GivenRows
 from mminfer.metrics.records import PromptRecord
 from mminfer.metrics.vision import vision_shares
 from mminfer.models.base import ModelAdapter
@@ -72,7 +72,7 @@ class PatchHandle:
         self.room = ROOM
         self.chunk_size = prefill_chunk_size
         self.progress: Callable[[int], object] | None = None
-        self.ready: ReadyRows | None = None
+        self.ready: GivenRows | None = None
         self.reading = False
         self._rows: Tensor | None = None
         self._resumed: Tensor | None = None

@@ -19,9 +19,9 @@ from transformers import GenerationConfig
 from mminfer.config import InferenceConfig
 from mminfer.errors import InputError
 from mminfer.forward.kv_cache import CACHE_NAME, ROOM, CompressedCache
-from mminfer.inputs.pieces import Host, Reading
 from mminfer.inputs.progress import reading_bar
-from mminfer.layout import READY
+from mminfer.inputs.reading import Reading
+from mminfer.layout import GIVEN_ROWS
 from mminfer.metrics.memory import Peak, peak_memory
 from mminfer.metrics.records import PromptRecord, joined, stacked
 from mminfer.metrics.stats import CallTimes, stats_of
@@ -29,6 +29,7 @@ from mminfer.metrics.vision import vision_shares
 from mminfer.models.base import ModelAdapter
 from mminfer.output import GenerationOutput
 from mminfer.patching import PatchHandle, patched
+from mminfer.technique import is_whole
 
 MOST_ROOM = 1024  # beyond, a cache grows when the tokens come
 COPIES = ("num_beams", "num_return_sequences")
@@ -97,11 +98,6 @@ class Runner:
         device: torch.device = self._model.get_input_embeddings().weight.device
         return device
 
-    @property
-    def host(self) -> Host:
-        """What readings need of the model."""
-        return Host(self._adapter, self._processor, self.device, self._model.dtype)
-
     def run(self, inputs: dict[str, Any], start: float, **generation_kwargs: Any) -> list[GenerationOutput]:
         """Generates from prepared inputs.
 
@@ -111,11 +107,11 @@ class Runner:
             generation_kwargs: the host's.
         """
         generation_kwargs.pop("stopped", None)  # one pass cannot be stopped
-        self.check_names(generation_kwargs)
-        ready, copies = inputs.get(READY), self.copies(generation_kwargs)
+        self.check_arguments(generation_kwargs)
+        ready, copies = inputs.get(GIVEN_ROWS), self.copies(generation_kwargs)
         with self._generating(generation_kwargs, RunOptions()) as call:
             call.handle.ready = ready if ready is None else ready.repeated(copies)
-            call.generate({name: value for name, value in inputs.items() if name != READY})
+            call.generate({name: value for name, value in inputs.items() if name != GIVEN_ROWS})
         record = call.handle.records[-1]
         if not record.vision_flops:  # the host's `generate` encodes before it calls the model
             record.vision_flops = vision_shares(self._adapter, inputs, record.visual, copies)
@@ -150,7 +146,7 @@ class Runner:
             ReadingStopped: it did.
         """
         stopped: Callable[[], bool] | None = generation_kwargs.pop("stopped", None)
-        self.check_names(generation_kwargs)
+        self.check_arguments(generation_kwargs)
         copies = self.copies(generation_kwargs)
         with self._generating(generation_kwargs, options) as call:
             last, records = self._take_in(call.handle, readings, caches, options, stopped)
@@ -188,7 +184,7 @@ class Runner:
                 first, output = len(handle.records), None
                 bar.begin()
                 for inputs in reading:
-                    handle.ready = inputs.pop(READY, None)
+                    handle.ready = inputs.pop(GIVEN_ROWS, None)
                     output = self._model(**inputs, **{CACHE_NAME: cache}, logits_to_keep=1, use_cache=True)
                     bar.expect(reading.parts_done, reading.parts_expected)
                 if output is not None:
@@ -229,14 +225,29 @@ class Runner:
         """How many times the host repeats every sequence: beams, or sequences to return."""
         return max(self._setting(generation_kwargs, name) or 1 for name in COPIES)
 
-    def check_names(self, generation_kwargs: dict[str, Any]) -> None:
-        """Raises `InputError` for names that the host will not know, which it would say after the prompt only."""
+    def check_arguments(self, generation_kwargs: dict[str, Any], *, one_answer_for: str | None = None) -> None:
+        """Refuses what the host would refuse after the prompt only.
+
+        Args:
+            generation_kwargs: the host's.
+            one_answer_for: what takes one answer only, if it does, and what to do instead.
+
+        Raises:
+            InputError: a name that the host does not know, or wrong numbers of beams or sequences to return.
+        """
         known = {"tokenizer", *vars(GenerationConfig()), *vars(self._model.generation_config)}
         for function in (self._model.generate, self._model.forward):
             known |= set(inspect.signature(function).parameters)
         unknown = [name for name in generation_kwargs if name not in known]
         if unknown:
             raise InputError(f"generate() knows no argument {', '.join(unknown)}: leave it out, or check its spelling")
+        for name in COPIES:
+            value = self._setting(generation_kwargs, name)
+            if value is not None and not is_whole(value, least=1):
+                raise InputError(f"{name}={value!r}: wanted a whole number from 1")
+        copies = self.copies(generation_kwargs)
+        if one_answer_for is not None and copies != 1:
+            raise InputError(f"num_beams or num_return_sequences is {copies}: {one_answer_for}")
 
     def _setting(self, generation_kwargs: dict[str, Any], name: str) -> Any:
         """A setting of generation: of the call, else of the config it passes, else the model's."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mminfer import V2PE, AIMMerge, Engine, InferenceConfig, InputError, LookM, nano
-from mminfer.inputs.request import build_piece
+from mminfer.inputs.model_inputs import InputBuilder
 
 QUESTION = "Which image shows a blue 1?"
 
@@ -175,14 +175,14 @@ def test_fifty_turns_stay_within_the_budget(engine, content, text_prior):
 @pytest.mark.parametrize("name", ["mm_token_type_ids", "token_type_ids"])
 def test_token_types_cover_what_is_read_of_the_answer(engine, monkeypatch, name):
     """Answers cut short leave a token unread; it goes in with the next turn, and is text."""
-    chat, seen = engine.chat(), {}
+    chat, seen, made = engine.chat(), {}, InputBuilder.piece
     chat.send(QUESTION, max_new_tokens=1)
 
     def with_types(*args, **kwargs):
-        piece = build_piece(*args, **kwargs)
+        piece = made(*args, **kwargs)
         return piece | {name: torch.ones_like(piece["input_ids"])}
 
-    monkeypatch.setattr("mminfer.inputs.pieces.build_piece", with_types)
+    monkeypatch.setattr(InputBuilder, "piece", with_types)
     monkeypatch.setattr(engine.runner, "read", lambda readings, *_: seen.update(next(iter(readings[0]))))
     chat.read(QUESTION)
     assert seen[name].shape == seen["input_ids"].shape

@@ -11,8 +11,10 @@ from transformers import GenerationConfig
 
 from mminfer import V2PE, AIMMerge, ConfigError, Engine, InferenceConfig, InputError, LookM, nano
 from mminfer.forward.kv_cache import CompressedLayer
-from mminfer.inputs.messages import MediaOptions, load_parts
-from mminfer.inputs.pieces import Host, Reading
+from mminfer.inputs.content import MediaOptions
+from mminfer.inputs.reader import RequestReader
+from mminfer.inputs.reading import Reading
+from mminfer.inputs.transcript import Transcript
 from mminfer.metrics.memory import resident_bytes
 from tests.tiny_models import llava_onevision_engine
 
@@ -200,11 +202,10 @@ def test_templates_that_number_images_are_refused(engine, content):
         def apply_chat_template(self, messages, **kwargs):
             return processor.apply_chat_template(messages, chat_template=template, **kwargs)
 
-    host = Host(engine.adapter, Numbering(), engine.device, torch.float32)
-    parts = list(load_parts([content[2]] * 40, "", MediaOptions()))
+    reader, parts = RequestReader(engine.model, Numbering(), engine.adapter), [content[2]] * 40
     with pytest.raises(InputError, match="depend on the images before"):
-        list(Reading(host, chat_of([]), parts, piece_size=200))
-    assert len(list(Reading(host, chat_of([]), parts))) == 1
+        list(reader.readings(chat_of(iter(parts)), MediaOptions(), 200)())
+    assert len(list(reader.turn(Transcript(), parts, MediaOptions(), closes=True, size=None))) == 1
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 6])
@@ -318,8 +319,8 @@ def test_beams_of_a_generation_config(engine, content):
 
 def test_pieces_grow_no_faster_than_twofold(engine, content):
     """What one image takes may grow from piece to piece."""
-    host, parts = engine.runner.host, list(load_parts([content[2]] * 40, "", MediaOptions()))
-    held = [piece["pixel_values"].shape[0] for piece in Reading(host, chat_of([]), parts, piece_size=100_000)]
+    reading = engine.reader.readings(chat_of([content[2]] * 40), MediaOptions(), 100_000)()
+    held = [piece["pixel_values"].shape[0] for piece in reading]
     assert held[0] == 1 and sum(held) == 40
     assert all(later <= 2 * earlier for earlier, later in pairwise(held))
 
