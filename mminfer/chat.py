@@ -7,39 +7,59 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from mminfer.config import InferenceConfig
 from mminfer.errors import InputError
 from mminfer.forward.kv_cache import CompressedCache
 from mminfer.forward.storage import cache_facts, cache_tensors, restore_cache
-from mminfer.inputs.messages import count_parts
-from mminfer.inputs.pieces import Reading
+from mminfer.inputs.content import MediaOptions
+from mminfer.inputs.parts import TextPart
+from mminfer.inputs.reader import RequestReader
+from mminfer.inputs.reading import Reading
+from mminfer.inputs.transcript import Transcript
 from mminfer.output import GenerationOutput
 from mminfer.running import Runner, RunOptions
 
 FILE_FORMAT = 2
-_ANSWER = "\u27e6mminfer:answer:{}\u27e7"
+MAX_NEW_TOKENS = 64
+ONE_ANSWER = "a chat goes on from one answer; use generate()"
 
 
-class ChatHost(Protocol):
-    """What a chat needs of the engine that holds it."""
+@dataclass(frozen=True)
+class ChatIdentity:
+    """What a saved chat must have in common with the engine that takes it up.
 
-    runner: Runner
-    config: InferenceConfig
+    Args:
+        model: tells models apart whose caches do not fit each other.
+        config: the techniques, as `InferenceConfig.to_dict` gives them.
+    """
 
-    @property
-    def device(self) -> torch.device: ...
+    model: str
+    config: dict[str, Any]
 
-    @property
-    def fingerprint(self) -> str: ...
+    def to_dict(self) -> dict[str, Any]:
+        """What the file says."""
+        return {"format": FILE_FORMAT, "model": self.model, "config": self.config}
 
-    def load(self, content: Any, media: dict[str, Any]) -> Iterator[dict[str, Any]]: ...
+
+@dataclass(frozen=True)
+class CallOptions:
+    """The options of a call, by who takes them.
+
+    Args:
+        media: how media are taken.
+        run: how prompts go in.
+        generation: the host's.
+    """
+
+    media: MediaOptions
+    run: RunOptions
+    generation: dict[str, Any]
 
 
 class Chat:
@@ -50,17 +70,32 @@ class Chat:
 
     Attributes:
         cache: the compressed cache of all turns so far.
+
+    Args:
+        reader: turns content into model inputs.
+        runner: runs them.
+        identity: what the file of a saved chat says of both.
+        options: of all turns.
+        system: what the system says before the first turn; None: nothing.
+
+    Raises:
+        InputError: the system's prompt is no string, or holds a placeholder of media.
     """
 
-    def __init__(self, engine: ChatHost, media: dict[str, Any], options: RunOptions, **generation_kwargs: Any) -> None:
-        self._engine = engine
-        self._media, self._options = media, options
-        self._generation_kwargs = generation_kwargs
+    def __init__(
+        self,
+        reader: RequestReader,
+        runner: Runner,
+        identity: ChatIdentity,
+        options: CallOptions,
+        system: str | None = None,
+    ) -> None:
+        self._reader, self._runner = reader, runner
+        self._identity, self._options = identity, options
         self.cache = CompressedCache()
-        self._messages: list[dict[str, Any]] = []
-        self._rendered = ""
-        self._ids: list[int] = []  # what the cache holds, as the host counts it
-        self._unread: list[int] = []  # generated, but not yet run through the model
+        self._transcript = Transcript()
+        if system is not None:
+            self._transcript = Transcript((_system_message(reader, system),))
 
     def read(self, content: Any) -> None:
         """Takes content in and compresses it without answering; the user's turn stays open for more.
@@ -76,57 +111,41 @@ class Chat:
         """
         reading = self._reading(content, closes=False)
         with self._kept_on_errors():
-            self._engine.runner.read([reading], [self.cache], self._options)
-        self._commit(reading, [])
+            self._runner.read([reading], [self.cache], self._options.run)
+        self._transcript = reading.transcript
 
-    def send(self, content: Any, max_new_tokens: int = 64, **generation_kwargs: Any) -> GenerationOutput:
+    def send(self, content: Any, max_new_tokens: int | None = None, **generation_kwargs: Any) -> GenerationOutput:
         """Ends the user's turn with this content and answers.
 
         Args:
             content: a string, or text, image and video parts from a list or any iterable; "" to answer what was read.
-            max_new_tokens: tokens to generate at most.
+            max_new_tokens: tokens to generate at most; None: as many as the chat was made for, which are 64 unless
+                `engine.chat(max_new_tokens=...)` says otherwise.
             generation_kwargs: the host's, on top of those the chat was made with.
 
         Raises:
-            InputError: the content is wrong; the chat is as it was.
+            InputError: the content or an argument is wrong; the chat is as it was.
         """
         start = time.perf_counter()
-        kwargs = {**self._generation_kwargs, "max_new_tokens": max_new_tokens, **generation_kwargs}
-        copies = self._engine.runner.expand_size(kwargs)
-        if copies != 1:
-            raise InputError(
-                f"num_beams or num_return_sequences is {copies}: a chat goes on from one answer; use generate()"
-            )
+        kwargs = {"max_new_tokens": MAX_NEW_TOKENS, **self._options.generation, **generation_kwargs}
+        if max_new_tokens is not None:
+            kwargs["max_new_tokens"] = max_new_tokens
+        self._runner.check_arguments(kwargs, one_answer_for=ONE_ANSWER)
         reading = self._reading(content, closes=True)
         with self._kept_on_errors():
-            (output,) = self._engine.runner.answer([reading], [self.cache], start, self._options, **kwargs)
-        answered = len(output.token_ids)
-        mark = _ANSWER.format(len(reading.messages))
-        reading.messages.append({"role": "assistant", "content": [{"type": "text", "text": mark}]})
-        reading.rendered += mark
-        reading.ids += output.token_ids[: answered - 1]
-        self._commit(reading, output.token_ids[answered - 1 :])
+            (output,) = self._runner.answer([reading], [self.cache], start, self._options.run, **kwargs)
+        self._transcript = reading.transcript.answered(output.token_ids)
         return output
 
     def fork(self) -> Chat:
         """An independent copy: several questions can be asked of what was read once."""
         other = copy.copy(self)
         other.cache = self.cache.clone()
-        other._messages, other._ids, other._unread = list(self._messages), list(self._ids), list(self._unread)
         return other
 
     def save(self, path: str | Path) -> None:
         """Writes the chat to a safetensors file: cache, turns so far, and what made them. Pixels are not kept."""
-        facts = {
-            "format": FILE_FORMAT,
-            "model": self._engine.fingerprint,
-            "config": self._engine.config.to_dict(),
-            "cache": cache_facts(self.cache),
-            "messages": self._messages,
-            "rendered": self._rendered,
-            "ids": self._ids,
-            "unread": self._unread,
-        }
+        facts = {**self._identity.to_dict(), "cache": cache_facts(self.cache), **self._transcript.to_dict()}
         save_file(cache_tensors(self.cache), path, {"mminfer_chat": json.dumps(facts)})
 
     def restore(self, path: str | Path) -> Chat:
@@ -139,42 +158,21 @@ class Chat:
             with safe_open(path, "pt") as file:
                 facts = json.loads((file.metadata() or {})["mminfer_chat"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            cache = restore_cache(tensors, facts["cache"], self._engine.device)
-            state = [facts[name] for name in ("messages", "rendered", "ids", "unread")]
+            cache = restore_cache(tensors, facts["cache"], self._reader.device)
+            transcript = Transcript.from_dict(facts)
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path}: no saved chat ({error!r}): pass a file that chat.save() wrote") from error
-        ours = {"format": FILE_FORMAT, "model": self._engine.fingerprint, "config": self._engine.config.to_dict()}
-        for name, value in json.loads(json.dumps(ours)).items():
+        for name, value in json.loads(json.dumps(self._identity.to_dict())).items():
             if facts.get(name) != value:
                 raise InputError(
                     f"{path}: its {name} is {facts.get(name)}, this engine's {value}: load it where it fits"
                 )
-        self.cache = cache
-        self._messages, self._rendered, self._ids, self._unread = state
+        self.cache, self._transcript = cache, transcript
         return self
 
     def _reading(self, content: Any, *, closes: bool) -> Reading:
-        messages = self._messages
-        if not messages or messages[-1]["role"] != "user":
-            messages = [*messages, {"role": "user", "content": []}]
-            parts = self._engine.load(content, self._media)
-        elif isinstance(content, str) and not content.strip():
-            parts = iter(())  # the turn ends as it stands
-        else:
-            parts = self._engine.load(content, self._media)
-        if self._options.chunk_size is None:
-            parts = iter(list(parts))  # mistakes are found before anything runs
-        return Reading(
-            self._engine.runner.host,
-            messages,
-            parts,
-            rendered=self._rendered,
-            ids=self._ids,
-            unread=self._unread,
-            closes=closes,
-            piece_size=self._options.chunk_size,
-            parts_expected=count_parts(content),
-        )
+        size = self._options.run.chunk_size
+        return self._reader.turn(self._transcript, content, self._options.media, closes=closes, size=size)
 
     @contextmanager
     def _kept_on_errors(self) -> Iterator[None]:
@@ -186,6 +184,10 @@ class Chat:
             restore()
             raise
 
-    def _commit(self, reading: Reading, unread: list[int]) -> None:
-        self._messages, self._rendered = reading.messages, reading.rendered
-        self._ids, self._unread = reading.ids, unread
+
+def _system_message(reader: RequestReader, text: str) -> dict[str, Any]:
+    if not isinstance(text, str):
+        raise InputError(f"the system prompt is {type(text).__name__}: wanted a string")
+    part = TextPart(text)
+    reader.markers.check_placeholders([part])
+    return {"role": "system", "content": [reader.markers.template_part(part)]}

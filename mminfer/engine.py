@@ -3,37 +3,34 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from mminfer import nano
-from mminfer.chat import Chat
+from mminfer.chat import MAX_NEW_TOKENS, ONE_ANSWER, CallOptions, Chat, ChatIdentity
 from mminfer.config import InferenceConfig
 from mminfer.errors import ConfigError, InputError, UnsupportedModelError
 from mminfer.forward.kv_cache import CompressedCache
-from mminfer.inputs.messages import (
-    MediaOptions,
-    as_text_part,
-    count_parts,
-    is_batch,
-    last_content,
-    load_parts,
-    normalise_messages,
-)
-from mminfer.inputs.pieces import Reading, bare
-from mminfer.inputs.request import build_inputs, cap_video, check_placeholders
+from mminfer.inputs.content import MediaOptions
+from mminfer.inputs.messages import is_batch
+from mminfer.inputs.parts import Message, Part
+from mminfer.inputs.reader import RequestReader
+from mminfer.inputs.request import Request
+from mminfer.models.loading import chosen_device, chosen_dtype
 from mminfer.models.registry import adapter_for, check_family
 from mminfer.output import GenerationOutput
 from mminfer.running import Runner, RunOptions
 from mminfer.streaming import TextStream
 from mminfer.technique import is_whole
 
-MEDIA_OPTIONS = ("allow_remote", "num_frames", "fps", "max_video_tokens")
+OneChat = str | Iterable[str | Mapping[str, Any] | Part | Message]
+Chats = Sequence[list[Any] | tuple[Any, ...] | str]
 
 
 class Engine:
@@ -59,6 +56,7 @@ class Engine:
         self.config = config if config is not None else InferenceConfig()
         self.config.check(self.adapter.spec)
         self.runner = Runner(self.model, processor, self.adapter, self.config, compile)
+        self.reader = RequestReader(self.model, processor, self.adapter)
 
     @classmethod
     def from_pretrained(
@@ -87,8 +85,8 @@ class Engine:
         """
         path = str(nano.checkpoint_path()) if name_or_path == nano.NANO else name_or_path
         shared = {k: hf_kwargs[k] for k in ("revision", "token", "cache_dir", "trust_remote_code") if k in hf_kwargs}
-        device = _device(device)
-        dtype = _dtype(dtype, device)
+        device = chosen_device(device)
+        dtype = chosen_dtype(dtype, device)
         try:
             model_config = AutoConfig.from_pretrained(path, **shared)
             check_family(model_config.model_type)
@@ -105,17 +103,33 @@ class Engine:
 
     @property
     def device(self) -> torch.device:
-        return self.model.get_input_embeddings().weight.device
+        return self.reader.device
 
     @property
     def supports_video(self) -> bool:
         """Whether the host's processor takes videos; else their frames go in as images."""
-        return getattr(self.processor, "video_processor", None) is not None
+        return self.reader.supports_video
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells models apart whose caches do not fit each other: geometry and dtype, not weights."""
+        return f"{self.adapter.spec} {self.model.dtype}"
+
+    @overload
+    def generate(
+        self, messages: OneChat, max_new_tokens: int = ..., *, num_return_sequences: int, **kwargs: Any
+    ) -> GenerationOutput | list[GenerationOutput]: ...
+
+    @overload
+    def generate(self, messages: OneChat, max_new_tokens: int = ..., **kwargs: Any) -> GenerationOutput: ...
+
+    @overload
+    def generate(self, messages: Chats, max_new_tokens: int = ..., **kwargs: Any) -> list[GenerationOutput]: ...
 
     def generate(
         self,
         messages: Any,
-        max_new_tokens: int = 64,
+        max_new_tokens: int = MAX_NEW_TOKENS,
         *,
         allow_remote: bool = False,
         num_frames: int = 8,
@@ -129,7 +143,8 @@ class Engine:
 
         Args:
             messages: a chat (a list of messages with text, image and video parts, or just a string) or a list of chats.
-                The parts of a message may come from any iterable.
+                The parts of a message may come from any iterable. Chats that are typed already (`engine.check`) are
+                not checked or opened again.
             max_new_tokens: tokens to generate at most.
             allow_remote: whether image URLs may be fetched.
             num_frames: frames taken of each video file, evenly spread.
@@ -147,146 +162,123 @@ class Engine:
         Raises:
             InputError: the request is wrong. The engine goes on with the next one.
         """
-        start = time.perf_counter()
-        chats = messages if is_batch(messages) else [messages]
-        options = RunOptions(prefill_chunk_size, progress)
-        media: dict[str, Any] = {
-            "allow_remote": allow_remote,
-            "num_frames": num_frames,
-            "fps": fps,
-            "max_video_tokens": max_video_tokens,
-        }
-        outputs = self._answering(chats, media, options, start)(max_new_tokens=max_new_tokens, **generation_kwargs)
-        return outputs if is_batch(messages) or len(outputs) > 1 else outputs[0]
+        self.runner.check_arguments(generation_kwargs)
+        media = MediaOptions(allow_remote, num_frames, fps, max_video_tokens)
+        request = self.prepare_request(messages, media, prefill_chunk_size)
+        outputs = self.answer(request, max_new_tokens, progress=progress, **generation_kwargs)
+        return outputs if request.is_batch or len(outputs) > 1 else outputs[0]
 
-    def stream(self, messages: Any, max_new_tokens: int = 64, **kwargs: Any) -> TextStream:
+    def stream(self, messages: OneChat, max_new_tokens: int = MAX_NEW_TOKENS, **kwargs: Any) -> TextStream:
         """The answer to one chat, piece by piece as it is generated; arguments as for `generate`.
 
         The request is checked before this returns. Leaving the loop early stops the generation.
         """
-        start = time.perf_counter()
         if is_batch(messages):
             raise InputError(f"stream() takes one chat, found a list of {len(messages)}: use generate() for a batch")
-        media, options = _split(kwargs)
-        answer = self._answering([messages], media, options, start)
-        return TextStream(
-            self.processor.tokenizer,
-            lambda **control: answer(max_new_tokens=max_new_tokens, **control, **kwargs)[0],
-        )
+        options = self._call_options(kwargs, "a stream is of one answer; use generate()")
+        generation = dict(options.generation)
+        if generation.pop("streamer", None) is not None:
+            raise InputError("streamer: stream() has one of its own; use generate() with yours")
+        criteria = generation.pop("stopping_criteria", None) or ()
+        request = self.prepare_request(messages, options.media, options.run.chunk_size)
 
-    def chat(self, **kwargs: Any) -> Chat:
-        """A conversation whose turns share the compressed cache; arguments as for `generate`."""
-        media, options = _split(kwargs)
-        self._check_options(options)
-        return Chat(self, media, options, **kwargs)
+        def run(**control: Any) -> GenerationOutput:
+            return self.answer(request, max_new_tokens, progress=options.run.progress, **control, **generation)[0]
+
+        return TextStream(self.processor.tokenizer, run, criteria)
+
+    def chat(self, *, system: str | None = None, **kwargs: Any) -> Chat:
+        """A conversation whose turns share the compressed cache.
+
+        Args:
+            system: what the system says before the first turn.
+            kwargs: as for `generate`, for every turn; `chat.send` may override those of the host's.
+
+        Raises:
+            InputError: an argument is unknown, or does not go with a chat.
+            ConfigError: the settings do not go with `prefill_chunk_size`.
+        """
+        options = self._call_options(kwargs, ONE_ANSWER)
+        identity = ChatIdentity(self.fingerprint, self.config.to_dict())
+        return Chat(self.reader, self.runner, identity, options, system)
 
     def load_chat(self, path: str | Path, **kwargs: Any) -> Chat:
         """A chat that `chat.save(path)` wrote, ready for its next turn; arguments as for `chat`.
 
         Raises:
-            InputError: there is no such file, it holds no chat, or another model or config made it.
+            InputError: there is no such file, it holds no chat, another model or config made it, or an argument is
+                wrong.
         """
+        if kwargs.get("system") is not None:
+            raise InputError("system: a saved chat has kept its own system prompt: leave it out")
         return self.chat(**kwargs).restore(path)
 
-    @property
-    def fingerprint(self) -> str:
-        """Tells models apart whose caches do not fit each other: geometry and dtype, not weights."""
-        return f"{self.adapter.spec} {self.model.dtype}"
+    def check(self, messages: Any, media: MediaOptions | None = None) -> list[Message]:
+        """One chat, checked, its media loaded: typed messages, which can be asked about any number of times."""
+        return self.reader.check(messages, media or MediaOptions())
 
-    def check(self, messages: Any, *, lazy: bool = False, **media: Any) -> list[dict[str, Any]]:
-        """One chat, checked, its media loaded; with `lazy` those of the last message later. See `generate`."""
-        options = self._media_options(media)
-        checked = normalise_messages(messages, options, lazy=lazy)
-        for message in checked:
-            capped = (self._capped(part, media) for part in message["content"])
-            message["content"] = capped if lazy and message is checked[-1] else list(capped)
-        return checked
-
-    def load(self, content: Any, media: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """The parts of a turn, each loaded when it is asked for; media: as for `generate`."""
-        parts = load_parts(content, "message 0", self._media_options(media))
-        return (self._capped(part, media) for part in parts)
-
-    def _media_options(self, media: dict[str, Any]) -> MediaOptions:
-        given = {name: value for name, value in media.items() if name != "max_video_tokens"}
-        if media.get("max_video_tokens") is not None and not self.supports_video:
-            raise InputError("max_video_tokens: this model takes a video as single images; use num_frames")
-        return MediaOptions(**given, supports_video=self.supports_video, hidden_size=self.adapter.spec.hidden_size)
-
-    def _capped(self, part: dict[str, Any], media: dict[str, Any]) -> dict[str, Any]:
-        limit = media.get("max_video_tokens")
-        return part if limit is None or part["type"] != "video" else cap_video(self.processor, part, limit)
-
-    def prepare(self, chats: Sequence[Any], **media: Any) -> dict[str, Any]:
+    def prepare(self, chats: Sequence[Any], media: MediaOptions | None = None) -> dict[str, Any]:
         """Checks chats and turns them into the model's inputs, left-padded to one batch."""
-        checked = [self.check(chat, **media) for chat in chats]
-        return dict(build_inputs(self.processor, checked, device=self.device, dtype=self.model.dtype))
+        return self.reader.inputs(chats, media or MediaOptions())
 
-    def _answering(
-        self, chats: Sequence[Any], media: dict[str, Any], options: RunOptions, start: float
-    ) -> Callable[..., list[GenerationOutput]]:
-        """Checks a request; what comes back answers it, given the host's generation arguments."""
-        if options.chunk_size is None:
-            inputs = self.prepare(chats, **media)
-            return lambda **kwargs: self.runner.run(inputs, start, **kwargs)
-        self._check_options(options)
-        readings = [self._whole_reading(chat, media, options) for chat in chats]
-        caches = [CompressedCache() for _ in chats]
-        return lambda **kwargs: self.runner.answer(readings, caches, start, options, **kwargs)
+    def prepare_request(
+        self, messages: Any, media: MediaOptions | None = None, prefill_chunk_size: int | None = None
+    ) -> Request:
+        """One chat or a list of chats, checked and prepared to be answered; see `generate`.
 
-    def _whole_reading(self, chat: Any, media: dict[str, Any], options: RunOptions) -> Reading:
-        """A chat that nothing was read of."""
-        messages, content = self.check(chat, lazy=True, **media), last_content(chat)
-        known = [part for m in messages[:-1] for part in m["content"]]
-        known += [as_text_part(x) for x in (content if isinstance(content, (list, tuple)) else [content])]
-        check_placeholders(self.processor, known)
-        earlier = [{**m, "content": [bare(part, self.processor) for part in m["content"]]} for m in messages[:-1]]
-        return Reading(
-            self.runner.host,
-            [*earlier, {**messages[-1], "content": []}],
-            messages[-1]["content"],
-            media=[part for m in messages[:-1] for part in m["content"] if part["type"] != "text"],
-            piece_size=options.chunk_size,
-            parts_expected=count_parts(content),
-        )
+        `answer` takes it any number of times, also that of another engine of the same model, with other settings.
+        """
+        start = time.perf_counter()
+        media = media or MediaOptions()
+        batch = is_batch(messages)
+        chats = messages if batch else [messages]
+        if prefill_chunk_size is None:
+            inputs = self.reader.inputs(chats, media)
+            return Request(batch, inputs, preparation_s=time.perf_counter() - start)
+        self._check_chunk_size(prefill_chunk_size)
+        readings = tuple(self.reader.readings(chat, media, prefill_chunk_size) for chat in chats)
+        return Request(batch, None, readings, prefill_chunk_size, time.perf_counter() - start)
 
-    def _check_options(self, options: RunOptions) -> None:
-        if options.chunk_size is None:
+    def answer(
+        self,
+        request: Request,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        *,
+        progress: bool = False,
+        **generation_kwargs: Any,
+    ) -> list[GenerationOutput]:
+        """Answers a prepared request: the outputs of each of its chats in turn. Arguments as for `generate`."""
+        start = time.perf_counter() - request.preparation_s
+        if request.inputs is not None:
+            return self.runner.run(request.inputs, start, max_new_tokens=max_new_tokens, **generation_kwargs)
+        self._check_chunk_size(request.chunk_size)
+        options = RunOptions(request.chunk_size, progress)
+        readings = [begin() for begin in request.readings]
+        caches = [CompressedCache() for _ in readings]
+        return self.runner.answer(readings, caches, start, options, max_new_tokens=max_new_tokens, **generation_kwargs)
+
+    def _call_options(self, kwargs: dict[str, Any], one_answer_for: str) -> CallOptions:
+        """A call's arguments, checked and sorted by who takes them."""
+        taken = [field.name for field in fields(MediaOptions)]
+        media = MediaOptions(**{name: kwargs[name] for name in taken if name in kwargs})
+        run = RunOptions(kwargs.get("prefill_chunk_size"), kwargs.get("progress", False))
+        taken += ["prefill_chunk_size", "progress"]
+        generation = {name: value for name, value in kwargs.items() if name not in taken}
+        self.runner.check_arguments(generation, one_answer_for=one_answer_for)
+        self.reader.check_options(media)
+        self._check_chunk_size(run.chunk_size)
+        return CallOptions(media, run, generation)
+
+    def _check_chunk_size(self, size: int | None) -> None:
+        if size is None:
             return
-        if not is_whole(options.chunk_size, least=1):
-            raise ConfigError(
-                f"prefill_chunk_size={options.chunk_size!r}, wanted 1 or more tokens, or None for the prompt at once"
-            )
+        if not is_whole(size, least=1):
+            raise ConfigError(f"prefill_chunk_size={size!r}, wanted 1 or more tokens, or None for the prompt at once")
         for technique in self.config.techniques:
             if technique.needs_whole_prompt:
                 raise ConfigError(
                     f"the prompt comes in piece by piece, but the whole is needed by {technique.needs_whole_prompt}"
                 )
-
-
-def _split(kwargs: dict[str, Any]) -> tuple[dict[str, Any], RunOptions]:
-    """Takes the engine's own arguments out of a call's: how media are taken, and how the prompt goes in."""
-    media = {k: kwargs.pop(k) for k in MEDIA_OPTIONS if k in kwargs}
-    return media, RunOptions(kwargs.pop("prefill_chunk_size", None), kwargs.pop("progress", False))
-
-
-def _device(device: str | torch.device | None) -> torch.device:
-    try:
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        found = str(error).partition("\n")[0]
-        raise InputError(f"device {device!r}: {found}; pass one that this machine has, such as 'cpu'") from error
-    return device
-
-
-def _dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype | str:
-    if dtype is None:
-        return torch.float32 if device.type == "cpu" else "auto"
-    named = getattr(torch, dtype, None) if isinstance(dtype, str) and dtype != "auto" else dtype
-    if named != "auto" and not (isinstance(named, torch.dtype) and named.is_floating_point):
-        raise InputError(f"dtype {dtype!r}: wanted float32, bfloat16, float16 or auto")
-    return named
 
 
 def check_before_loading(model_config: Any, config: InferenceConfig | None) -> None:

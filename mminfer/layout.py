@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mminfer.errors import InputError
 
-READY = "ready_rows"  # the name among model inputs under which `ReadyRows` travel
+GIVEN_ROWS = "given_rows"  # the name among model inputs under which `GivenRows` travel
 
 
 class Modality(IntEnum):
@@ -198,7 +198,7 @@ class TokenLayout:
 
 
 @dataclass(frozen=True)
-class ReadyRows:
+class GivenRows:
     """Rows of a prompt whose embeddings the user gave.
 
     Args:
@@ -213,12 +213,12 @@ class ReadyRows:
     modality: Tensor
     part: Tensor
 
-    def repeated(self, copies: int) -> ReadyRows:
+    def repeated(self, copies: int) -> GivenRows:
         """Every sequence so many times in a row, as beams repeat a batch; copies are parts of their own."""
         rows = torch.arange(len(self.part), device=self.part.device).split(self.mask.sum(1).tolist())
         order = torch.cat([own for own in rows for _ in range(copies)])
         copy = torch.cat([torch.full_like(own, n) for own in rows for n in range(copies)])
-        return ReadyRows(
+        return GivenRows(
             self.mask.repeat_interleave(copies, 0),
             self.features[order],
             self.modality[order],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from queue import Queue
 from threading import Event, Thread
 from typing import Any
@@ -22,23 +22,28 @@ class TextStream(Iterator[str]):
 
     Args:
         tokenizer: the model's.
-        run: generates; takes the host's `streamer` and `stopping_criteria`.
+        run: generates; takes the host's `streamer` and `stopping_criteria`, and `stopped`, which tells when to give up
+            reading.
+        stopping_criteria: the caller's own, on top.
     """
 
-    def __init__(self, tokenizer: Any, run: Callable[..., GenerationOutput]) -> None:
+    def __init__(
+        self, tokenizer: Any, run: Callable[..., GenerationOutput], stopping_criteria: Iterable[Any] = ()
+    ) -> None:
         self.output: GenerationOutput | None = None
         self._error: BaseException | None = None
         self._pieces: Queue[Any] = Queue()
         self._stop = Event()
-        self._run = run
+        self._run, self._criteria = run, [*stopping_criteria, _StopOn(self._stop)]
         self._streamer = _QueueStreamer(tokenizer, self._pieces)
         self._thread = Thread(target=self._work, daemon=True)
         self._thread.start()
 
     def _work(self) -> None:
         try:
-            criteria = [_StopOn(self._stop)]
-            self.output = self._run(streamer=self._streamer, stopping_criteria=criteria, stopped=self._stop.is_set)
+            self.output = self._run(
+                streamer=self._streamer, stopping_criteria=self._criteria, stopped=self._stop.is_set
+            )
         except ReadingCancelled:
             pass  # nobody waits for an answer
         except BaseException as error:  # handed to the reader, whatever it is

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from mminfer import V2PE, AIMMerge, Engine, InferenceConfig, InputError, LookM, nano
-from mminfer.inputs.request import build_piece
+from mminfer.inputs.model_inputs import InputBuilder
 
 QUESTION = "Which image shows a blue 1?"
 
@@ -175,15 +176,92 @@ def test_fifty_turns_stay_within_the_budget(engine, content, text_prior):
 @pytest.mark.parametrize("name", ["mm_token_type_ids", "token_type_ids"])
 def test_token_types_cover_what_is_read_of_the_answer(engine, monkeypatch, name):
     """Answers cut short leave a token unread; it goes in with the next turn, and is text."""
-    chat, seen = engine.chat(), {}
+    chat, seen, made = engine.chat(), {}, InputBuilder.piece
     chat.send(QUESTION, max_new_tokens=1)
 
     def with_types(*args, **kwargs):
-        piece = build_piece(*args, **kwargs)
+        piece = made(*args, **kwargs)
         return piece | {name: torch.ones_like(piece["input_ids"])}
 
-    monkeypatch.setattr("mminfer.inputs.pieces.build_piece", with_types)
+    monkeypatch.setattr(InputBuilder, "piece", with_types)
     monkeypatch.setattr(engine.runner, "read", lambda readings, *_: seen.update(next(iter(readings[0]))))
     chat.read(QUESTION)
     assert seen[name].shape == seen["input_ids"].shape
     assert seen[name][0].tolist() == [0] + [1] * (seen["input_ids"].shape[1] - 1)
+
+
+def test_a_system_prompt_stands_in_front_and_is_saved_with_the_chat(engine, content, tmp_path):
+    system = "You answer in one word."
+    chat, silent = engine.chat(system=system, output_logits=True), engine.chat(output_logits=True)
+    chat.read(content)
+    first = chat.send(QUESTION)
+    history = [
+        {"role": "system", "content": system},
+        {"role": "user", "content": [*content, {"type": "text", "text": QUESTION}]},
+    ]
+    whole = engine.generate(history, output_logits=True)
+    assert first.token_ids == whole.token_ids
+    torch.testing.assert_close(first.logits, whole.logits, rtol=0, atol=1e-4)
+    silent.read(content)
+    assert chat.cache.tokens[0] > silent.cache.tokens[0]
+    chat.save(tmp_path / "chat.safetensors")
+    resumed = engine.load_chat(tmp_path / "chat.safetensors", output_logits=True)
+    ours, theirs = (c.send("What is the code of nest?") for c in (resumed, chat))
+    assert torch.equal(ours.logits, theirs.logits)
+    with pytest.raises(InputError, match="kept its own system prompt"):
+        engine.load_chat(tmp_path / "chat.safetensors", system=system)
+
+
+@pytest.mark.parametrize("size", [None, 70])
+def test_a_system_prompt_goes_in_with_the_first_turn(engine, size):
+    chat = engine.chat(system="You answer in one word.", prefill_chunk_size=size)
+    assert chat.cache.tokens == ()
+    text = engine.generate(
+        [{"role": "system", "content": "You answer in one word."}, {"role": "user", "content": QUESTION}]
+    )
+    assert chat.send(QUESTION).token_ids == text.token_ids
+
+
+@pytest.mark.parametrize(
+    ("system", "found"), [(3, "system prompt is int"), ("a <IMG_CONTEXT>", "holds '<IMG_CONTEXT>'")]
+)
+def test_wrong_system_prompts_are_refused_at_once(engine, system, found):
+    with pytest.raises(InputError, match=found):
+        engine.chat(system=system)
+
+
+def test_arguments_of_the_chat_hold_for_every_turn(engine, content):
+    """And those of a turn for that turn."""
+    chat = engine.chat(max_new_tokens=3, min_new_tokens=3)
+    chat.read(content)
+    assert [len(chat.send(QUESTION).token_ids) for _ in range(2)] == [3, 3]
+    assert len(chat.send(QUESTION, 5).token_ids) in (3, 4, 5)
+    assert len(chat.send(QUESTION, max_new_tokens=5, min_new_tokens=5).token_ids) == 5
+    assert len(chat.fork().send(QUESTION).token_ids) == 3
+    assert len(engine.chat().send(QUESTION, min_new_tokens=4, max_new_tokens=4).token_ids) == 4
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "found"),
+    [
+        ({"foo": 1}, "no argument foo"),
+        ({"stopped": 1}, "no argument stopped"),
+        ({"num_beams": 2}, "num_beams or num_return_sequences is 2: a chat goes on from one answer"),
+        ({"num_return_sequences": 3}, "num_beams or num_return_sequences is 3"),
+        ({"num_beams": "2"}, "num_beams='2': wanted a whole number"),
+        ({"num_return_sequences": 0}, "num_return_sequences=0: wanted"),
+        ({"generation_config": GenerationConfig(num_beams=2)}, "goes on from one answer"),
+    ],
+)
+def test_wrong_arguments_are_refused_where_they_are_given(engine, content, tmp_path, kwargs, found):
+    chat = engine.chat()
+    chat.read(content)
+    chat.save(tmp_path / "chat.safetensors")
+    for act in (
+        lambda: engine.chat(**kwargs),
+        lambda: engine.load_chat(tmp_path / "chat.safetensors", **kwargs),
+        lambda: chat.send([{"type": "image", "image": "/nowhere.png"}], **kwargs),
+    ):
+        with pytest.raises(InputError, match=found):
+            act()
+    assert chat.send(QUESTION).text == "WB"

@@ -1,6 +1,9 @@
 """The engine's own door: batches, streams, figures, and errors before any forward pass."""
 
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -205,3 +208,92 @@ def test_all_techniques_together_still_find_the_needle(engine):
         LookM(0.5, 0.2, merge="average"),
     )
     assert Engine(engine.model, engine.processor, config).generate(nano.sample_messages()).text == "WB"
+
+
+@pytest.mark.parametrize("size", [None, 100])
+def test_unknown_arguments_are_refused_before_anything_is_loaded(engine, monkeypatch, size):
+    """And a stream's before its thread starts."""
+    monkeypatch.setattr("mminfer.inputs.content.load_image", lambda *_, **__: pytest.fail("opened"))
+    monkeypatch.setattr("threading.Thread.start", lambda *_: pytest.fail("started"))
+    for ask in (engine.generate, engine.stream):
+        for kwargs, found in (({"max_new_tokns": 3}, "no argument max_new_tokns"), ({"num_beams": []}, "num_beams")):
+            with pytest.raises(InputError, match=found):
+                ask(nano.sample_messages(), prefill_chunk_size=size, **kwargs)
+
+
+def test_a_stream_is_of_one_answer_and_has_its_own_streamer(engine):
+    for name in ("num_beams", "num_return_sequences"):
+        with pytest.raises(InputError, match=f"{name}.* is 2: a stream is of one answer"):
+            engine.stream(nano.sample_messages(), **{name: 2})
+    with pytest.raises(InputError, match="streamer: stream"):
+        engine.stream(nano.sample_messages(), streamer=object())
+    assert "".join(engine.stream(nano.sample_messages(), streamer=None)).strip() == "WB"
+
+
+def test_a_stream_takes_stopping_criteria(engine):
+    seen = []
+
+    def third(ids, scores, **kwargs):
+        seen.append(ids.shape[1])
+        return torch.full((len(ids),), len(seen) == 3)
+
+    stream = engine.stream(nano.sample_messages(), min_new_tokens=9, max_new_tokens=9, stopping_criteria=[third])
+    list(stream)
+    assert len(seen) == len(stream.output.token_ids) == 3
+
+
+def test_a_prepared_request_is_answered_with_any_settings(engine, chats):
+    """At once or in chunks, the same request again and again: nothing of it is used up."""
+    merging = Engine(engine.model, engine.processor, InferenceConfig(merge=AIMMerge(0.5)))
+    for size in (None, 200):
+        request = engine.prepare_request(chats, prefill_chunk_size=size)
+        for asked in (engine, merging, engine):
+            whole = asked.generate(chats, output_logits=True, prefill_chunk_size=size)
+            for ours, theirs in zip(asked.answer(request, output_logits=True), whole, strict=True):
+                torch.testing.assert_close(ours.logits, theirs.logits, rtol=0, atol=1e-4)
+    pruning = Engine(engine.model, engine.processor, InferenceConfig(V2PE("auto")))
+    with pytest.raises(ConfigError, match="the whole is needed"):
+        pruning.answer(request)
+
+
+TYPED = """
+from collections.abc import Iterator
+from typing import Any, assert_type
+from mminfer.engine import Engine
+from mminfer.inputs.parts import Message, TextPart
+from mminfer.output import GenerationOutput
+
+def ask(engine: Engine, chat: list[dict[str, Any]], parts: Iterator[dict[str, Any]]) -> None:
+    message = Message("user", (TextPart("a"),))
+    mixed: list[list[dict[str, Any]] | str] = [chat, "a"]
+    assert_type(engine.generate("a"), GenerationOutput)
+    assert_type(engine.generate(chat, 3, do_sample=True, num_frames=2), GenerationOutput)
+    assert_type(engine.generate(parts, prefill_chunk_size=100), GenerationOutput)
+    assert_type(engine.generate([TextPart("a"), "b"]), GenerationOutput)
+    assert_type(engine.generate([message]), GenerationOutput)
+    assert_type(engine.generate([{"role": "user", "content": ["a", TextPart("b")]}]), GenerationOutput)
+    assert_type(engine.generate([chat, chat]), list[GenerationOutput])
+    assert_type(engine.generate([[message], chat]), list[GenerationOutput])
+    assert_type(engine.generate(mixed, max_new_tokens=3), list[GenerationOutput])
+    assert_type(engine.generate(chat, num_return_sequences=2), GenerationOutput | list[GenerationOutput])
+    assert_type(engine.generate([chat], num_return_sequences=2), list[GenerationOutput])
+    engine.generate(3)
+"""
+
+
+def test_type_checkers_know_one_output_from_a_list(tmp_path):
+    program, root = tmp_path / "typed.py", Path(__file__).parents[1]
+    program.write_text(TYPED)
+    command = [
+        sys.executable,
+        "-m",
+        "mypy",
+        "--cache-dir",
+        str(tmp_path),
+        "--config-file",
+        str(root / "pyproject.toml"),
+    ]
+    command += ["--follow-imports", "silent", str(program)]
+    process = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=600)
+    lines = [line for line in process.stdout.splitlines() if "error:" in line]
+    assert len(lines) == 1 and "No overload variant" in lines[0] and f":{TYPED.count(chr(10))}:" in lines[0], process

@@ -42,9 +42,7 @@ def reader(engine: Engine, content: Sequence[Part], protocol: Protocol, chunk_si
 
         def ask(question: str, **kwargs: Any) -> GenerationOutput:
             chat = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
-            output = engine.generate(chat, **kwargs)
-            assert not isinstance(output, list)
-            return output
+            return engine.generate(chat, **kwargs)
 
         return ask
     chat = engine.chat(prefill_chunk_size=chunk_size if protocol is Protocol.STREAMED else None)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import platform
 import sys
+import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -18,10 +20,6 @@ from mminfer.cli.inspect import inspect
 from mminfer.cli.options import ERR as _err
 from mminfer.cli.options import OUT as _out
 from mminfer.cli.options import told_plainly
-
-if TYPE_CHECKING:
-    from mminfer.engine import Engine
-    from mminfer.output import GenerationOutput
 
 app = typer.Typer(
     add_completion=False,
@@ -77,26 +75,27 @@ def generate(
     settings = request_settings(preset, config, delta)
     messages = request_messages(model, prompt, image or [], video or [], frames, images_from)
     from mminfer.engine import Engine  # the heavy imports come after the cheap checks
-    from mminfer.inputs.messages import MediaOptions, normalise_messages
+    from mminfer.inputs.content import MediaOptions
+    from mminfer.inputs.messages import normalise_messages, parse_chat
 
-    media: dict[str, Any] = {"num_frames": num_frames, "fps": fps, "allow_remote": allow_remote}
-    # before weights are loaded
-    normalise_messages(messages, MediaOptions(**media), lazy=prefill_chunk_size is not None)
+    media = MediaOptions(allow_remote, num_frames, fps, max_video_tokens)
+    start = time.perf_counter()
+    # Mistakes are found before weights are loaded. What is read in chunks is opened when it is needed, but two runs
+    # over a list share what was opened.
+    later = prefill_chunk_size is not None and (not compare or images_from is not None)
+    chat: Any = parse_chat(messages, media) if later else normalise_messages(messages, media)
+    loading_s = time.perf_counter() - start
     engine = Engine.from_pretrained(model, settings, device, dtype)
-    kwargs: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        **media,
-        "max_video_tokens": max_video_tokens,
-        "prefill_chunk_size": prefill_chunk_size,
-        "progress": prefill_chunk_size is not None and not as_json,
-    }
-    kwargs["output_logits"] = compare
+    request = engine.prepare_request(chat, media, prefill_chunk_size)
+    request = replace(request, preparation_s=request.preparation_s + loading_s)
+    del chat  # the pixels
+    progress = prefill_chunk_size is not None and not as_json
     if compare:
         full_engine = Engine(engine.model, engine.processor)
         for either in (full_engine, engine):  # the first calls of a process pay for what later ones share
-            either.generate(messages, **{**kwargs, "max_new_tokens": 1})
-        full = _answer(full_engine, messages, kwargs)
-    output = _answer(engine, messages, kwargs)
+            either.answer(request, 1, progress=progress, output_logits=True)
+        (full,) = full_engine.answer(request, max_new_tokens, progress=progress, output_logits=True)
+    (output,) = engine.answer(request, max_new_tokens, progress=progress, output_logits=compare)
     report: dict[str, Any] = {
         "model": model,
         "config": settings.to_dict(),
@@ -157,11 +156,6 @@ def doctor() -> None:
         for choice in status.choices(op):
             ops.add_row(*choice)
     _out.print(ops)
-
-
-def _answer(engine: Engine, messages: list[dict[str, Any]], kwargs: dict[str, Any]) -> GenerationOutput:
-    (output,) = cast("list[GenerationOutput]", engine.generate([messages], **kwargs))
-    return output
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mminfer.errors import ConfigError
 from mminfer.forward.kv_cache import HEADROOM, CompressedCache
-from mminfer.layout import ReadyRows
+from mminfer.layout import GivenRows
 from mminfer.technique import is_whole
 
 VISUAL_INPUTS = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
@@ -44,7 +44,7 @@ class CallState:
     end_ids: Collection[int] = ()
     headroom: int = HEADROOM
     progress: Callable[[int], object] | None = None
-    given_embeddings: ReadyRows | None = None
+    given_embeddings: GivenRows | None = None
     first_token_at: float = field(default=0.0, init=False)
     step_ms: list[float] = field(default_factory=list, init=False)
     _prompt_only: bool = field(default=False, init=False)  # every call is a stretch of a prompt, be it of one token
@@ -94,7 +94,7 @@ class CallState:
             cache.logical_length += 1
         return logits
 
-    def take_given_embeddings(self) -> ReadyRows | None:
+    def take_given_embeddings(self) -> GivenRows | None:
         """The embeddings given for the next prompt, once."""
         given, self.given_embeddings = self.given_embeddings, None
         return given

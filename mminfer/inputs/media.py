@@ -49,7 +49,7 @@ def load_image(source: Any, *, allow_remote: bool = False) -> Image.Image:
         channels_first = source.ndim == 3 and source.shape[-1] != 3 and source.shape[0] == 3
         source = (source.permute(1, 2, 0) if channels_first else source).detach().cpu().numpy()
     if isinstance(source, np.ndarray):
-        return Image.fromarray(np.ascontiguousarray(_check_pixels(source, "image", ("H", "W", 3))))
+        return Image.fromarray(np.ascontiguousarray(check_pixels(source, "image", ("H", "W", 3))))
     with open_source(source, "image", allow_remote=allow_remote) as (file, name):
         try:
             image = Image.open(file, formats=IMAGE_FORMATS)
@@ -95,7 +95,7 @@ def read_video(
     pixels = _given_frames(source, allow_remote)
     if fps is not None:
         raise InputError("fps needs a video file; frames given as they are have no rate")
-    return pixels, _metadata(pixels, list(range(len(pixels))), len(pixels), None)
+    return pixels, video_metadata(pixels, list(range(len(pixels))), len(pixels), None)
 
 
 def frames(
@@ -132,7 +132,7 @@ def frames(
             logger.warning("%s: only %d of %d frames are there", name, taken, count)
 
 
-def spread(count: int, total: int) -> list[int]:
+def frame_indices(count: int, total: int) -> list[int]:
     """`count` of `total` frames, by the host's rule."""
     return [k * total // count for k in range(count)]
 
@@ -144,7 +144,7 @@ def _check_sampling(num_frames: int, fps: float | None) -> None:
         raise InputError(f"fps is {fps!r}: wanted a positive number")
 
 
-def _metadata(pixels: np.ndarray, indices: list[int], total: int, rate: Fraction | None) -> dict[str, Any]:
+def video_metadata(pixels: np.ndarray, indices: list[int], total: int, rate: Fraction | None) -> dict[str, Any]:
     return {
         "total_num_frames": total,
         "fps": float(rate) if rate else None,
@@ -155,7 +155,7 @@ def _metadata(pixels: np.ndarray, indices: list[int], total: int, rate: Fraction
     }
 
 
-def _check_pixels(pixels: np.ndarray, kind: str, shape: tuple[str | int, ...]) -> np.ndarray:
+def check_pixels(pixels: np.ndarray, kind: str, shape: tuple[str | int, ...]) -> np.ndarray:
     wanted = f"uint8 [{', '.join(map(str, shape))}]"
     if pixels.dtype != np.uint8 or pixels.ndim != len(shape) or pixels.shape[-1] != 3 or not pixels.size:
         found = f"{pixels.dtype} {list(pixels.shape)}"
@@ -167,7 +167,7 @@ def _given_frames(source: Any, allow_remote: bool) -> np.ndarray:
     if isinstance(source, torch.Tensor):
         source = source.detach().cpu().numpy()
     if isinstance(source, np.ndarray):
-        return _check_pixels(source, "video", ("F", "H", "W", 3))
+        return check_pixels(source, "video", ("F", "H", "W", 3))
     if not isinstance(source, (list, tuple)) or not source:
         found = "an empty list" if isinstance(source, (list, tuple)) else type(source).__name__
         raise InputError(f"the given video is {found}: wanted a path, uint8 frames [F, H, W, 3] or a list of images")
@@ -208,7 +208,7 @@ def _sample_file(file: IO[bytes], name: str, num_frames: int, fps: float | None)
                 if total < claimed:
                     logger.warning("%s: only %d of %d frames are there", name, total, claimed)
                 pixels = np.stack(picked)
-                return pixels, _metadata(pixels, spread(count, total), total, rate)
+                return pixels, video_metadata(pixels, frame_indices(count, total), total, rate)
     raise _no_frame(name)
 
 
@@ -255,7 +255,7 @@ def _how_many(num_frames: int, fps: float | None, total: int, rate: Fraction | N
 
 
 def _pick(decoded: Iterator[Any], count: int, total: int) -> Iterator[np.ndarray]:
-    """The frames that `spread` names, as far as there are any, all of the first one's size."""
+    """The frames that `frame_indices` names, as far as there are any, all of the first one's size."""
     wanted = (k * total // count for k in range(count))
     target, shape = next(wanted, None), None
     for i, frame in enumerate(decoded):

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from mminfer.config import InferenceConfig
 from mminfer.errors import InputError
-from mminfer.inputs.request import build_inputs
+from mminfer.inputs.content import MediaOptions
+from mminfer.inputs.parts import ImagePart, VideoPart
 from mminfer.inspection.facts import Floats, ImageFacts, Inspection, LayerFacts, Mask, Rows, TokenFacts
 from mminfer.inspection.pictures import Pictures, frame_pictures, image_pictures
 from mminfer.inspection.recording import PassRecord, recording
@@ -43,9 +44,9 @@ def inspect_chat(
     Raises:
         InputError: the request is wrong.
     """
-    chat = engine.check(messages, **media)
-    parts = [part for message in chat for part in message["content"]]
-    inputs = dict(build_inputs(engine.processor, [chat], device=engine.device, dtype=engine.model.dtype))
+    chat = engine.check(messages, MediaOptions(**media))
+    parts = [part for message in chat for part in message.parts]
+    inputs = engine.prepare([chat])
     return inspect_inputs(
         engine.model,
         engine.processor,
@@ -53,8 +54,8 @@ def inspect_chat(
         inputs,
         max_new_tokens,
         name=name,
-        pictures=[part["image"] for part in parts if part["type"] == "image"],
-        videos=[part["video"] for part in parts if part["type"] == "video"],
+        pictures=[part.image for part in parts if isinstance(part, ImagePart)],
+        videos=[part.frames for part in parts if isinstance(part, VideoPart)],
     )
 
 
@@ -125,8 +126,8 @@ def inspect_inputs(
 
 
 def _answer(runner: Runner, inputs: Mapping[str, Any], max_new_tokens: int) -> GenerationOutput:
-    kwargs = {"max_new_tokens": max_new_tokens, "output_logits": True, "do_sample": False, "num_beams": 1}
-    (output,) = runner.run(dict(inputs), time.perf_counter(), **kwargs)
+    kwargs: dict[str, Any] = {"max_new_tokens": max_new_tokens, "output_logits": True, "do_sample": False}
+    (output,) = runner.run(dict(inputs), time.perf_counter(), num_beams=1, **kwargs)
     return output
 
 

@@ -12,7 +12,7 @@ from mminfer_kernels import rotary_table
 from torch import Tensor
 
 from mminfer.errors import InputError, UnsupportedModelError
-from mminfer.layout import Modality, ReadyRows, TokenLayout
+from mminfer.layout import GivenRows, Modality, TokenLayout
 from mminfer.models.packing import PackedRows
 from mminfer.models.vision import PIXEL_INPUTS, VisionTower, VisionWork
 
@@ -234,12 +234,12 @@ class ModelAdapter:
         """Final norm and head: [..., C] -> [..., vocabulary]."""
         return self.model.lm_head(self.language_model.norm(hidden_states))
 
-    def embed(self, inputs: Mapping[str, Any], ready: ReadyRows | None = None) -> tuple[Tensor, TokenLayout]:
+    def embed(self, inputs: Mapping[str, Any], given: GivenRows | None = None) -> tuple[Tensor, TokenLayout]:
         """The packed prompt: input embeddings [T, C] with visual features in place, and their layout.
 
         Args:
             inputs: the model's inputs.
-            ready: rows whose embeddings are given; visual ones are images of their own.
+            given: rows whose embeddings are given; visual ones are images of their own.
 
         Raises:
             InputError: placeholders and features do not match, or the batch is not in the host's format.
@@ -252,9 +252,9 @@ class ModelAdapter:
             ids = inputs["input_ids"][mask]
             embeds = self.model.get_input_embeddings()(ids)
         packed = PackedRows(embeds)
-        if ready is not None:
-            rows = ready.mask[mask].nonzero()[:, 0]
-            packed.put(rows, ready.features, ready.modality, ready.part, rows.new_ones(len(rows)))
+        if given is not None:
+            rows = given.mask[mask].nonzero()[:, 0]
+            packed.put(rows, given.features, given.modality, given.part, rows.new_ones(len(rows)))
             ids = ids if ids is None else ids.index_fill(0, rows, -1)  # no placeholder, whatever stands there
         units = self.visual_units(inputs)
         for kind in PIXEL_INPUTS:

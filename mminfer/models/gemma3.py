@@ -9,7 +9,7 @@ from typing import Any
 from mminfer_kernels import rotary_table
 from torch import Tensor
 
-from mminfer.layout import ReadyRows, TokenLayout
+from mminfer.layout import GivenRows, TokenLayout
 from mminfer.models.base import ModelAdapter, attention_mask, rescaled
 from mminfer.models.vision import VisionTower
 
@@ -32,8 +32,8 @@ class Gemma3Adapter(ModelAdapter):
     ffn_modules = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
     bidirectional_images = True
 
-    def embed(self, inputs: Mapping[str, Any], ready: ReadyRows | None = None) -> tuple[Tensor, TokenLayout]:
-        embeds, layout = super().embed(inputs, ready)
+    def embed(self, inputs: Mapping[str, Any], given: GivenRows | None = None) -> tuple[Tensor, TokenLayout]:
+        embeds, layout = super().embed(inputs, given)
         types = inputs.get("token_type_ids")
         if types is None:  # then the host, too, has every token look back only
             return embeds, layout

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mminfer.layout import Modality, ReadyRows, TokenLayout
+from mminfer.layout import GivenRows, Modality, TokenLayout
 from mminfer.models.base import ModelAdapter
 from mminfer.models.vision import PIXEL_INPUTS, VisionTower, VisionWork
 
@@ -40,8 +40,8 @@ class Qwen2VLAdapter(ModelAdapter):
     position_axes = 3
     host_state = ("rope_deltas",)
 
-    def embed(self, inputs: Mapping[str, Any], ready: ReadyRows | None = None) -> tuple[Tensor, TokenLayout]:
-        embeds, layout = super().embed(inputs, ready)
+    def embed(self, inputs: Mapping[str, Any], given: GivenRows | None = None) -> tuple[Tensor, TokenLayout]:
+        embeds, layout = super().embed(inputs, given)
         return embeds, replace(layout, image_id=self.frame_ids(layout))
 
     def frame_ids(self, layout: TokenLayout) -> Tensor:

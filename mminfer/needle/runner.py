@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, cast
+from typing import Any
 
 from tqdm import tqdm
 from transformers import AutoConfig
@@ -154,7 +154,7 @@ def _in_prompt(engine: Engine, sample: Sample, limit: int, chunk: int | None, bl
         content = chain(seen, [{"type": "text", "text": question.text}])
         messages = [{"role": "user", "content": content}]
         output = engine.generate(messages, max_new_tokens=limit, do_sample=False, prefill_chunk_size=chunk)
-        yield question, cast("GenerationOutput", output), _ms_since(start), None
+        yield question, output, _ms_since(start), None
 
 
 def _next_turn(engine: Engine, sample: Sample, limit: int, chunk: int | None) -> Iterator[Reply]:

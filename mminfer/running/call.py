@@ -45,7 +45,7 @@ class GenerationCall:
 
     def generate(self, inputs: dict[str, Any]) -> None:
         """Runs it; inputs: the model's, with `input_ids` [B, N]."""
-        arguments = {**self.arguments.host_arguments, "return_dict_in_generate": True}
+        arguments = {**self.arguments.given, "return_dict_in_generate": True}
         result = self.handle.model.generate(**inputs, **arguments)
         self._end = time.perf_counter()
         self.new_ids = result.sequences[:, inputs["input_ids"].shape[1] :]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,9 @@ from transformers import GenerationConfig
 
 from mminfer.errors import InputError
 from mminfer.forward.kv_cache import HEADROOM
+from mminfer.technique import is_whole
 
+REPEATING = ("num_beams", "num_return_sequences")  # the settings by which the host repeats every sequence
 MAX_HEADROOM = 1024  # beyond, a cache grows when the tokens come
 
 
@@ -33,41 +34,49 @@ class GenerationArguments:
 
     Args:
         model: the host model, whose generation config gives what the call leaves open.
-        arguments: of the call; beside the host's own, `stopped` is called after each chunk of the prompt and ends the
-            reading if it gives True.
+        arguments: of the call.
 
     Attributes:
-        host_arguments: those that go to the host.
-        stopped: as above; None: nobody ends the reading.
+        given: those arguments, in a dictionary of its own.
     """
 
     def __init__(self, model: Any, arguments: dict[str, Any]) -> None:
-        self._model = model
-        self.host_arguments = dict(arguments)
-        self.stopped: Callable[[], bool] | None = self.host_arguments.pop("stopped", None)
+        self._model, self.given = model, dict(arguments)
 
-    def check(self) -> None:
-        """Refuses names that the host does not know, which it would say only behind the prompt.
+    def check(self, one_answer_for: str | None = None) -> None:
+        """Refuses what the host would refuse behind the prompt only.
+
+        Args:
+            one_answer_for: what takes one answer only, if it does, and what to do instead.
 
         Raises:
-            InputError: there is one.
+            InputError: a name that the host does not know, or wrong numbers of beams or sequences to return.
         """
+        self._check_names()
+        for name in REPEATING:
+            value = self.setting(name)
+            if value is not None and not is_whole(value, least=1):
+                raise InputError(f"{name}={value!r}: wanted a whole number from 1")
+        if one_answer_for is not None and self.expand_size != 1:
+            raise InputError(f"num_beams or num_return_sequences is {self.expand_size}: {one_answer_for}")
+
+    def _check_names(self) -> None:
         known = {"tokenizer", *vars(GenerationConfig()), *vars(self._model.generation_config)}
         for function in (self._model.generate, self._model.forward):
             known |= set(inspect.signature(function).parameters)
-        unknown = [name for name in self.host_arguments if name not in known]
+        unknown = [name for name in self.given if name not in known]
         if unknown:
             raise InputError(f"generate() knows no argument {', '.join(unknown)}: leave it out, or check its spelling")
 
     def setting(self, name: str) -> Any:
         """A setting of generation: of the call, else of the config it passes, else the model's."""
-        config = self.host_arguments.get("generation_config") or self._model.generation_config
-        return self.host_arguments.get(name, getattr(config, name, None))
+        config = self.given.get("generation_config") or self._model.generation_config
+        return self.given.get(name, getattr(config, name, None))
 
     @property
     def expand_size(self) -> int:
         """How many times the host repeats every sequence: for beams, or for sequences to return."""
-        return max(self.setting(name) or 1 for name in ("num_beams", "num_return_sequences"))
+        return max(self.setting(name) or 1 for name in REPEATING)
 
     @property
     def end_ids(self) -> set[int]:
@@ -85,4 +94,4 @@ class GenerationArguments:
     @property
     def headroom(self) -> int:
         """How many tokens to come a cache should have room for from the start."""
-        return min(max(HEADROOM, self.host_arguments.get("max_new_tokens") or 0), MAX_HEADROOM)
+        return min(max(HEADROOM, self.given.get("max_new_tokens") or 0), MAX_HEADROOM)

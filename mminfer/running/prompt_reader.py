@@ -10,9 +10,9 @@ from torch import Tensor
 
 from mminfer.forward.call_state import CallState
 from mminfer.forward.kv_cache import CACHE_NAME, CompressedCache
-from mminfer.inputs.pieces import Reading
 from mminfer.inputs.progress import ReadingBar, reading_bar
-from mminfer.layout import READY
+from mminfer.inputs.reading import Reading
+from mminfer.layout import GIVEN_ROWS
 from mminfer.metrics.records import PromptRecord, joined
 from mminfer.patching import PatchHandle
 
@@ -65,7 +65,7 @@ class PromptReader:
         output = None
         bar.begin()
         for inputs in reading:
-            self._state.given_embeddings = inputs.pop(READY, None)
+            self._state.given_embeddings = inputs.pop(GIVEN_ROWS, None)
             output = self._handle.model(**inputs, **{CACHE_NAME: cache}, logits_to_keep=1, use_cache=True)
             bar.expect(reading.parts_done, reading.parts_expected)
         return None if output is None else output.logits

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,8 +13,8 @@ from torch import Tensor
 from mminfer.config import InferenceConfig
 from mminfer.forward.call_state import CallState
 from mminfer.forward.kv_cache import CACHE_NAME, CompressedCache
-from mminfer.inputs.pieces import Host, Reading
-from mminfer.layout import READY, ReadyRows
+from mminfer.inputs.reading import Reading
+from mminfer.layout import GIVEN_ROWS, GivenRows
 from mminfer.metrics.memory import peak_memory
 from mminfer.metrics.records import PromptRecord, stacked
 from mminfer.metrics.stats import stats_of
@@ -51,28 +51,30 @@ class Runner:
         device: torch.device = self._model.get_input_embeddings().weight.device
         return device
 
-    @property
-    def host(self) -> Host:
-        """What readings need of the model."""
-        return Host(self._adapter, self._processor, self.device, self._model.dtype)
-
-    def run(self, inputs: dict[str, Any], start: float, **generation_kwargs: Any) -> list[GenerationOutput]:
+    def run(
+        self,
+        inputs: dict[str, Any],
+        start: float,
+        stopped: Callable[[], bool] | None = None,
+        **generation_kwargs: Any,
+    ) -> list[GenerationOutput]:
         """Generates from prepared inputs.
 
         Args:
             inputs: of a batch, as the processor makes them.
             start: `time.perf_counter()` when the request came in.
-            generation_kwargs: the host's; `stopped` is left unheard, since one pass cannot be stopped.
+            stopped: as for `answer`, but never called, since one pass cannot be stopped.
+            generation_kwargs: the host's.
 
         Raises:
             InputError: the host knows no such argument.
         """
         arguments = self._checked(generation_kwargs)
-        given = inputs.get(READY)
+        given = inputs.get(GIVEN_ROWS)
         if given is not None:
             given = given.repeated(arguments.expand_size)
         with self._generating(arguments, given_embeddings=given) as call:
-            call.generate({name: value for name, value in inputs.items() if name != READY})
+            call.generate({name: value for name, value in inputs.items() if name != GIVEN_ROWS})
         record = call.handle.records[-1]
         if not record.vision_flops:  # the host's `generate` encodes before it calls the model
             record.vision_flops = vision_shares(self._adapter, inputs, record.visual, arguments.expand_size)
@@ -93,6 +95,7 @@ class Runner:
         caches: Sequence[CompressedCache],
         start: float,
         options: RunOptions,
+        stopped: Callable[[], bool] | None = None,
         **generation_kwargs: Any,
     ) -> list[GenerationOutput]:
         """Takes readings in, each into its cache as `read` does, and answers them in one batch.
@@ -102,7 +105,8 @@ class Runner:
             caches: what earlier turns left of each chat, or empty ones.
             start: `time.perf_counter()` when the request came in.
             options: how the prompts go in.
-            generation_kwargs: the host's; `stopped` is called after each chunk and ends the reading if it gives True.
+            stopped: called after each chunk; ends the reading if it gives True. None: nobody ends it.
+            generation_kwargs: the host's.
 
         Raises:
             InputError: the host knows no such argument.
@@ -110,7 +114,7 @@ class Runner:
         """
         arguments = self._checked(generation_kwargs)
         with self._generating(arguments, options.chunk_size) as call:
-            reader = PromptReader(call.handle, call.state, options.progress, arguments.stopped)
+            reader = PromptReader(call.handle, call.state, options.progress, stopped)
             logits, records = reader.read(readings, caches)
             cache, expand_size = CompressedCache.stack(caches), arguments.expand_size
             if expand_size > 1:  # the host repeats its inputs so, but not a cache that it is given
@@ -120,9 +124,9 @@ class Runner:
                 call.generate({**self._placeholders([r.ids for r in readings]), CACHE_NAME: cache})
         return self._outputs(call, stacked(records), start)
 
-    def expand_size(self, generation_kwargs: dict[str, Any]) -> int:
-        """How many times the host repeats every sequence: for beams, or for sequences to return."""
-        return GenerationArguments(self._model, generation_kwargs).expand_size
+    def check_arguments(self, generation_kwargs: dict[str, Any], *, one_answer_for: str | None = None) -> None:
+        """Refuses what the host would refuse behind the prompt only; see `GenerationArguments.check`."""
+        GenerationArguments(self._model, generation_kwargs).check(one_answer_for)
 
     def _checked(self, generation_kwargs: dict[str, Any]) -> GenerationArguments:
         arguments = GenerationArguments(self._model, generation_kwargs)
@@ -131,11 +135,11 @@ class Runner:
 
     @contextmanager
     def _generating(
-        self, arguments: GenerationArguments, chunk_size: int | None = None, given_embeddings: ReadyRows | None = None
+        self, arguments: GenerationArguments, chunk_size: int | None = None, given_embeddings: GivenRows | None = None
     ) -> Iterator[GenerationCall]:
         """A call, whose state is in force within the `with` block and nowhere else."""
-        if "stop_strings" in arguments.host_arguments:
-            arguments.host_arguments.setdefault("tokenizer", self._processor.tokenizer)
+        if "stop_strings" in arguments.given:
+            arguments.given.setdefault("tokenizer", self._processor.tokenizer)
         state = CallState(chunk_size, arguments.finishing_ids, arguments.headroom, given_embeddings=given_embeddings)
         with (
             self._lock,

@@ -7,7 +7,7 @@ from transformers import LogitsProcessor
 from mminfer import AIMPrune, ConfigError, InferenceConfig, LookM, patch, patched
 from mminfer.forward.call_state import CallState
 from mminfer.forward.kv_cache import CACHE_NAME
-from mminfer.layout import Modality, ReadyRows
+from mminfer.layout import GivenRows, Modality
 from mminfer.models.registry import adapter_for
 from tests.tiny import IMAGE, tiny_inputs, tiny_model
 
@@ -130,7 +130,7 @@ def test_embeddings_that_no_prompt_took_reach_no_later_call(model):
     places = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
     places[0, 1] = True
     kind = torch.tensor([int(Modality.IMAGE)], dtype=torch.int8)
-    given = ReadyRows(places, torch.randn(1, 64), kind, torch.tensor([0]))
+    given = GivenRows(places, torch.randn(1, 64), kind, torch.tensor([0]))
     with patched(model, InferenceConfig()) as handle:
         want = model(**inputs).logits
         with handle.begin(CallState(given_embeddings=given)), pytest.raises(ValueError):

@@ -5,8 +5,7 @@ import pytest
 import torch
 
 from mminfer import V2PE, AIMMerge, Engine, InferenceConfig, InputError, LookM, OperatorSkip, nano
-from mminfer.inputs.embeddings import filler_token
-from mminfer.layout import Modality, ReadyRows
+from mminfer.layout import GivenRows, Modality
 from mminfer.models.registry import adapter_for
 from tests.tiny import FAMILIES, IMAGE, tiny_inputs, tiny_model
 
@@ -106,7 +105,7 @@ def test_every_family_takes_rows_in_place_of_tokens(family):
     mask[0, -4:-1] = mask[1, -3:-1] = True
     rows = torch.randn(5, embeds.shape[1])
     kinds = torch.tensor([1, 1, 1, 0, 0], dtype=torch.int8)
-    ours, ready = adapter.embed(inputs, ReadyRows(mask, rows, kinds, torch.tensor([0, 0, 0, 1, 1])))
+    ours, ready = adapter.embed(inputs, GivenRows(mask, rows, kinds, torch.tensor([0, 0, 0, 1, 1])))
     places = mask[inputs["attention_mask"].bool()].nonzero()[:, 0]
     assert torch.equal(ours[places], rows)
     others = torch.ones(len(layout), dtype=torch.bool).index_fill(0, places, False)
@@ -142,7 +141,7 @@ def test_wrong_embeddings_are_refused(engine, part, wanted):
 
 
 def test_the_filler_is_no_token_of_media_or_template(engine):
-    assert filler_token(engine.processor) == "<|pad|>"
+    assert engine.reader.markers.filler == "<|pad|>"
     part = {"type": "embedding", "embedding": torch.zeros(2, 192)}
     for parts in ([part, "a <|pad|> b"], ["a <|pad|> b", part]):
         for size in (None, 100):

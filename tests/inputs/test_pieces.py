@@ -11,8 +11,10 @@ from transformers import GenerationConfig
 
 from mminfer import V2PE, AIMMerge, ConfigError, Engine, InferenceConfig, InputError, LookM, nano
 from mminfer.forward.kv_layer import CompressedLayer
-from mminfer.inputs.messages import MediaOptions, load_parts
-from mminfer.inputs.pieces import Host, Reading
+from mminfer.inputs.content import MediaOptions
+from mminfer.inputs.reader import RequestReader
+from mminfer.inputs.reading import Reading
+from mminfer.inputs.transcript import Transcript
 from mminfer.metrics.memory import resident_bytes
 from tests.tiny_models import llava_onevision_engine
 
@@ -181,30 +183,40 @@ def test_a_chunk_smaller_than_an_image_is_refused(engine, content):
         engine.generate(content, prefill_chunk_size=40)
 
 
+class Numbering:
+    """A processor whose template writes the number of each image before it."""
+
+    def __init__(self, processor):
+        self._processor, self.tokenizer = processor, processor.tokenizer
+        self.image_token, self.video_token = processor.image_token, processor.video_token
+
+    def __call__(self, *args, **kwargs):
+        return self._processor(*args, **kwargs)
+
+    def apply_chat_template(self, messages, **kwargs):
+        template = (
+            "{% set count = namespace(n=0) %}{% for m in messages %}{% for p in m['content'] %}"
+            "{% if p['type'] == 'image' %}{% set count.n = count.n + 1 %}{{ count.n }}<IMG_CONTEXT>"
+            "{% else %}{{ p['text'] }}{% endif %}"
+            "{% endfor %}{% endfor %}"
+        )
+        return self._processor.apply_chat_template(messages, chat_template=template, **kwargs)
+
+
 def test_templates_that_number_images_are_refused(engine, content):
     """What a piece says would depend on the pieces before it."""
-    processor = engine.processor
-    template = (
-        "{% set count = namespace(n=0) %}{% for m in messages %}{% for p in m['content'] %}"
-        "{% if p['type'] == 'image' %}{% set count.n = count.n + 1 %}{{ count.n }}<IMG_CONTEXT>"
-        "{% else %}{{ p['text'] }}{% endif %}"
-        "{% endfor %}{% endfor %}"
-    )
-
-    class Numbering:
-        tokenizer, image_token, video_token = processor.tokenizer, processor.image_token, processor.video_token
-
-        def __call__(self, *args, **kwargs):
-            return processor(*args, **kwargs)
-
-        def apply_chat_template(self, messages, **kwargs):
-            return processor.apply_chat_template(messages, chat_template=template, **kwargs)
-
-    host = Host(engine.adapter, Numbering(), engine.device, torch.float32)
-    parts = list(load_parts([content[2]] * 40, "", MediaOptions()))
+    reader, parts = RequestReader(engine.model, Numbering(engine.processor), engine.adapter), [content[2]] * 40
     with pytest.raises(InputError, match="depend on the images before"):
-        list(Reading(host, chat_of([]), parts, piece_size=200))
-    assert len(list(Reading(host, chat_of([]), parts))) == 1
+        list(reader.readings(chat_of(iter(parts)), MediaOptions(), 200)())
+    assert len(list(reader.turn(Transcript(), parts, MediaOptions(), closes=True, size=None))) == 1
+
+
+def test_a_list_may_come_by_a_template_that_numbers_images(engine, content):
+    """It is rendered as a whole, so that each image has its number in whatever piece."""
+    engine, parts = Engine(engine.model, Numbering(engine.processor)), [*[content[2]] * 12, QUESTION]
+    whole, pieces = (engine.generate(parts, 3, output_logits=True, prefill_chunk_size=size) for size in (None, 200))
+    assert whole.stats.prompt_tokens == pieces.stats.prompt_tokens
+    torch.testing.assert_close(pieces.logits, whole.logits, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 6])
@@ -318,8 +330,8 @@ def test_beams_of_a_generation_config(engine, content):
 
 def test_pieces_grow_no_faster_than_twofold(engine, content):
     """What one image takes may grow from piece to piece."""
-    host, parts = engine.runner.host, list(load_parts([content[2]] * 40, "", MediaOptions()))
-    held = [piece["pixel_values"].shape[0] for piece in Reading(host, chat_of([]), parts, piece_size=100_000)]
+    reading = engine.reader.readings(chat_of([content[2]] * 40), MediaOptions(), 100_000)()
+    held = [piece["pixel_values"].shape[0] for piece in reading]
     assert held[0] == 1 and sum(held) == 40
     assert all(later <= 2 * earlier for earlier, later in pairwise(held))
 

@@ -1,6 +1,7 @@
 """Chats become the host's inputs, or are refused before any forward pass with the place of the mistake."""
 
 import copy
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -19,8 +20,12 @@ from transformers import (
 
 from mminfer import nano
 from mminfer.errors import InputError
-from mminfer.inputs.messages import MediaOptions, is_batch, normalise_messages
-from mminfer.inputs.request import build_inputs, build_piece
+from mminfer.inputs.content import MediaOptions
+from mminfer.inputs.markers import Markers
+from mminfer.inputs.messages import is_batch, normalise_messages
+from mminfer.inputs.model_inputs import InputBuilder
+from mminfer.inputs.parts import ImagePart, Message, TextPart
+from mminfer.inputs.reader import RequestReader
 from mminfer.output import GenerationOutput
 
 TOKENS_PER_IMAGE = 64
@@ -40,7 +45,11 @@ def user(*parts):
 
 
 def inputs_of(processor, *chats, dtype=torch.float32):
-    return build_inputs(processor, [normalise_messages(c) for c in chats], device="cpu", dtype=dtype)
+    return builder(processor, dtype).batch([normalise_messages(c) for c in chats])
+
+
+def builder(processor, dtype=None):
+    return InputBuilder(processor, Markers(processor), "cpu", dtype)
 
 
 def same(left, right):
@@ -50,7 +59,7 @@ def same(left, right):
 
 
 def test_every_spelling_of_one_chat_is_the_same():
-    wanted = [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}]
+    wanted = [Message("user", (TextPart("Hello"),))]
     text = {"type": "text", "text": "Hello"}
     for messages in (
         "Hello",
@@ -68,29 +77,30 @@ def test_media_are_loaded_from_every_key(tmp_path):
     Image.fromarray(PICTURE).save(tmp_path / "a.png")
     for key in ("image", "path", "url"):
         chat = user({"type": "image", key: str(tmp_path / "a.png")})
-        (part,) = normalise_messages(chat)[0]["content"]
-        assert part.keys() == {"type", "image"}
-        np.testing.assert_array_equal(np.asarray(part["image"]), PICTURE)
+        (part,) = normalise_messages(chat)[0].parts
+        assert isinstance(part, ImagePart)
+        np.testing.assert_array_equal(np.asarray(part.image), PICTURE)
     for key in ("video", "path", "url"):
         part = {"type": "video", key: FRAMES}
-        (loaded,) = normalise_messages(user(part), MediaOptions(num_frames=2))[0]["content"]
-        np.testing.assert_array_equal(loaded["video"], FRAMES)
+        (loaded,) = normalise_messages(user(part), MediaOptions(num_frames=2))[0].parts
+        np.testing.assert_array_equal(loaded.frames, FRAMES)
 
 
 def test_a_video_becomes_images_where_videos_are_not_supported():
-    (message,) = normalise_messages(user("a", VIDEO, "b"), MediaOptions(supports_video=False))
-    assert [part["type"] for part in message["content"]] == ["text"] + ["image"] * 4 + ["text"]
-    for part, frame in zip(message["content"][1:5], FRAMES, strict=True):
-        np.testing.assert_array_equal(np.asarray(part["image"]), frame)
+    reader = RequestReader(None, SimpleNamespace(), None)  # a processor that takes no videos
+    (message,) = reader.check(user("a", VIDEO, "b"), MediaOptions())
+    assert [part.kind for part in message.parts] == ["text"] + ["image"] * 4 + ["text"]
+    for part, frame in zip(message.parts[1:5], FRAMES, strict=True):
+        np.testing.assert_array_equal(np.asarray(part.image), frame)
 
 
 def test_what_was_given_is_left_alone(processor):
     given = [{"role": "system", "content": "Be brief."}, *user("a", IMAGE, VIDEO)]
     before = copy.deepcopy(given)
     checked = normalise_messages(given)
-    lists = [message["content"] for message in checked]
-    build_inputs(processor, [checked], device="cpu", dtype=None)
-    assert [message["content"] for message in checked] == lists
+    lists = [message.parts for message in checked]
+    builder(processor).batch([checked])
+    assert [message.parts for message in checked] == lists
     assert given[0] == before[0]
     assert given[1]["content"][0] == "a" and given[1]["content"][1]["image"] is PICTURE
 
@@ -210,7 +220,7 @@ def test_placeholders_in_texts_are_refused(processor, mark):
 
 def test_what_the_processor_cannot_take_is_an_input_error(processor):
     with pytest.raises(InputError, match="batch is empty"):
-        build_inputs(processor, [], device="cpu", dtype=None)
+        builder(processor).batch([])
     with pytest.raises(InputError, match="InternVLProcessor refused the chat") as caught:
         inputs_of(processor, "\ud800")
     assert caught.value.__cause__ is not None
@@ -222,19 +232,20 @@ def test_what_the_processor_cannot_take_is_an_input_error(processor):
 
 def test_a_piece_is_what_the_whole_chat_holds_of_it(processor):
     chat = normalise_messages(user("Image QX:", IMAGE, VIDEO, "What digit is in image QX?"))
-    rendered = processor.apply_chat_template(chat, add_generation_prompt=True)
-    parts = chat[0]["content"]
-    whole = build_inputs(processor, [chat], device="cpu", dtype=torch.float32)
-    same(build_piece(processor, rendered, parts, first=True, device="cpu", dtype=torch.float32), dict(whole))
+    make, parts = builder(processor, torch.float32), chat[0].parts
+    bare = [make.markers.template_part(part) for part in parts]
+    rendered = processor.apply_chat_template(user(*bare), add_generation_prompt=True)
+    whole = make.batch([chat])
+    same(make.piece(rendered, parts, first=True), whole)
     cut = rendered.index("<video>")
     pieces = [
-        build_piece(processor, text, part, first=not n, device="cpu", dtype=torch.float32)
+        make.piece(text, part, first=not n)
         for n, (text, part) in enumerate([(rendered[:cut], parts[:2]), (rendered[cut:], parts[2:])])
     ]
     for key, axis in (("input_ids", 1), ("pixel_values", 0)):
         assert torch.equal(torch.cat([piece[key] for piece in pieces], axis), whole[key])
     with pytest.raises(InputError, match="refused the turn"):
-        build_piece(processor, "no placeholder", parts[1:2], first=True, device="cpu", dtype=None)
+        make.piece("no placeholder", parts[1:2], first=True)
 
 
 def test_a_videos_times_reach_the_processor(tmp_path):
@@ -255,7 +266,7 @@ def test_a_videos_times_reach_the_processor(tmp_path):
     images, videos = Qwen2VLImageProcessor(), Qwen3VLVideoProcessor()
     processor = Qwen3VLProcessor(images, tokenizer, videos, chat_template=template)
     chat = normalise_messages(user({"type": "video", "path": path}, "What happens?"), MediaOptions(num_frames=4))
-    inputs = build_inputs(processor, [chat], device="cpu", dtype=None)
+    inputs = builder(processor).batch([chat])
     text = tokenizer.decode(inputs["input_ids"][0])
     assert inputs["video_grid_thw"][0, 0] == 2  # two frames a step
     assert "<0.2 seconds>" in text and "<1.2 seconds>" in text

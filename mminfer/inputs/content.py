@@ -1,0 +1,206 @@
+"""What a message holds, as users write it: its form is checked here, once; media are loaded when they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+from mminfer.errors import InputError
+from mminfer.inputs.media import load_image, read_video
+from mminfer.inputs.parts import EmbeddingPart, ImagePart, Part, TextPart, VideoPart
+from mminfer.inputs.sources import check_source
+
+SOURCE_KEYS = {"image": ("image", "path", "url"), "video": ("video", "path", "url")}
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class MediaOptions:
+    """How media are taken.
+
+    Args:
+        allow_remote: fetch http(s) URLs.
+        num_frames: frames to take of each video file, evenly spread.
+        fps: take so many frames a second of it instead.
+        max_video_tokens: visual tokens of one video at most; None: all that its frames give.
+    """
+
+    allow_remote: bool = False
+    num_frames: int = 8
+    fps: float | None = None
+    max_video_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class PendingPart:
+    """An image or video that is there, but was not opened yet.
+
+    Args:
+        kind: "image" or "video".
+        load: opens it; raises `InputError` where it is damaged.
+    """
+
+    kind: str
+    load: Callable[[], ImagePart | VideoPart]
+
+
+@dataclass(frozen=True)
+class ImageRun:
+    """Images of an iterable, one after the other."""
+
+    images: Iterable[Any]
+
+
+class Entry(NamedTuple):
+    """A part and its place in the chat, for messages about it."""
+
+    where: str
+    part: Part | PendingPart
+
+
+class Content:
+    """The content of one message. Going through it gives its entries; media are not opened by that.
+
+    Args:
+        content: a string, or parts: a list or any iterable, which is gone through as often as this is.
+        where: its place in the chat.
+        options: how media are taken.
+
+    Raises:
+        InputError: at once, if it is no content, or, of a list or tuple, if a part is wrong as far as one can see
+            without opening it; while it is gone through, if a part of another iterable is wrong.
+    """
+
+    def __init__(self, content: Any, where: str, options: MediaOptions) -> None:
+        if isinstance(content, str):
+            content = [content]
+        if isinstance(content, Mapping) or not isinstance(content, Iterable):
+            raise InputError(f"{where}: content is {type(content).__name__}: wanted a string or a list of parts")
+        self._given, self._where, self._options = content, where, options
+        self._parsed: list[tuple[str, Part | PendingPart | ImageRun]] | None = None
+        if isinstance(content, (list, tuple)):
+            self._parsed = list(self._parse(content))
+
+    def __iter__(self) -> Iterator[Entry]:
+        for where, part in self._parse(self._given) if self._parsed is None else self._parsed:
+            if isinstance(part, ImageRun):
+                yield from self._images(where, part)
+            else:
+                yield Entry(where, part)
+
+    @property
+    def is_list(self) -> bool:
+        """Whether its entries can be told without asking an iterator of the user's for them."""
+        return self._parsed is not None and not any(isinstance(part, ImageRun) for _, part in self._parsed)
+
+    @property
+    def known_texts(self) -> list[TextPart]:
+        """The texts that can be told without asking an iterator for them."""
+        return [part for _, part in self._parsed or [] if isinstance(part, TextPart)]
+
+    def __len__(self) -> int:
+        """How many entries there will be; raises `TypeError` where nobody knows."""
+        return _length(self._given)
+
+    def _parse(self, content: Iterable[Any]) -> Iterator[tuple[str, Part | PendingPart | ImageRun]]:
+        for where, given in _items(content, f"{self._where}, part"):
+            part = _parse_part(given, where, self._options)
+            if isinstance(part, ImageRun) and isinstance(part.images, (list, tuple)):
+                yield from self._images(where, part)
+            else:
+                yield where, part
+
+    def _images(self, where: str, run: ImageRun) -> Iterator[Entry]:
+        for place, image in _items(run.images, f"{where}, item"):
+            typed = isinstance(image, ImagePart)
+            part = image if typed else _parse_medium({"type": "image", "image": image}, place, self._options)
+            yield Entry(place, part)
+
+
+def expected_parts(content: Content) -> int | None:
+    """How many parts there will be, images of an iterable counted one by one; None where nobody knows."""
+    try:
+        return len(content)
+    except TypeError:
+        return None
+
+
+def _length(content: Iterable[Any]) -> int:
+    if not isinstance(content, (list, tuple)):
+        if isinstance(content, Sized):
+            return len(content)
+        raise TypeError("an iterator has no length")
+    runs = (part.get("images") for part in content if isinstance(part, dict) and part.get("type") == "images")
+    lengths = [_length(run) - 1 for run in runs if run is not None]
+    return len(content) + sum(lengths)
+
+
+def _items(given: Iterable[Any], where: str) -> Iterator[tuple[str, Any]]:
+    """Each item and its place; what a caller's iterator raises names the place."""
+    iterator, k = iter(given), 0
+    while True:
+        try:
+            item = next(iterator)
+        except StopIteration:
+            return
+        except Exception as error:  # a caller's code raises anything
+            raise InputError(f"{where} {k}: the iterator raised {type(error).__name__}: {error}") from error
+        yield f"{where} {k}", item
+        k += 1
+
+
+def _parse_part(given: Any, where: str, options: MediaOptions) -> Part | PendingPart | ImageRun:
+    """A part as a user writes it, checked as far as one can see without opening it."""
+    if isinstance(given, Part):
+        return given
+    if isinstance(given, str):
+        return TextPart(given)
+    kind = given.get("type") if isinstance(given, dict) else None
+    if kind == "text":
+        return _at(where, lambda: TextPart(given.get("text")))
+    if kind == "embedding":
+        return _at(where, lambda: EmbeddingPart(given.get("embedding"), given.get("modality", "visual")))
+    if kind == "images":
+        images = given.get("images")
+        if isinstance(images, (str, Mapping)) or not isinstance(images, Iterable):
+            raise InputError(f'{where}: "images" is {type(images).__name__}: wanted an iterable of images')
+        return ImageRun(images)
+    if isinstance(kind, str) and kind in SOURCE_KEYS:
+        return _parse_medium(given, where, options)
+    found = f"a part of type {kind!r}" if isinstance(given, dict) else type(given).__name__
+    raise InputError(
+        f'{where}: {found}: wanted a string or a dict of type "text", "image", "images", "video" or "embedding"'
+    )
+
+
+def _parse_medium(given: dict[str, Any], where: str, options: MediaOptions) -> PendingPart:
+    kind = given["type"]
+    keys = [key for key in SOURCE_KEYS[kind] if given.get(key) is not None]
+    if len(keys) != 1:
+        found = " and ".join(map(repr, keys)) if keys else "none"
+        wanted = ", ".join(SOURCE_KEYS[kind])
+        raise InputError(f"{where}: {kind} part with {found} of {wanted}: wanted exactly one")
+    source = given[keys[0]]
+    _at(where, lambda: check_source(source, kind, allow_remote=options.allow_remote))
+    load: Callable[[Any, MediaOptions], ImagePart | VideoPart] = _load_image if kind == "image" else _load_video
+    return PendingPart(kind, lambda: _at(where, lambda: load(source, options)))
+
+
+def _load_image(source: Any, options: MediaOptions) -> ImagePart:
+    return ImagePart(load_image(source, allow_remote=options.allow_remote))
+
+
+def _load_video(source: Any, options: MediaOptions) -> VideoPart:
+    return VideoPart(
+        *read_video(source, num_frames=options.num_frames, fps=options.fps, allow_remote=options.allow_remote)
+    )
+
+
+def _at(where: str, act: Callable[[], T]) -> T:
+    """What `act` gives; its errors name the place."""
+    try:
+        return act()
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
