@@ -235,7 +235,7 @@ class Engine:
         if prefill_chunk_size is None:
             inputs = self.reader.inputs(chats, media)
             return Request(batch, inputs, preparation_s=time.perf_counter() - start)
-        self._check_chunk_size(prefill_chunk_size)
+        self._check_chunks(prefill_chunk_size)
         readings = tuple(self.reader.readings(chat, media, prefill_chunk_size) for chat in chats)
         return Request(batch, None, readings, prefill_chunk_size, time.perf_counter() - start)
 
@@ -251,7 +251,7 @@ class Engine:
         start = time.perf_counter() - request.preparation_s
         if request.inputs is not None:
             return self.runner.run(request.inputs, start, max_new_tokens=max_new_tokens, **generation_kwargs)
-        self._check_chunk_size(request.chunk_size)
+        self._check_chunks(request.chunk_size)
         options = RunOptions(request.chunk_size, progress)
         readings = [begin() for begin in request.readings]
         caches = [CompressedCache() for _ in readings]
@@ -266,10 +266,11 @@ class Engine:
         generation = {name: value for name, value in kwargs.items() if name not in taken}
         self.runner.check_arguments(generation, one_answer_for=one_answer_for)
         self.reader.check_options(media)
-        self._check_chunk_size(run.chunk_size)
+        self._check_chunks(run.chunk_size)
         return CallOptions(media, run, generation)
 
-    def _check_chunk_size(self, size: int | None) -> None:
+    def _check_chunks(self, size: int | None) -> None:
+        """Raises `ConfigError` where prompts cannot go in by chunks of this size; None: they need not."""
         if size is None:
             return
         if not is_whole(size, least=1):

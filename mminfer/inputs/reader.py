@@ -16,7 +16,7 @@ from mminfer.inputs.cutting import Cutting
 from mminfer.inputs.markers import Markers
 from mminfer.inputs.messages import load_entry, parse_chat, refuse_empty
 from mminfer.inputs.model_inputs import InputBuilder
-from mminfer.inputs.parts import EmbeddingPart, ImagePart, Message, Part, TextPart, VideoPart
+from mminfer.inputs.parts import EmbeddingPart, ImagePart, Message, Part, VideoPart
 from mminfer.inputs.reading import Reading
 from mminfer.inputs.rendering import GroupwiseRendering, Rendering, Turn, WholeRendering
 from mminfer.inputs.template import Template
@@ -103,11 +103,9 @@ class RequestReader:
         self.check_options(media)
         *earlier, last = parse_chat(messages, media)
         history = [message.load(partial(self._fitted, media)) for message in earlier]
-        parts = [part for message in history for part in message.parts]
-        self.markers.check_placeholders([*parts, *last.content.known_texts])
         turn = Turn(
             Transcript((*map(self._template_message, history), {"role": last.role, "content": []})),
-            before=[part for part in parts if not isinstance(part, TextPart)],
+            before=[part for message in history for part in message.parts],
         )
         render = self._rendering(turn, last.content, media)
         return lambda: self._reading(render(), turn, size, expected_parts(last.content))
@@ -141,6 +139,7 @@ class RequestReader:
         if parts is not None:
             rendering = WholeRendering(self._template, self.markers, turn, parts)
             return lambda: rendering
+        self.markers.check_placeholders([*turn.before, *content.known_texts])
         return lambda: GroupwiseRendering(
             self._template, self.markers, turn, (part for entry in content for part in self._fitted(media, entry))
         )
