@@ -11,7 +11,7 @@ from PIL import Image
 
 from mminfer.errors import InputError
 from mminfer.inputs.assembling import Assembling
-from mminfer.inputs.content import Content, Entry, MediaOptions, PendingPart, expected_parts
+from mminfer.inputs.content import Content, Entry, MediaOptions, PendingPart
 from mminfer.inputs.cutting import Cutting
 from mminfer.inputs.markers import Markers
 from mminfer.inputs.messages import load_entry, parse_chat, refuse_empty
@@ -108,7 +108,7 @@ class RequestReader:
             before=[part for message in history for part in message.parts],
         )
         render = self._rendering(turn, last.content, media)
-        return lambda: self._reading(render(), turn, size, expected_parts(last.content))
+        return lambda: self._reading(render(), turn, size, last.content.expected_parts)
 
     def turn(
         self, transcript: Transcript, content: Any, media: MediaOptions, *, closes: bool, size: int | None
@@ -131,7 +131,7 @@ class RequestReader:
             rendering: Rendering = WholeRendering(self._template, self.markers, turn, parts)
         else:
             rendering = self._rendering(turn, parsed, media)()
-        return self._reading(rendering, turn, size, expected_parts(parsed))
+        return self._reading(rendering, turn, size, parsed.expected_parts)
 
     def _rendering(self, turn: Turn, content: Content, media: MediaOptions) -> Callable[[], Rendering]:
         """Renders a turn: a list at once, here; anything else group by group, whenever it is called."""
