@@ -18,7 +18,7 @@ from mminfer.config import InferenceConfig
 from mminfer.errors import ConfigError, InputError
 from mminfer.forward.decode import Decoder
 from mminfer.forward.kv_cache import CACHE_NAME, ROOM, CompressedCache
-from mminfer.forward.prefill import prompt_pass
+from mminfer.forward.prefill import PassOptions, prompt_pass
 from mminfer.layout import ReadyRows
 from mminfer.metrics.records import PromptRecord
 from mminfer.metrics.vision import vision_shares
@@ -182,10 +182,7 @@ class PatchHandle:
             embeds,
             layout,
             cache,
-            like.shape[1],
-            chunk_size=self.chunk_size,
-            last_only=isinstance(keep, int) and keep == 1,
-            progress=self.progress,
+            PassOptions(like.shape[1], self.chunk_size, isinstance(keep, int) and keep == 1, self.progress),
         )
         out.record.vision_flops = vision_shares(self.adapter, inputs, out.record.visual)
         self.records.append(out.record)

@@ -36,7 +36,9 @@ def budgets(protocol: Protocol) -> str:
     table = [["nothing evicted", *([off["accuracy"]] * 4 if by_answer else []), *["0"] * 4]]
     told = [found["H2O 20 %", protocol, LENGTH], off]
     for rule, settings in names.items():
-        rows = [found[setting, protocol, LENGTH] for setting in settings]
+        rows = [found[setting, protocol, LENGTH] for setting in settings if (setting, protocol, LENGTH) in found]
+        if len(rows) < len(settings):
+            continue  # a rule that was not measured yet
         told += rows
         right = [row["accuracy"] for row in rows] if by_answer else []
         table.append([rule, *right, *(row["kl_long"] for row in rows)])
@@ -51,7 +53,9 @@ def at_equal_entries() -> str:
         names = [f"{ladder.rule} {share} %" for ladder in cache_ladders()]
         names += [f"LOOK-M weighted {share} %"] * (share == 20)
         for name in [*names, f"AIM merge to {share} %", f"down-sampling to {share} %"]:
-            row = found[name, protocol, LENGTH]
+            row = found.get((name, protocol, LENGTH))
+            if row is None:
+                continue
             told.append(row)
             table.append([name, f"{float(row['cache_kept']):.0f} %", row["accuracy"], *_tasks(row), row["kl_long"]])
     header = ["setting", "entries kept", "right", "Q1 labels", "Q2 contents", "Q3 facts", "KL"]

@@ -234,7 +234,7 @@ def _row(engine: Engine, name: str, runs: Sequence[Run], prompt: PromptRecord, n
     record = counted[0].record
     if record is None:
         held = full_cache_bytes(spec, prompt.prompt, element_size)
-        flops = full_prompt_flops(spec, prompt.prompt, prompt.past, prompt.ahead)
+        flops = full_prompt_flops(spec, prompt.prompt, prompt.past, prompt.pairs_ahead)
     else:
         entries = sum(sum(layer.entries) for layer in record.layers)
         held = 2 * entries * spec.num_key_value_heads * spec.head_dim * element_size

@@ -119,6 +119,7 @@ def inspect_inputs(
         stats=output.stats,
         full_stats=full.stats,
         importance_from=importance_from,
+        evicted="" if config.cache is None else config.cache.describe_evicted(),
         last_position=float(placed.next_position[0]) - 1,
         full_last_position=float(host.next_position[0]) - 1,
     )

@@ -10,7 +10,8 @@ from mminfer_kernels.backends import cpu_takes
 from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from mminfer import V2PE, AIMPrune, Engine, InferenceConfig, LookM, compiled, nano, patched
+from mminfer import V2PE, AIMPrune, Engine, InferenceConfig, LookM, nano, patched
+from mminfer.forward import compiled
 from mminfer.forward.rotary import STEPS_AHEAD, RotaryAhead
 from mminfer.metrics.flops import measured_flops
 from mminfer.models.registry import adapter_for
