@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from mminfer.config import InferenceConfig
 from mminfer.errors import InputError
 from mminfer.forward.kv_cache import CompressedCache
+from mminfer.forward.native_build import prepare_kernels
 from mminfer.forward.storage import cache_facts, cache_tensors, restore_cache
 from mminfer.inputs.messages import count_parts
 from mminfer.inputs.pieces import Reading
@@ -74,6 +75,7 @@ class Chat:
         Raises:
             InputError: the content is wrong; the chat is as it was.
         """
+        prepare_kernels(self._engine.device)
         reading = self._reading(content, closes=False)
         with self._kept_on_errors():
             self._engine.runner.read([reading], [self.cache], self._options)
@@ -90,6 +92,7 @@ class Chat:
         Raises:
             InputError: the content is wrong; the chat is as it was.
         """
+        prepare_kernels(self._engine.device)
         start = time.perf_counter()
         kwargs = {**self._generation_kwargs, "max_new_tokens": max_new_tokens, **generation_kwargs}
         copies = self._engine.runner.copies(kwargs)

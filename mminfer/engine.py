@@ -16,6 +16,7 @@ from mminfer.chat import Chat
 from mminfer.config import InferenceConfig
 from mminfer.errors import ConfigError, InputError, UnsupportedModelError
 from mminfer.forward.kv_cache import CompressedCache
+from mminfer.forward.native_build import prepare_kernels
 from mminfer.inputs.messages import (
     MediaOptions,
     as_text_part,
@@ -147,6 +148,7 @@ class Engine:
         Raises:
             InputError: the request is wrong. The engine goes on with the next one.
         """
+        prepare_kernels(self.device)
         start = time.perf_counter()
         chats = messages if is_batch(messages) else [messages]
         options = RunOptions(prefill_chunk_size, progress)
@@ -164,6 +166,7 @@ class Engine:
 
         The request is checked before this returns. Leaving the loop early stops the generation.
         """
+        prepare_kernels(self.device)
         start = time.perf_counter()
         if is_batch(messages):
             raise InputError(f"stream() takes one chat, found a list of {len(messages)}: use generate() for a batch")

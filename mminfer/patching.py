@@ -18,6 +18,7 @@ from mminfer.config import InferenceConfig
 from mminfer.errors import ConfigError, InputError
 from mminfer.forward.decode import Decoder
 from mminfer.forward.kv_cache import CACHE_NAME, ROOM, CompressedCache
+from mminfer.forward.native_build import prepare_kernels
 from mminfer.forward.prefill import PassOptions, prompt_pass
 from mminfer.layout import ReadyRows
 from mminfer.metrics.records import PromptRecord
@@ -123,6 +124,8 @@ class PatchHandle:
     @torch.no_grad()
     def _forward(self, inputs: dict[str, Any]) -> Any:
         cache = _cache_of(inputs)
+        if not cache.logical_length:  # a prompt begins
+            prepare_kernels(self.model.get_input_embeddings().weight.device)
         start = time.perf_counter()
         if self._resumed is not None:
             logits, self._resumed = self._resumed, None

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mminfer.config import InferenceConfig
 from mminfer.errors import InputError
+from mminfer.forward.native_build import prepare_kernels
 from mminfer.inputs.request import build_inputs
 from mminfer.inspection.facts import Floats, ImageFacts, Inspection, LayerFacts, Mask, Rows, TokenFacts
 from mminfer.inspection.pictures import Pictures, frame_pictures, image_pictures
@@ -162,6 +163,7 @@ def _shown_pictures(
 
 def _answer(runner: Runner, inputs: Mapping[str, Any], max_new_tokens: int) -> GenerationOutput:
     kwargs = {"max_new_tokens": max_new_tokens, "output_logits": True, "do_sample": False, "num_beams": 1}
+    prepare_kernels(runner.device)
     (output,) = runner.run(dict(inputs), time.perf_counter(), **kwargs)
     return output
 

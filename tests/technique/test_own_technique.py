@@ -1,7 +1,9 @@
 """A technique of a user's own works wherever the library's do, and nothing in the package names it."""
 
 import importlib.util
+import os
 import runpy
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,6 +108,25 @@ def test_it_is_inspected(engine):
     found = inspect_chat(engine, sample_messages(), 2)
     assert found.evicts and found.importance_from.startswith("score by KeyNorm")
     assert "KeyNorm" in page_html(found, "own") and "the rest was dropped" in "".join(sentences(found))
+
+
+def test_a_file_in_a_room_is_found(tmp_path):
+    """A technique added to the library is its file and its test: presets, plots and tables find it."""
+    above = ("import mminfer\n", "from mminfer.inspection", "from mminfer.nano")  # which a room may not know
+    example = EXAMPLE.read_text().partition("\n\ndef main()")[0].splitlines(keepends=True)
+    own = "".join(line for line in example if not line.startswith(above))
+    (tmp_path / "own_rule.py").write_text(own.replace("KeyNorm", "OwnRule").replace("key-norm", "own"))
+    program = f"""
+import mminfer.cache
+mminfer.cache.__path__.append({str(tmp_path)!r})
+from mminfer.config import PRESETS, TECHNIQUES
+from mminfer.inspection.support import technique_variants
+assert TECHNIQUES["OwnRule"].__module__ == "mminfer.cache.own_rule"
+assert "own-20" in PRESETS and "OwnRule" in technique_variants()
+"""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(str(EXAMPLE.parents[1] / part) for part in ("", "kernels"))}
+    run = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
 
 
 @dataclass(frozen=True)
