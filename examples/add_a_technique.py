@@ -6,8 +6,8 @@
 and recent ones. Defining the class is all there is to do: it can stand in a configuration, at both doors, in a saved
 configuration, in `mminfer bench` and in `mminfer inspect`. The commands load this file when they are told so:
 
-    mminfer bench --technique-file examples/add_a_technique.py --preset key-norm-20 --preset lookm-20
-    mminfer inspect --technique-file examples/add_a_technique.py --preset key-norm-20
+    mminfer --technique-file examples/add_a_technique.py bench --preset key-norm-20 --preset lookm-20
+    mminfer --technique-file examples/add_a_technique.py inspect --preset key-norm-20
 """
 
 from __future__ import annotations

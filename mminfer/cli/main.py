@@ -6,16 +6,18 @@ Nothing here loads torch or transformers: a command does so once its options are
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from mminfer import __version__
 from mminfer.cli.bench import bench
-from mminfer.cli.console import ERR
+from mminfer.cli.console import ERR, reports_errors
 from mminfer.cli.doctor import doctor
 from mminfer.cli.generate import generate
 from mminfer.cli.inspect import inspect
+from mminfer.cli.settings import load_technique_file
 
 app = typer.Typer(
     add_completion=False,
@@ -35,12 +37,22 @@ def _print_version(wanted: bool) -> None:
 
 
 @app.callback()
+@reports_errors
 def _options_of_all(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
+    technique_file: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Run this Python file, whose technique classes settings and presets may then name; repeat the option "
+            "for more files."
+        ),
+    ] = None,
 ) -> None:
     """Options that stand before a command."""
+    for path in technique_file or []:
+        load_technique_file(path)
 
 
 def main() -> None:

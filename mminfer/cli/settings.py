@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +16,26 @@ if TYPE_CHECKING:
 
 DEFAULT_PRESET = "balanced"
 ROWS_OF_OTHERS = {"host", "blind"}  # names of rows that are no setting
+
+
+def load_technique_file(path: Path) -> None:
+    """Runs a Python file that defines techniques, so that settings and presets may name them.
+
+    Raises:
+        InputError: there is no such file, it fails, or it defines no technique.
+    """
+    from mminfer.config import TECHNIQUES
+
+    spec = importlib.util.spec_from_file_location(f"technique_file_{path.stem}", path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise InputError(f"--technique-file {path}: no such Python file: pass the path of one")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # a user's code raises anything
+        raise InputError(f"--technique-file {path}: it raised {type(error).__name__}: {error}") from error
+    if not any(technique.__module__ == spec.name for technique in TECHNIQUES.values()):
+        raise InputError(f"--technique-file {path}: it defines no technique: wanted a class such as CacheTechnique's")
 
 
 def request_settings(preset: str | None, config: Path | None, delta: str | None) -> InferenceConfig:

@@ -1,6 +1,7 @@
 """A technique of a user's own works wherever the library's do, and nothing in the package names it."""
 
 import importlib.util
+import json
 import os
 import runpy
 import subprocess
@@ -10,12 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from mminfer import ConfigError, Engine, InferenceConfig, patched
 from mminfer.bench.contexts import Context
 from mminfer.bench.ladders import cache_ladders
 from mminfer.bench.plan import Plan, measure
 from mminfer.bench.protocols import Protocol
+from mminfer.cli.main import app
 from mminfer.config import PRESETS, TECHNIQUES
 from mminfer.inspection import inspect_chat, page_html
 from mminfer.inspection.support import YES, support_table
@@ -102,6 +105,32 @@ def test_it_is_measured(engine):
     assert [row.protocol for row in compared] == ["in-prompt", "next-turn", "streamed"]
     assert all(29 < row.cache_kept < 31 for row in compared if row.protocol != "streamed")
     assert "KeyNorm" not in [ladder.rule for ladder in cache_ladders()]  # it brings no sweep
+
+
+def test_commands_take_the_file(tmp_path, example):
+    """`bench` and `inspect` by the file's preset and by a configuration that names its class."""
+    (tmp_path / "config.json").write_text(InferenceConfig(cache=example.KeyNorm(0.4)).to_json())
+    file = ["--technique-file", str(EXAMPLE)]
+    settings = ["--preset", "key-norm-50", "--config", str(tmp_path / "config.json")]
+    few = ["--images", "2", "--contexts", "1", "--questions", "1", "--repeats", "0", "--new-tokens", "2", "--json"]
+    run = CliRunner().invoke(app, [*file, "bench", *settings, *few])
+    assert run.exit_code == 0, run.output
+    rows = json.loads(run.stdout)["rows"]
+    assert [round(row["cache_kept"], -1) for row in rows] == [50, 40]
+    run = CliRunner().invoke(app, [*file, "inspect", "--preset", "key-norm-20", "--out", str(tmp_path)])
+    assert run.exit_code == 0 and "KeyNorm: behind the prompt" in run.output, run.output
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [(None, "no such Python file"), ("1 / 0", "it raised ZeroDivisionError"), ("x = 1", "it defines no technique")],
+)
+def test_files_without_a_technique_are_refused(tmp_path, text, wanted):
+    path = tmp_path / "own.py"
+    if text is not None:
+        path.write_text(text)
+    run = CliRunner().invoke(app, ["--technique-file", str(path), "doctor"], env={"COLUMNS": "400"})
+    assert run.exit_code == 2 and wanted in " ".join(run.output.split())
 
 
 def test_it_is_inspected(engine):
