@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from benchmarks.common import read_rows
 from benchmarks.quality.settings import GROUPS, OFF
 from benchmarks.tables.markdown import markdown, origin
-from mminfer.bench.ladders import CACHE_SHARES, cache_ladders
 from mminfer.bench.protocols import Protocol
+from mminfer.bench.sweeps import CACHE_SHARES, cache_sweeps
 
 Row = dict[str, str]
 LENGTH = 16  # pictures, where one length must do
@@ -29,7 +29,7 @@ def cells() -> dict[tuple[str, str, int], Row]:
 def budgets(protocol: Protocol) -> str:
     """Eviction rules at equal budgets; in-prompt by KL alone, since one-token answers never see a compressed cache."""
     found = cells()
-    names = {ladder.rule: list(ladder.settings) for ladder in cache_ladders()}
+    names = {sweep.rule: list(sweep.settings) for sweep in cache_sweeps()}
     by_answer = protocol is not Protocol.IN_PROMPT
     header = ["rule", *(f"right, {s} %" for s in CACHE_SHARES if by_answer), *(f"KL, {s} %" for s in CACHE_SHARES)]
     off = found["off", protocol, LENGTH]
@@ -50,7 +50,7 @@ def at_equal_entries() -> str:
     found, protocol = cells(), Protocol.NEXT_TURN
     table, told = [], [found["off", Protocol.NEXT_TURN, LENGTH]]
     for share in (50, 20):
-        names = [f"{ladder.rule} {share} %" for ladder in cache_ladders()]
+        names = [f"{sweep.rule} {share} %" for sweep in cache_sweeps()]
         names += [f"LOOK-M weighted {share} %"] * (share == 20)
         for name in [*names, f"AIM merge to {share} %", f"down-sampling to {share} %"]:
             row = found.get((name, protocol, LENGTH))

@@ -19,10 +19,10 @@ from mminfer.errors import InputError
 if TYPE_CHECKING:
     from mminfer.bench.contexts import Context
     from mminfer.bench.fidelity import FidelityRow
-    from mminfer.bench.ladders import Ladder
     from mminfer.bench.plan import Plan
     from mminfer.bench.protocols import Protocol
     from mminfer.bench.speed import SpeedRow
+    from mminfer.bench.sweeps import Sweep
     from mminfer.config import InferenceConfig
 
 bench = typer.Typer(help="Measure what settings cost and save.")
@@ -233,10 +233,10 @@ def _without_refused(model: str, optional: dict[str, InferenceConfig]) -> dict[s
     return {name: config for name, config in optional.items() if name not in refused}
 
 
-def _all_ladders() -> tuple[Ladder, ...]:
-    from mminfer.bench.ladders import cache_ladders, token_ladders
+def _all_sweeps() -> tuple[Sweep, ...]:
+    from mminfer.bench.sweeps import cache_sweeps, token_sweeps
 
-    return (*token_ladders(), *cache_ladders())
+    return (*token_sweeps(), *cache_sweeps())
 
 
 def _plotted_settings(plot: Path, contexts: int, deltas: Sequence[str]) -> dict[str, InferenceConfig]:
@@ -248,7 +248,7 @@ def _plotted_settings(plot: Path, contexts: int, deltas: Sequence[str]) -> dict[
         raise InputError(f"--plot {plot} and --contexts 0: a plot needs fidelity, of at least one context")
     if len(deltas) > 1:
         raise InputError(f"--plot {plot} with the steps {', '.join(deltas)}: a plot is of one: pass one --delta")
-    settings = {name: config for ladder in _all_ladders() for name, config in ladder.settings.items()}
+    settings = {name: config for sweep in _all_sweeps() for name, config in sweep.settings.items()}
     for delta in deltas:
         settings = {name: with_delta(config, delta) for name, config in settings.items()}
     return settings
@@ -257,14 +257,14 @@ def _plotted_settings(plot: Path, contexts: int, deltas: Sequence[str]) -> dict[
 def _draw_plot(rows: Sequence[FidelityRow], path: Path, title: str) -> None:
     from mminfer.bench.plots import Panels, Point, pareto_plot
 
-    rules = {name: ladder for ladder in _all_ladders() for name in ladder.settings}
+    rules = {name: sweep for sweep in _all_sweeps() for name in sweep.settings}
     panels = []
     for protocol in dict.fromkeys(row.protocol for row in rows):
         points = []
         for row in rows:
-            ladder, cost = rules.get(row.setting), {name: getattr(row, kept) for name, kept in PLOT_COSTS.items()}
+            sweep, cost = rules.get(row.setting), {name: getattr(row, kept) for name, kept in PLOT_COSTS.items()}
             if row.protocol == protocol:
-                rule, baseline = (row.setting, False) if ladder is None else (ladder.rule, ladder.baseline)
+                rule, baseline = (row.setting, False) if sweep is None else (sweep.rule, sweep.baseline)
                 points.append(Point(rule, cost, row.kl, baseline))
         panels.append(Panels(f"{title}, {protocol}", points, "KL to the uncompressed model, nats"))
     pareto_plot(panels, list(PLOT_COSTS), path)

@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 
 from mminfer import ConfigError, Engine, InferenceConfig, patched
 from mminfer.bench.contexts import Context
-from mminfer.bench.ladders import cache_ladders
 from mminfer.bench.plan import Plan, measure
 from mminfer.bench.protocols import Protocol
+from mminfer.bench.sweeps import cache_sweeps
 from mminfer.cli.main import app
 from mminfer.config import PRESETS, TECHNIQUES
 from mminfer.inspection import inspect_chat, page_html
@@ -104,7 +104,7 @@ def test_it_is_measured(engine):
     assert [row.setting for row in timed] == ["host", "own"]
     assert [row.protocol for row in compared] == ["in-prompt", "next-turn", "streamed"]
     assert all(29 < row.cache_kept < 31 for row in compared if row.protocol != "streamed")
-    assert "KeyNorm" not in [ladder.rule for ladder in cache_ladders()]  # it brings no sweep
+    assert "KeyNorm" not in [sweep.rule for sweep in cache_sweeps()]  # it brings no sweep
 
 
 def test_commands_take_the_file(tmp_path, example):
@@ -281,5 +281,5 @@ def test_presets_and_sweeps_are_not_inherited():
 
     assert PRESETS["lookm-20"].cache == TECHNIQUES["LookM"](0.1, 0.1)
     assert type(PRESETS["lookm-20"].cache) is TECHNIQUES["LookM"]
-    assert [ladder.rule for ladder in cache_ladders()].count("LOOK-M pivot") == 1
+    assert [sweep.rule for sweep in cache_sweeps()].count("LOOK-M pivot") == 1
     assert QuietLookM().describe().startswith("Keeps 20 %")

@@ -1,4 +1,4 @@
-"""Rules at several budgets each, and the baselines they must beat: what Pareto plots are drawn of."""
+"""Sweeps: rules at several budgets each, and the baselines they must beat: what Pareto plots are drawn of."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from mminfer.technique import CACHE_SHARES, MERGE_SHARES, Stage
 from mminfer.tokens.downsample import Downsample
 from mminfer.tokens.random_prune import RandomPrune
 
-__all__ = ["CACHE_SHARES", "MERGE_SHARES", "Ladder", "cache_ladders", "token_ladders"]
+__all__ = ["CACHE_SHARES", "MERGE_SHARES", "Sweep", "cache_sweeps", "token_sweeps"]
 
 
 @dataclass(frozen=True)
-class Ladder:
+class Sweep:
     """One rule at several budgets.
 
     Args:
@@ -33,31 +33,31 @@ class Ladder:
         return {f"{self.rule} {step}".strip(): config for step, config in self.steps.items()}
 
 
-def token_ladders() -> tuple[Ladder, ...]:
+def token_sweeps() -> tuple[Sweep, ...]:
     """Merging before the model, pruning inside it, and both."""
     aim = InferenceConfig.from_preset("aim")
     at_random = replace(aim, prune=RandomPrune())
     both = (
-        Ladder("AIM", {"": aim}, False),
-        Ladder("AIM merge, random prune", {"": at_random}, True),
-        Ladder("down-sampling, random prune", {"": replace(at_random, merge=Downsample(0.25))}, True),
+        Sweep("AIM", {"": aim}, False),
+        Sweep("AIM merge, random prune", {"": at_random}, True),
+        Sweep("down-sampling, random prune", {"": replace(at_random, merge=Downsample(0.25))}, True),
     )
     return _baselines_last(*_sweeps(Stage.MERGE), *_sweeps(Stage.PRUNE), *both)
 
 
-def cache_ladders() -> tuple[Ladder, ...]:
+def cache_sweeps() -> tuple[Sweep, ...]:
     """Eviction from the cache at equal budgets."""
     return _baselines_last(*_sweeps(Stage.CACHE))
 
 
-def _sweeps(stage: Stage) -> Iterator[Ladder]:
+def _sweeps(stage: Stage) -> Iterator[Sweep]:
     """What the techniques of a stage bring themselves."""
     for technique in TECHNIQUES.values():
         if technique.stage is stage and "sweeps" in vars(technique):
             for rule, steps in technique.sweeps().items():
                 configs = {step: InferenceConfig.of(own) for step, own in steps.items()}
-                yield Ladder(rule, configs, technique.baseline)
+                yield Sweep(rule, configs, technique.baseline)
 
 
-def _baselines_last(*ladders: Ladder) -> tuple[Ladder, ...]:
-    return tuple(sorted(ladders, key=lambda ladder: ladder.baseline))
+def _baselines_last(*sweeps: Sweep) -> tuple[Sweep, ...]:
+    return tuple(sorted(sweeps, key=lambda sweep: sweep.baseline))
