@@ -99,9 +99,7 @@ def measure(
     if not repeats and not contexts:
         raise InputError("--repeats 0 and --contexts 0: nothing is left to measure: leave one of them out")
     settings = compared_settings(preset or [], config or [], delta or [])
-    optional = _plotted_settings(plot, contexts, delta or []) if plot is not None else {}
-    if not settings and plot is None:
-        optional = compared_settings(DEFAULT_PRESETS, [], delta or [])
+    optional = {} if settings and plot is None else _unnamed_settings(plot, contexts, delta or [])
     protocols = _protocols(protocol or ["next-turn"]) if contexts else []
     if image or video:
         measured = [_file_context(image or [], video or [], prompt, given)]
@@ -239,10 +237,12 @@ def _all_sweeps() -> tuple[Sweep, ...]:
     return (*token_sweeps(), *cache_sweeps())
 
 
-def _plotted_settings(plot: Path, contexts: int, deltas: Sequence[str]) -> dict[str, InferenceConfig]:
-    """What a plot is drawn of, at the V2PE step if there is one."""
+def _unnamed_settings(plot: Path | None, contexts: int, deltas: Sequence[str]) -> dict[str, InferenceConfig]:
+    """What is measured without being named: what a plot is drawn of, at the V2PE step if there is one, or a default."""
     from mminfer.bench.plots import check_drawable
 
+    if plot is None:
+        return compared_settings(DEFAULT_PRESETS, [], deltas)
     check_drawable(plot)
     if not contexts:
         raise InputError(f"--plot {plot} and --contexts 0: a plot needs fidelity, of at least one context")
