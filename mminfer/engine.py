@@ -17,6 +17,7 @@ from mminfer.chat import MAX_NEW_TOKENS, ONE_ANSWER, CallOptions, Chat, ChatIden
 from mminfer.config import InferenceConfig
 from mminfer.errors import ConfigError, InputError, UnsupportedModelError
 from mminfer.forward.kv_cache import CompressedCache
+from mminfer.forward.native_build import prepare_kernels
 from mminfer.inputs.content import MediaOptions
 from mminfer.inputs.messages import is_batch
 from mminfer.inputs.parts import Message, Part
@@ -228,6 +229,7 @@ class Engine:
 
         `answer` takes it any number of times, also that of another engine of the same model, with other settings.
         """
+        prepare_kernels(self.device)
         start = time.perf_counter()
         media = media or MediaOptions()
         batch = is_batch(messages)
@@ -248,6 +250,7 @@ class Engine:
         **generation_kwargs: Any,
     ) -> list[GenerationOutput]:
         """Answers a prepared request: the outputs of each of its chats in turn. Arguments as for `generate`."""
+        prepare_kernels(self.device)
         start = time.perf_counter() - request.preparation_s
         if request.inputs is not None:
             return self.runner.run(request.inputs, start, max_new_tokens=max_new_tokens, **generation_kwargs)

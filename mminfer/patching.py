@@ -18,7 +18,8 @@ from mminfer.config import InferenceConfig
 from mminfer.errors import ConfigError, InputError
 from mminfer.forward.decode import Decoder
 from mminfer.forward.kv_cache import CACHE_NAME, ROOM, CompressedCache
-from mminfer.forward.prefill import prompt_pass
+from mminfer.forward.native_build import prepare_kernels
+from mminfer.forward.prefill import PassOptions, prompt_pass
 from mminfer.layout import GivenRows
 from mminfer.metrics.records import PromptRecord
 from mminfer.metrics.vision import vision_shares
@@ -123,6 +124,8 @@ class PatchHandle:
     @torch.no_grad()
     def _forward(self, inputs: dict[str, Any]) -> Any:
         cache = _cache_of(inputs)
+        if not cache.logical_length:  # a prompt begins
+            prepare_kernels(self.model.get_input_embeddings().weight.device)
         start = time.perf_counter()
         if self._resumed is not None:
             logits, self._resumed = self._resumed, None
@@ -182,10 +185,7 @@ class PatchHandle:
             embeds,
             layout,
             cache,
-            like.shape[1],
-            chunk_size=self.chunk_size,
-            last_only=isinstance(keep, int) and keep == 1,
-            progress=self.progress,
+            PassOptions(like.shape[1], self.chunk_size, isinstance(keep, int) and keep == 1, self.progress),
         )
         out.record.vision_flops = vision_shares(self.adapter, inputs, out.record.visual)
         self.records.append(out.record)

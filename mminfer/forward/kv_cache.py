@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mminfer.errors import InputError
-from mminfer.technique import CacheEntries
+from mminfer.technique import COLUMNS, CacheEntries
 
 ROOM = 64
 # What the host calls a cache, as an argument and in its outputs: it has changed the name.
@@ -37,7 +37,8 @@ class CompressedLayer(CacheLayerMixin):
         self.starts = None
         if len(set(lengths)) > 1:
             self.starts = torch.tensor([self.end - n for n in lengths], device=entries[0].keys.device)
-        self._buffers = [self._pad(column) for column in zip(*(e.columns for e in entries), strict=True)]
+        columns = [e.columns for e in entries]
+        self._buffers = {name: self._pad([of[name] for of in columns]) for name in COLUMNS}
         self.is_initialized = True
         self.dtype, self.device = entries[0].keys.dtype, entries[0].keys.device
 
@@ -59,15 +60,22 @@ class CompressedLayer(CacheLayerMixin):
             row[:, start : self.end] = part[0]
         return out
 
+    def _held(self, name: str) -> Tensor:
+        """A column's buffer."""
+        buffer = self._buffers[name]
+        if buffer is None:
+            raise ValueError(f"a layer without {name}")
+        return buffer
+
     @property
     def keys(self) -> Tensor:  # type: ignore[override]
         """[B, G, longest row, D]: what is held, without the spare room."""
-        return self._buffers[0][:, :, : self.end]  # type: ignore[index]
+        return self._held("keys")[:, :, : self.end]
 
     @property
     def values(self) -> Tensor:  # type: ignore[override]
         """[B, G, longest row, D]."""
-        return self._buffers[1][:, :, : self.end]  # type: ignore[index]
+        return self._held("values")[:, :, : self.end]
 
     @property
     def batch_size(self) -> int:
@@ -87,8 +95,9 @@ class CompressedLayer(CacheLayerMixin):
     def row(self, sequence: int) -> CacheEntries:
         """One sequence's entries, as views."""
         start = self.end - self.lengths[sequence]
+        rows = slice(sequence, sequence + 1)
         return CacheEntries.of(
-            [None if x is None else x[sequence : sequence + 1, :, start : self.end] for x in self._buffers]
+            {n: None if x is None else x[rows, :, start : self.end] for n, x in self._buffers.items()}
         )
 
     def stage(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,9 +113,7 @@ class CompressedLayer(CacheLayerMixin):
 
     def reserve(self, columns: int) -> tuple[Tensor, Tensor]:
         """The buffers of keys and values, [B, G, capacity, D], with room for so many columns behind the last."""
-        keys, values = self._buffers[:2]
-        if keys is None or values is None:
-            raise ValueError("a layer without keys or values")
+        keys, values = self._held("keys"), self._held("values")
         if self.end + columns > keys.shape[2]:
             self._grow(self.end + columns)
             return self.reserve(columns)
@@ -114,12 +121,12 @@ class CompressedLayer(CacheLayerMixin):
 
     def _grow(self, columns: int) -> None:
         capacity = columns + max(self.cache.room, columns // 8)
-        for i, old in enumerate(self._buffers):
+        for name, old in self._buffers.items():
             if old is not None:
                 new = old.new_empty(*old.shape[:2], capacity, *old.shape[3:])
                 new[:, :, : self.end] = old[:, :, : self.end]
                 new[:, :, self.end :] = 0
-                self._buffers[i] = new
+                self._buffers[name] = new
 
     def advance(self, columns: int) -> None:
         """Makes the staged columns part of the layer."""
@@ -130,7 +137,7 @@ class CompressedLayer(CacheLayerMixin):
         """Takes row `change[i]` as row i, as beams and repeats do."""
         if change.tolist() == list(range(self.batch_size)):
             return
-        self._buffers = [None if x is None else x[change.to(x.device)] for x in self._buffers]
+        self._buffers = {n: None if x is None else x[change.to(x.device)] for n, x in self._buffers.items()}
         self.starts = None if self.starts is None else self.starts[change.to(self.starts.device)]
         self.seen = tuple(self.seen[i] for i in change.tolist())
 

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from mminfer.forward.kv_cache import CompressedCache, CompressedLayer, Places
-from mminfer.technique import CacheEntries
+from mminfer.technique import COLUMNS, CacheEntries
 
 PLACES = ("decode_position", "resume_position", "run_position")
-COLUMNS = ("keys", "values", "is_visual", "score", "source")
 
 
 def cache_tensors(cache: CompressedCache) -> dict[str, Tensor]:
@@ -19,7 +18,7 @@ def cache_tensors(cache: CompressedCache) -> dict[str, Tensor]:
     tensors = {name: column.clone() for name, column in zip(PLACES, cache.places.columns, strict=True)}
     for i, layer in enumerate(cache.layers):
         for b in range(layer.batch_size):
-            for name, column in zip(COLUMNS, layer.row(b).columns, strict=True):
+            for name, column in layer.row(b).columns.items():
                 if column is not None:
                     tensors[f"{i}.{b}.{name}"] = column.contiguous()
     return tensors
@@ -50,7 +49,7 @@ def restore_cache(tensors: dict[str, Tensor], facts: dict[str, Any], device: tor
             columns = {name: tensors.get(f"{i}.{b}.{name}") for name in COLUMNS}
             if columns["keys"] is None or columns["values"] is None:
                 raise KeyError(f"{i}.{b}.keys")
-            rows.append(CacheEntries.of([None if x is None else x.to(device) for x in columns.values()]))
+            rows.append(CacheEntries.of({n: None if x is None else x.to(device) for n, x in columns.items()}))
         layers.append(CompressedLayer(rows, seen, cache))
     places = Places(*(tensors[name].to(device) for name in PLACES))
     cache.commit(layers, facts["logical_length"], facts["tokens"], places, facts["rotary_length"])
