@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import mminfer_kernels
 import torch
 import transformers
 
@@ -69,6 +70,7 @@ def interleaved(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str
     Returns:
         For each run: warmup_ms, p20_ms, median_ms, p80_ms.
     """
+    mminfer_kernels.prepare("cpu")
     warmup = {name: _time_ms(run) for name, run in runs.items()}
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from mminfer.errors import InputError
 from mminfer.forward.kv_cache import CompressedCache
+from mminfer.forward.native_build import prepare_kernels
 from mminfer.forward.storage import cache_facts, cache_tensors, restore_cache
 from mminfer.inputs.content import MediaOptions
 from mminfer.inputs.parts import TextPart
@@ -109,6 +110,7 @@ class Chat:
         Raises:
             InputError: the content is wrong; the chat is as it was.
         """
+        prepare_kernels(self._reader.device)
         reading = self._reading(content, closes=False)
         with self._kept_on_errors():
             self._runner.read([reading], [self.cache], self._options.run)
@@ -126,6 +128,7 @@ class Chat:
         Raises:
             InputError: the content or an argument is wrong; the chat is as it was.
         """
+        prepare_kernels(self._reader.device)
         start = time.perf_counter()
         kwargs = {"max_new_tokens": MAX_NEW_TOKENS, **self._options.generation, **generation_kwargs}
         if max_new_tokens is not None:

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
+import pkgutil
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mminfer.cache.digest import Digest
-from mminfer.cache.h2o import H2O
-from mminfer.cache.lookm import LookM
-from mminfer.cache.random_evict import RandomEvict
-from mminfer.cache.snapkv import SnapKV
+from mminfer import cache, operators, positions, tokens
 from mminfer.errors import ConfigError
 from mminfer.operators.skip import OperatorSkip
-from mminfer.positions.scaling import DynamicNTK, LinearScaling
-from mminfer.positions.v2pe import V2PE
 from mminfer.technique import (
     CacheTechnique,
     LayerRange,
@@ -25,23 +22,20 @@ from mminfer.technique import (
     SkipTechnique,
     Stage,
     Technique,
+    TechniqueRegistry,
 )
-from mminfer.tokens.downsample import Downsample
-from mminfer.tokens.fastv import FastV
 from mminfer.tokens.merge import AIMMerge
 from mminfer.tokens.prune import AIMPrune
-from mminfer.tokens.random_prune import RandomPrune
 
 if TYPE_CHECKING:
     from mminfer.models.base import ModelSpec
 
-TECHNIQUES: dict[str, type[Technique]] = {
-    cls.__name__: cls
-    for cls in (
-        V2PE, LinearScaling, DynamicNTK, AIMMerge, Downsample, AIMPrune, FastV, RandomPrune, OperatorSkip, LookM,
-        Digest, H2O, SnapKV, RandomEvict,
-    )
-}  # fmt: skip
+# A technique registers itself when its module is loaded; whatever lies in a room is found.
+for _room in (positions, tokens, operators, cache):
+    for _module in pkgutil.iter_modules(_room.__path__, f"{_room.__name__}."):
+        importlib.import_module(_module.name)
+
+TECHNIQUES = TechniqueRegistry()
 
 
 @dataclass(frozen=True)
@@ -73,6 +67,12 @@ class InferenceConfig:
                     f"{stage.value}={technique!r} is no {stage.value} technique: "
                     f"use {', '.join(n for n, c in TECHNIQUES.items() if c.stage is stage)} or None"
                 )
+            parameters = getattr(technique, "__dataclass_params__", None)
+            if technique is not None and (parameters is None or not parameters.frozen):
+                raise ConfigError(
+                    f"{type(technique).__name__} is no frozen dataclass, so its settings cannot be compared or saved: "
+                    "put @dataclass(frozen=True) above the class"
+                )
 
     @property
     def techniques(self) -> tuple[Technique, ...]:
@@ -88,6 +88,24 @@ class InferenceConfig:
         """Raises `ConfigError` if any setting does not fit the model."""
         for technique in self.techniques:
             technique.check(spec)
+
+    @classmethod
+    def of(cls, *techniques: Technique) -> InferenceConfig:
+        """These techniques, each in its own stage.
+
+        Raises:
+            ConfigError: two of them work in one stage.
+
+        Example:
+            >>> InferenceConfig.of(V2PE(1 / 16), LookM(budget=8192))
+        """
+        stages: dict[str, Any] = {}
+        for technique in techniques:
+            name = technique.stage.value
+            if name in stages:
+                raise ConfigError(f"{stages[name]!r} and {technique!r} both work in {name}: wanted one a stage")
+            stages[name] = technique
+        return cls(**stages)
 
     @classmethod
     def from_preset(cls, name: str) -> InferenceConfig:
@@ -142,7 +160,10 @@ def _from_data(stage: str, data: Any) -> Technique | None:
         raise ConfigError(f'{stage}={data!r}: wanted null, or an object with "technique" and its settings')
     name = data.get("technique")
     if not isinstance(name, str) or name not in TECHNIQUES:
-        raise ConfigError(f"{stage}: unknown technique {name!r}; techniques: {', '.join(TECHNIQUES)}")
+        raise ConfigError(
+            f"{stage}: unknown technique {name!r}; techniques: {', '.join(TECHNIQUES)}; import the module of one of "
+            "your own first"
+        )
     try:
         fields = {key: _field_from_data(value) for key, value in data.items() if key != "technique"}
         return TECHNIQUES[name](**fields)
@@ -156,42 +177,51 @@ def _field_from_data(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-# The paper's 28 layers: pruning from layer 14 to 22 (AIM, section 4.1).
-_AIM_PRUNE = AIMPrune(start=14 / 28, end=22 / 28)
+class Presets(Mapping[str, InferenceConfig]):
+    """Named settings: those that every technique brings, and combinations of several.
 
-PRESETS: dict[str, InferenceConfig] = {
-    "off": InferenceConfig(),
-    **{f"v2pe-{n}": InferenceConfig(positions=V2PE(delta=1 / n)) for n in (4, 16, 64, 256)},
-    "v2pe-auto": InferenceConfig(positions=V2PE(delta="auto")),
-    "linear-auto": InferenceConfig(positions=LinearScaling("auto")),
-    "ntk-auto": InferenceConfig(positions=DynamicNTK()),
-    "aim": InferenceConfig(merge=AIMMerge(ratio=0.25), prune=_AIM_PRUNE),
-    "aim-merge": InferenceConfig(merge=AIMMerge(ratio=0.25)),
-    "aim-prune": InferenceConfig(prune=_AIM_PRUNE),
-    "lookm-20": InferenceConfig(cache=LookM(important_ratio=0.1, recent_ratio=0.1)),
-    "lookm-5": InferenceConfig(cache=LookM(important_ratio=0.025, recent_ratio=0.025)),
-    # A cache of fixed size, for prompts that are read in chunks; averaged, since every chunk comes before its question.
-    "lookm-8k": InferenceConfig(cache=LookM(budget=8192, merge="average")),
-    # For chats, streams and cached documents, whose questions come later.
-    "digest-50": InferenceConfig(cache=Digest(ratio=0.5)),
-    "digest-20": InferenceConfig(cache=Digest(ratio=0.2)),
-    "digest-8k": InferenceConfig(cache=Digest(budget=8192)),
-    # Every other layer from an eighth of the depth on, the form that arXiv 2410.09454 tries.
-    "skip-ffn": InferenceConfig(skip=OperatorSkip(ffn=LayerRange(start=0.125, interval=2))),
-    # Our own, chosen by needle accuracy on the bundled model: the best that a third and a sixth of the FLOPs gave.
-    "balanced": InferenceConfig(
-        merge=AIMMerge(ratio=1 / 3), prune=_AIM_PRUNE, skip=OperatorSkip(ffn=LayerRange(start=0.5))
-    ),
-    "fast": InferenceConfig(
-        merge=AIMMerge(ratio=0.25),
-        prune=AIMPrune(start=0.5, end=2 / 3),
-        skip=OperatorSkip(ffn=LayerRange(start=0.25)),
-    ),
-    # What all of the above must beat.
-    "downsample": InferenceConfig(merge=Downsample(ratio=0.25)),
-    "fastv": InferenceConfig(prune=FastV(layer=2, ratio=0.5)),
-    "random-prune": InferenceConfig(prune=RandomPrune()),
-    "h2o-20": InferenceConfig(cache=H2O(important_ratio=0.1, recent_ratio=0.1)),
-    "snapkv-20": InferenceConfig(cache=SnapKV(important_ratio=0.1, recent_ratio=0.1)),
-    "random-20": InferenceConfig(cache=RandomEvict(important_ratio=0.1, recent_ratio=0.1)),
-}
+    What is there to be beaten comes last. A technique that is defined later brings its presets with it.
+    """
+
+    def _all(self) -> dict[str, InferenceConfig]:
+        alone = {baseline: _presets_of_techniques(baseline) for baseline in (False, True)}
+        return {"off": InferenceConfig(), **alone[False], **_combinations(alone[False]), **alone[True]}
+
+    def __getitem__(self, name: str) -> InferenceConfig:
+        return self._all()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._all())
+
+    def __len__(self) -> int:
+        return len(self._all())
+
+
+PRESETS = Presets()
+
+
+def _presets_of_techniques(baseline: bool) -> dict[str, InferenceConfig]:
+    """What techniques of this kind bring."""
+    return {
+        name: InferenceConfig.of(own)
+        for technique in TECHNIQUES.values()
+        if technique.baseline is baseline and "presets" in vars(technique)
+        for name, own in technique.presets().items()
+    }
+
+
+def _combinations(alone: Mapping[str, InferenceConfig]) -> dict[str, InferenceConfig]:
+    """Settings of several techniques; `alone`: presets of single ones."""
+    aim_prune = alone["aim-prune"].prune
+    return {
+        "aim": InferenceConfig(merge=alone["aim-merge"].merge, prune=aim_prune),
+        # Our own, chosen by needle accuracy on the bundled model: the best that a third and a sixth of the FLOPs gave.
+        "balanced": InferenceConfig(
+            merge=AIMMerge(ratio=1 / 3), prune=aim_prune, skip=OperatorSkip(ffn=LayerRange(start=0.5))
+        ),
+        "fast": InferenceConfig(
+            merge=AIMMerge(ratio=0.25),
+            prune=AIMPrune(start=0.5, end=2 / 3),
+            skip=OperatorSkip(ffn=LayerRange(start=0.25)),
+        ),
+    }

@@ -17,6 +17,7 @@ from mminfer.chat import MAX_NEW_TOKENS, ONE_ANSWER, CallOptions, Chat, ChatIden
 from mminfer.config import InferenceConfig
 from mminfer.errors import ConfigError, InputError, UnsupportedModelError
 from mminfer.forward.kv_cache import CompressedCache
+from mminfer.forward.native_build import prepare_kernels
 from mminfer.inputs.content import MediaOptions
 from mminfer.inputs.messages import is_batch
 from mminfer.inputs.parts import Message, Part
@@ -228,6 +229,7 @@ class Engine:
 
         `answer` takes it any number of times, also that of another engine of the same model, with other settings.
         """
+        prepare_kernels(self.device)
         start = time.perf_counter()
         media = media or MediaOptions()
         batch = is_batch(messages)
@@ -235,7 +237,7 @@ class Engine:
         if prefill_chunk_size is None:
             inputs = self.reader.inputs(chats, media)
             return Request(batch, inputs, preparation_s=time.perf_counter() - start)
-        self._check_chunk_size(prefill_chunk_size)
+        self._check_chunks(prefill_chunk_size)
         readings = tuple(self.reader.readings(chat, media, prefill_chunk_size) for chat in chats)
         return Request(batch, None, readings, prefill_chunk_size, time.perf_counter() - start)
 
@@ -248,10 +250,11 @@ class Engine:
         **generation_kwargs: Any,
     ) -> list[GenerationOutput]:
         """Answers a prepared request: the outputs of each of its chats in turn. Arguments as for `generate`."""
+        prepare_kernels(self.device)
         start = time.perf_counter() - request.preparation_s
         if request.inputs is not None:
             return self.runner.run(request.inputs, start, max_new_tokens=max_new_tokens, **generation_kwargs)
-        self._check_chunk_size(request.chunk_size)
+        self._check_chunks(request.chunk_size)
         options = RunOptions(request.chunk_size, progress)
         readings = [begin() for begin in request.readings]
         caches = [CompressedCache() for _ in readings]
@@ -266,10 +269,11 @@ class Engine:
         generation = {name: value for name, value in kwargs.items() if name not in taken}
         self.runner.check_arguments(generation, one_answer_for=one_answer_for)
         self.reader.check_options(media)
-        self._check_chunk_size(run.chunk_size)
+        self._check_chunks(run.chunk_size)
         return CallOptions(media, run, generation)
 
-    def _check_chunk_size(self, size: int | None) -> None:
+    def _check_chunks(self, size: int | None) -> None:
+        """Raises `ConfigError` where prompts cannot go in by chunks of this size; None: they need not."""
         if size is None:
             return
         if not is_whole(size, least=1):

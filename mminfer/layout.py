@@ -78,7 +78,7 @@ class TokenLayout:
         return self.is_visual.nonzero()[:, 0]
 
     @cached_property
-    def reach(self) -> Tensor | None:
+    def last_visible_row(self) -> Tensor | None:
         """[T] int64: the last row that each row sees, itself or the end of its block; None where all look back only."""
         if self.block is None:
             return None

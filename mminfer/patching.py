@@ -19,7 +19,8 @@ from mminfer.errors import ConfigError, InputError
 from mminfer.forward.call_state import CallState, tokens_of
 from mminfer.forward.decode import Decoder
 from mminfer.forward.kv_cache import CACHE_NAME, CompressedCache
-from mminfer.forward.prefill import PromptOutput, prompt_pass
+from mminfer.forward.native_build import prepare_kernels
+from mminfer.forward.prefill import PassOptions, PromptOutput, prompt_pass
 from mminfer.metrics.records import PromptRecord
 from mminfer.metrics.vision import vision_shares
 from mminfer.models.base import ModelAdapter
@@ -135,6 +136,8 @@ class PatchHandle:
         return logits
 
     def _prompt(self, inputs: dict[str, Any], cache: CompressedCache) -> Tensor:
+        if not cache.logical_length:  # a prompt begins
+            prepare_kernels(self.model.get_input_embeddings().weight.device)
         start = time.perf_counter()
         call = self._call if self._call_begun else CallState(self._chunk_size)
         self._decoder.refresh()
@@ -160,10 +163,9 @@ class PatchHandle:
             embeds,
             layout,
             cache,
-            tokens_of(inputs).shape[1],
-            chunk_size=call.chunk_size,
-            last_only=isinstance(keep, int) and keep == 1,
-            progress=call.progress,
+            PassOptions(
+                tokens_of(inputs).shape[1], call.chunk_size, isinstance(keep, int) and keep == 1, call.progress
+            ),
         )
 
     def _prompt_logits(self, inputs: dict[str, Any], output: PromptOutput) -> Tensor:

@@ -1,9 +1,6 @@
 """The engine's own door: batches, streams, figures, and errors before any forward pass."""
 
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -254,46 +251,3 @@ def test_a_prepared_request_is_answered_with_any_settings(engine, chats):
     pruning = Engine(engine.model, engine.processor, InferenceConfig(V2PE("auto")))
     with pytest.raises(ConfigError, match="the whole is needed"):
         pruning.answer(request)
-
-
-TYPED = """
-from collections.abc import Iterator
-from typing import Any, assert_type
-from mminfer.engine import Engine
-from mminfer.inputs.parts import Message, TextPart
-from mminfer.output import GenerationOutput
-
-def ask(engine: Engine, chat: list[dict[str, Any]], parts: Iterator[dict[str, Any]]) -> None:
-    message = Message("user", (TextPart("a"),))
-    mixed: list[list[dict[str, Any]] | str] = [chat, "a"]
-    assert_type(engine.generate("a"), GenerationOutput)
-    assert_type(engine.generate(chat, 3, do_sample=True, num_frames=2), GenerationOutput)
-    assert_type(engine.generate(parts, prefill_chunk_size=100), GenerationOutput)
-    assert_type(engine.generate([TextPart("a"), "b"]), GenerationOutput)
-    assert_type(engine.generate([message]), GenerationOutput)
-    assert_type(engine.generate([{"role": "user", "content": ["a", TextPart("b")]}]), GenerationOutput)
-    assert_type(engine.generate([chat, chat]), list[GenerationOutput])
-    assert_type(engine.generate([[message], chat]), list[GenerationOutput])
-    assert_type(engine.generate(mixed, max_new_tokens=3), list[GenerationOutput])
-    assert_type(engine.generate(chat, num_return_sequences=2), GenerationOutput | list[GenerationOutput])
-    assert_type(engine.generate([chat], num_return_sequences=2), list[GenerationOutput])
-    engine.generate(3)
-"""
-
-
-def test_type_checkers_know_one_output_from_a_list(tmp_path):
-    program, root = tmp_path / "typed.py", Path(__file__).parents[1]
-    program.write_text(TYPED)
-    command = [
-        sys.executable,
-        "-m",
-        "mypy",
-        "--cache-dir",
-        str(tmp_path),
-        "--config-file",
-        str(root / "pyproject.toml"),
-    ]
-    command += ["--follow-imports", "silent", str(program)]
-    process = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=600)
-    lines = [line for line in process.stdout.splitlines() if "error:" in line]
-    assert len(lines) == 1 and "No overload variant" in lines[0] and f":{TYPED.count(chr(10))}:" in lines[0], process

@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import mminfer_kernels
+
 from benchmarks.common import write_rows
 from mminfer import V2PE, InferenceConfig, LookM
 
@@ -41,6 +43,7 @@ def run(model: str, tokens: int) -> dict[str, Any]:
             command += ["--config", str(config), "--prefill-chunk-size", str(chunk), "--max-new-tokens", "2"]
         else:
             command = ["-m", "benchmarks.models.long_context", "--model", model, "--child", str(pictures)]
+        mminfer_kernels.prepare("cpu")  # the other process finds them built
         start = time.perf_counter()
         process = os.posix_spawn(
             sys.executable,

@@ -8,9 +8,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from benchmarks.common import RESULTS, read_rows
-from mminfer.bench.ladders import cache_ladders, token_ladders
 from mminfer.bench.plots import Panels, Point, pareto_plot
 from mminfer.bench.protocols import Protocol
+from mminfer.bench.sweeps import cache_sweeps, token_sweeps
 
 NEXT_TURN, PARETO_IMAGES = Protocol.NEXT_TURN, "16"
 CURVES = {  # positions -> colour, dash
@@ -72,13 +72,13 @@ def pareto() -> Path:
         if (r["protocol"], r["images"]) == (Protocol.IN_PROMPT, PARETO_IMAGES)
     }
     points: dict[str, list[Point]] = {"wrong": [], "kl_long": []}
-    for ladder in (*token_ladders(), *cache_ladders()):
-        for setting in ladder.settings:
+    for sweep in (*token_sweeps(), *cache_sweeps()):
+        for setting in sweep.settings:
             row = rows[setting]
             cost = {"prompt FLOPs": float(flops[setting]), "cache entries": float(row["cache_kept"])}
             losses = {"wrong": 100 - float(row["accuracy"]), "kl_long": float(row["kl_long"])}
             for name, loss in losses.items():
-                points[name].append(Point(ladder.rule, cost, loss, ladder.baseline))
+                points[name].append(Point(sweep.rule, cost, loss, sweep.baseline))
     title = f"nano, {PARETO_IMAGES} pictures, next-turn"
     path = RESULTS / "pareto.png"
     panels = [

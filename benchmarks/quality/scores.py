@@ -7,6 +7,7 @@ what the scores choose (text, where it stays anyway, and the recent window left 
 """
 
 import argparse
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -16,6 +17,7 @@ from benchmarks.common import write_rows
 from benchmarks.quality.needle import contexts
 from mminfer import Engine, InferenceConfig, LookM
 from mminfer.cache import lookm_keep
+from mminfer.technique import LayerView
 
 SAMPLED = {
     "strided 4": LookM(queries="strided", stride=4),
@@ -32,15 +34,16 @@ class Overlap:
         self.kept = {name: [0, 0] for name in SAMPLED}
         self.chosen = {name: [0, 0] for name in SAMPLED}
 
-    def add(self, technique: LookM, q: Any, entries: Any, seen: int, layer: int, places: Any, scale: float) -> None:
-        important, recent = technique.quota(seen, layer)
-        exact = technique.score(q, entries.keys, layer, places, scale)
+    def add(self, technique: LookM, view: LayerView) -> None:
+        entries = view.entries
+        important, recent = technique.quota(view.tokens_seen, view.layer_idx)
+        exact = technique.score(replace(view, attention_mass=None))
         certain = torch.zeros_like(entries.is_visual)
         certain[..., len(entries) - recent :] = True
         if technique.text_prior:
             certain |= ~entries.is_visual
         masks = []
-        for scores in (exact, *(s.score(q, entries.keys, layer, places, scale) for s in SAMPLED.values())):
+        for scores in (exact, *(s.score(replace(view, attention_mass=None)) for s in SAMPLED.values())):
             kept = lookm_keep(scores, entries.is_visual, important, recent, technique.text_prior)
             masks.append(torch.zeros_like(certain).scatter_(-1, kept, True))
         for name, mask in zip(SAMPLED, masks[1:], strict=True):
@@ -60,11 +63,9 @@ def measure(images: int, count: int, text_prior: bool, kept: float) -> list[dict
     engine = Engine(plain.model, plain.processor, InferenceConfig(cache=technique))
     overlap, apply = Overlap(), LookM.apply
 
-    def watched(
-        self: LookM, q: Any, entries: Any, seen: int, layer: int, places: Any, scale: float, mass: Any = None
-    ) -> Any:
-        overlap.add(self, q, entries, seen, layer, places, scale)
-        return apply(self, q, entries, seen, layer, places, scale, mass)
+    def watched(self: LookM, view: LayerView) -> Any:
+        overlap.add(self, view)
+        return apply(self, view)
 
     with mock.patch.object(LookM, "apply", watched):
         for n, (content, _) in enumerate(contexts(images, 10_000, 7)):

@@ -1,11 +1,11 @@
-"""The settings that the tables compare, in groups: each technique's ladder of budgets beside its baselines."""
+"""The settings that the tables compare, in groups: each technique's sweep of budgets beside its baselines."""
 
 from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
 
 from mminfer import V2PE, AIMMerge, InferenceConfig, LookM
-from mminfer.bench.ladders import Ladder, cache_ladders, token_ladders
+from mminfer.bench.sweeps import Sweep, cache_sweeps, token_sweeps
 from mminfer.cache.digest import Digest
 from mminfer.tokens.downsample import Downsample
 
@@ -18,13 +18,13 @@ def _presets(*names: str) -> Settings:
     return {name: InferenceConfig.from_preset(name) for name in names}
 
 
-def _steps(ladders: Sequence[Ladder]) -> Settings:
-    return {name: config for ladder in ladders for name, config in ladder.settings.items()}
+def _steps(sweeps: Sequence[Sweep]) -> Settings:
+    return {name: config for sweep in sweeps for name, config in sweep.settings.items()}
 
 
 def _cache() -> Settings:
     """Eviction at equal budgets; images brought down to the same entries before the model, where text leaves room."""
-    settings = _steps(cache_ladders()) | {"LOOK-M weighted 20 %": InferenceConfig(cache=LookM(merge="weighted"))}
+    settings = _steps(cache_sweeps()) | {"LOOK-M weighted 20 %": InferenceConfig(cache=LookM(merge="weighted"))}
     for share, patches in ((50, 27), (20, 5)):
         for name, merge in (("AIM merge", AIMMerge), ("down-sampling", Downsample)):
             settings[f"{name} to {share} %"] = InferenceConfig(merge=merge(patches / PATCHES))
@@ -71,7 +71,7 @@ def _digest() -> Settings:
 
 GROUPS: dict[str, Settings] = {
     "positions": _presets("v2pe-4", "v2pe-16", "v2pe-64", "v2pe-256"),
-    "tokens": _steps(token_ladders()),
+    "tokens": _steps(token_sweeps()),
     "cache": _cache(),
     "composition": _composition(),
     "digest": _digest(),

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from benchmarks.common import read_rows
 from benchmarks.quality.settings import GROUPS, OFF
 from benchmarks.tables.markdown import markdown, origin
-from mminfer.bench.ladders import CACHE_SHARES, cache_ladders
 from mminfer.bench.protocols import Protocol
+from mminfer.bench.sweeps import CACHE_SHARES, cache_sweeps
 
 Row = dict[str, str]
 LENGTH = 16  # pictures, where one length must do
@@ -29,14 +29,16 @@ def cells() -> dict[tuple[str, str, int], Row]:
 def budgets(protocol: Protocol) -> str:
     """Eviction rules at equal budgets; in-prompt by KL alone, since one-token answers never see a compressed cache."""
     found = cells()
-    names = {ladder.rule: list(ladder.settings) for ladder in cache_ladders()}
+    names = {sweep.rule: list(sweep.settings) for sweep in cache_sweeps()}
     by_answer = protocol is not Protocol.IN_PROMPT
     header = ["rule", *(f"right, {s} %" for s in CACHE_SHARES if by_answer), *(f"KL, {s} %" for s in CACHE_SHARES)]
     off = found["off", protocol, LENGTH]
     table = [["nothing evicted", *([off["accuracy"]] * 4 if by_answer else []), *["0"] * 4]]
     told = [found["H2O 20 %", protocol, LENGTH], off]
     for rule, settings in names.items():
-        rows = [found[setting, protocol, LENGTH] for setting in settings]
+        rows = [found[setting, protocol, LENGTH] for setting in settings if (setting, protocol, LENGTH) in found]
+        if len(rows) < len(settings):
+            continue  # a rule that was not measured yet
         told += rows
         right = [row["accuracy"] for row in rows] if by_answer else []
         table.append([rule, *right, *(row["kl_long"] for row in rows)])
@@ -48,10 +50,12 @@ def at_equal_entries() -> str:
     found, protocol = cells(), Protocol.NEXT_TURN
     table, told = [], [found["off", Protocol.NEXT_TURN, LENGTH]]
     for share in (50, 20):
-        names = [f"{ladder.rule} {share} %" for ladder in cache_ladders()]
+        names = [f"{sweep.rule} {share} %" for sweep in cache_sweeps()]
         names += [f"LOOK-M weighted {share} %"] * (share == 20)
         for name in [*names, f"AIM merge to {share} %", f"down-sampling to {share} %"]:
-            row = found[name, protocol, LENGTH]
+            row = found.get((name, protocol, LENGTH))
+            if row is None:
+                continue
             told.append(row)
             table.append([name, f"{float(row['cache_kept']):.0f} %", row["accuracy"], *_tasks(row), row["kl_long"]])
     header = ["setting", "entries kept", "right", "Q1 labels", "Q2 contents", "Q3 facts", "KL"]

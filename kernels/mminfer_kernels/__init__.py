@@ -1,6 +1,7 @@
 """Tensor operations the techniques are built from: each a plain PyTorch reference and faster equals of it."""
 
 from mminfer_kernels.best_match import best_match
+from mminfer_kernels.build import prepare
 from mminfer_kernels.column_mass import column_mass, power_iterate
 from mminfer_kernels.decode_attention import decode_attention
 from mminfer_kernels.decode_step import DecoderWeights, LayerCache, LayerWeights, decode_step
@@ -40,6 +41,7 @@ __all__ = [
     "merge_rows",
     "note_backend",
     "power_iterate",
+    "prepare",
     "prompt_attention",
     "prompt_attention_mass",
     "record_backends",

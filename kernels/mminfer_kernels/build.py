@@ -1,8 +1,11 @@
 """The C++ library of the CPU kernels: built once with the machine's compiler, then loaded from a cache folder.
 
 One library an instruction set: which one is built and loaded is decided when it is first asked for, by the processor
-that runs. Nothing of torch is compiled against, so a build takes seconds; calls go through ctypes.
+that runs. Nothing of torch is compiled against, so a build takes seconds; calls go through ctypes. Whoever measures
+calls `prepare` before the clock starts.
 """
+
+from __future__ import annotations
 
 import ctypes
 import hashlib
@@ -15,10 +18,17 @@ import subprocess
 import tempfile
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +43,9 @@ ISA_FLAGS = {  # the widest first
     "baseline": (),
 }
 SEAL_BYTES = 32  # a digest behind the library: a file cut short would not fail to load, but end the process later
+COMPILER_SECONDS, LONGEST_FILE_SECONDS = 30, 8  # on one core, all sources and the slowest of them
+LONGEST_WAIT_SECONDS = 300  # for another process that builds the same
+Progress = Callable[[int, int], object]  # told (files done, files in all) while a library is built
 _loaded: dict[str, ctypes.CDLL | None] = {}
 _loading = threading.Lock()
 _why_not = ""
@@ -66,19 +79,58 @@ def native_isa() -> str:
     return chosen or runnable[0]
 
 
-def library() -> ctypes.CDLL | None:
-    """The loaded library for this processor, built if need be; None, with one log line, where that cannot be done."""
+def library(on_progress: Progress | None = None) -> ctypes.CDLL | None:
+    """The loaded library for this processor, built if need be; None, with one log line, where that cannot be done.
+
+    A build is announced by one line of the log and takes `COMPILER_SECONDS` of one core.
+
+    Args:
+        on_progress: told how many files are done, and of how many, if something is built.
+    """
     isa = native_isa()
     if isa not in _loaded:
         with _loading:
             if isa not in _loaded:  # or another thread was first
-                _loaded[isa] = _load(isa)
+                _loaded[isa] = _load(isa, on_progress)
     return _loaded[isa]
 
 
+def prepare(device: torch.device | str, on_progress: Progress | None = None) -> None:
+    """Builds and loads what the ops will ask for on this device, so that none of them waits for it in a timed call.
+
+    Does nothing where that is done, cannot be done, or is not needed: anywhere but on the CPU.
+
+    Args:
+        device: of the tensors to come.
+        on_progress: as for `library`.
+    """
+    if torch.device(device).type == "cpu":
+        library(on_progress)
+
+
 def status() -> str:
-    """Where the library came from, or why there is none."""
-    return f"{native_isa()}, {cached_path(native_isa())}" if library() is not None else _why_not
+    """Where the library came from, that it is still to be built, or why there is none; builds nothing."""
+    isa = native_isa()
+    if isa in _loaded or not is_pending():
+        return f"{isa}, {cached_path(isa)}" if library() is not None else _why_not
+    return f"not built yet: C++ for {isa}, which takes about {build_seconds()} s once"
+
+
+def is_pending() -> bool:
+    """Whether the next call of `library` will have to build it, and can try."""
+    isa = native_isa()
+    if isa in _loaded or _switched_off():
+        return False
+    try:
+        _check_buildable()
+        return not _is_whole(cached_path(isa))
+    except (OSError, RuntimeError, ValueError):
+        return False
+
+
+def build_seconds() -> int:
+    """About how long a build takes on this machine's cores."""
+    return max(LONGEST_FILE_SECONDS, COMPILER_SECONDS // _cores())
 
 
 def cached_path(isa: str) -> Path:
@@ -99,19 +151,75 @@ def cache_folder() -> Path:
     return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mminfer"
 
 
-def _load(isa: str) -> ctypes.CDLL | None:
+def _load(isa: str, on_progress: Progress | None) -> ctypes.CDLL | None:
     global _why_not
     try:
-        if os.environ.get("MMINFER_NATIVE", "1") == "0":
+        if _switched_off():
             raise OSError("MMINFER_NATIVE=0")
         path = cached_path(isa)
         if not _is_whole(path):
-            _build(path, isa)
+            _check_buildable()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with _alone_in(path.parent):
+                if not _is_whole(path):  # or another process was first
+                    _build(path, isa, on_progress)
         return ctypes.CDLL(str(path))  # torch is loaded: one OpenMP runtime serves both
     except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
         _why_not = f"no native CPU kernels: {error}"
         logger.warning("mminfer: %s; the PyTorch reference runs instead", _why_not)
         return None
+
+
+def _switched_off() -> bool:
+    return os.environ.get("MMINFER_NATIVE", "1") == "0"
+
+
+def _check_buildable() -> None:
+    """Raises `RuntimeError` where there is no compiler, or there are no sources."""
+    if shutil.which(_compiler()[0]) is None:
+        raise RuntimeError("no C++ compiler (set CXX to one)")
+    if not _source_files():
+        raise RuntimeError(f"no C++ sources in {sources() / 'cpu'}")
+
+
+def _source_files() -> list[Path]:
+    return sorted((sources() / "cpu").glob("*.cpp"))
+
+
+def _cores() -> int:
+    """Of those that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Waits until no other process builds into this folder, where the system can lock one; a crash leaves no lock."""
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        _lock(descriptor)
+        yield
+    finally:
+        os.close(descriptor)  # which gives the lock back
+
+
+def _lock(descriptor: int) -> None:
+    """Without a lock in the end, the library is built once more: it is put in place whole, so the last one wins."""
+    start, announced = time.monotonic(), False
+    while time.monotonic() - start < LONGEST_WAIT_SECONDS:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not announced:
+                logger.warning("mminfer: waiting for another process that builds the native CPU kernels")
+            announced = True
+            time.sleep(0.1)
+        except OSError:  # a file system without locks
+            return
+        else:
+            return
 
 
 def _compiler() -> list[str]:
@@ -121,31 +229,46 @@ def _compiler() -> list[str]:
     return [next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), "c++")]
 
 
-def _build(path: Path, isa: str) -> None:
+def _build(path: Path, isa: str, on_progress: Progress | None) -> None:
     """Compiles every source of `csrc/cpu`, and puts the whole library in place at once.
 
     Raises:
-        RuntimeError: there is no compiler, or it found an error; or there are no sources.
+        RuntimeError: the compiler found an error.
         OSError: the cache folder cannot be written.
     """
-    if shutil.which(_compiler()[0]) is None:
-        raise RuntimeError("no C++ compiler (set CXX to one)")
-    files = sorted((sources() / "cpu").glob("*.cpp"))
-    if not files:
-        raise RuntimeError(f"no C++ sources in {sources() / 'cpu'}")
     start = time.perf_counter()
-    path.parent.mkdir(parents=True, exist_ok=True)
     flags = [*FLAGS, *ISA_FLAGS[isa], f"-I{sources() / 'include'}"]
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
-        units = {file: Path(folder) / f"{file.stem}.o" for file in files}
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        logger.warning(
+            "mminfer: building the native CPU kernels (C++ for %s), which takes about %d s once; they are kept in %s",
+            isa,
+            build_seconds(),
+            path.parent,
+        )
+        units = {file: Path(folder) / f"{file.stem}.o" for file in _source_files()}
         commands = [[*_compiler(), *flags, "-c", str(file), "-o", str(unit)] for file, unit in units.items()]
-        list(pool.map(_run, commands))
+        _compile(commands, on_progress)
         whole = Path(folder) / "library.so"
         _run([*_compiler(), "-shared", "-fopenmp", *map(str, units.values()), "-o", str(whole)])
         code = whole.read_bytes()
         whole.write_bytes(code + hashlib.sha256(code).digest())
-        os.replace(whole, path)  # several processes may build at once: the last one wins, each whole
+        os.replace(whole, path)  # where folders cannot be locked the last of several processes wins, each whole
     logger.info("mminfer: built the native CPU kernels in %.1f s (%s)", time.perf_counter() - start, path)
+
+
+def _compile(commands: Sequence[list[str]], on_progress: Progress | None) -> None:
+    """Runs the compiler's commands, as many at once as there are cores."""
+    on_progress = on_progress or (lambda done, total: None)
+    on_progress(0, len(commands))
+    with ThreadPoolExecutor(_cores()) as pool:
+        runs = [pool.submit(_run, command) for command in commands]
+        try:
+            for done, run in enumerate(as_completed(runs), 1):
+                run.result()
+                on_progress(done, len(commands))
+        except BaseException:  # Ctrl-C as well as an error: what has not begun does not begin
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def _is_whole(path: Path) -> bool:

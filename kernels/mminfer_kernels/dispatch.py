@@ -44,9 +44,9 @@ class Implementation:
     def takes(self, tensors: tuple[torch.Tensor, ...]) -> bool:
         return self.supports is None or self.supports(*tensors)
 
-    def suits(self, tensors: tuple[torch.Tensor, ...]) -> bool:
-        """Whether "auto" may run it on these tensors."""
-        return (self.preferred is None or self.preferred(*tensors)) and self.takes(tensors)
+    def suits(self, tensors: tuple[torch.Tensor, ...], assumed: bool = False) -> bool:
+        """Whether "auto" may run it on these tensors; if it is assumed to take them, only whether that is preferred."""
+        return (self.preferred is None or self.preferred(*tensors)) and (assumed or self.takes(tensors))
 
 
 _registry: dict[str, dict[str, Implementation]] = {}
@@ -91,9 +91,15 @@ def available_backends(op: str) -> tuple[str, ...]:
     return tuple(name for name in BACKENDS if name in registered)
 
 
-def backend_for(op: str, *tensors: torch.Tensor) -> str:
-    """Name of the backend that "auto" would run `op` with, given these tensors."""
-    return _select(op, tensors)
+def backend_for(op: str, *tensors: torch.Tensor, assumed: str | None = None) -> str:
+    """Name of the backend that "auto" would run `op` with, given these tensors.
+
+    Args:
+        op: name of the public op.
+        tensors: the op's tensors.
+        assumed: a backend that is taken for able to run on them, and not asked.
+    """
+    return _select(op, tensors, assumed)
 
 
 def resolve(op: str, backend: str, *tensors: torch.Tensor) -> tuple[str, Callable[..., Any]]:
@@ -142,13 +148,13 @@ def record_backends() -> Iterator[dict[str, str]]:
             outer.update(record)
 
 
-def _select(op: str, tensors: tuple[torch.Tensor, ...]) -> str:
+def _select(op: str, tensors: tuple[torch.Tensor, ...], assumed: str | None = None) -> str:
     registered = _registry.get(op, {})
     for name in BACKENDS:
         implementation = registered.get(name)
         if implementation is None:
             continue
-        if implementation.suits(tensors):
+        if implementation.suits(tensors, name == assumed):
             return name
         if (op, name) not in _passed_over:
             _passed_over.add((op, name))

@@ -19,24 +19,30 @@ class Choice(NamedTuple):
 
 
 def choices(op: str) -> list[Choice]:
-    """What "auto" takes for an op: on the CPU, and on the GPU where there is one. Builds the C++ library if need be."""
+    """What "auto" takes for an op: on the CPU, and on the GPU where there is one.
+
+    Builds nothing: what waits for the C++ library to be built counts as native.
+    """
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     found = []
     for device in devices:
-        backend = backend_for(op, torch.empty(1, device=device))
+        assumed = "native" if device == "cpu" and build.is_pending() else None
+        backend = backend_for(op, torch.empty(1, device=device), assumed=assumed)
         found.append(Choice(op, device, backend, _why(op, device, backend)))
     return found
 
 
 def _why(op: str, device: str, backend: str) -> str:
     if backend == "native":
-        return f"C++ for {build.native_isa()}" if device == "cpu" else "CUDA kernels, compiled by NVRTC when first run"
+        if device == "cuda":
+            return "CUDA kernels, compiled by NVRTC when first run"
+        return f"C++ for {build.native_isa()}{', not built yet' if build.is_pending() else ''}"
     if backend == "triton":
         return "Triton, tuned when first run"
     if device == "cuda":
         return "Triton is not installed" if not has_triton() else "no kernel for this device"
-    chosen = "native" in available_backends(op) and build.library() is None
-    return build.status() if chosen else "torch's own is as fast"
+    missed = "native" in available_backends(op) and not build.is_pending() and build.library() is None
+    return build.status() if missed else "torch's own is as fast"
 
 
 def triton_status() -> str:

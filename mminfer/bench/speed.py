@@ -17,6 +17,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from mminfer.config import InferenceConfig
 from mminfer.engine import Engine
+from mminfer.forward.native_build import prepare_kernels
 from mminfer.inputs.media import PROGRESS
 from mminfer.metrics.flops import full_prompt_flops, prompt_flops
 from mminfer.metrics.memory import bytes_in_use, full_cache_bytes, give_back_freed, peak_memory
@@ -132,6 +133,7 @@ def measure(
         new_tokens: tokens that each chat gets, two or more.
         repeats: counted calls of each; one more before them warms up.
     """
+    prepare_kernels(engine.device)
     doors: dict[str, InferenceConfig | None] = {HOST: None, **settings}
     runs: dict[str, list[Run]] = {name: [] for name in doors}
     with tqdm(total=(repeats + 1) * len(doors), desc="timing", unit="call", **PROGRESS) as bar:
@@ -234,7 +236,7 @@ def _row(engine: Engine, name: str, runs: Sequence[Run], prompt: PromptRecord, n
     record = counted[0].record
     if record is None:
         held = full_cache_bytes(spec, prompt.prompt, element_size)
-        flops = full_prompt_flops(spec, prompt.prompt, prompt.past, prompt.ahead)
+        flops = full_prompt_flops(spec, prompt.prompt, prompt.past, prompt.pairs_ahead)
     else:
         entries = sum(sum(layer.entries) for layer in record.layers)
         held = 2 * entries * spec.num_key_value_heads * spec.head_dim * element_size

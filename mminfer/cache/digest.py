@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -12,11 +12,12 @@ from torch import Tensor
 from mminfer.cache.digest_rules import PIECE, SPREADS, cluster_runs, runs_of, share_out
 from mminfer.errors import ConfigError
 from mminfer.technique import (
+    CACHE_SHARES,
     CacheEntries,
     CacheTechnique,
+    LayerView,
     LayerWork,
     check_fraction,
-    check_full_attention,
     is_number,
     is_whole,
 )
@@ -64,7 +65,8 @@ class Digest(CacheTechnique):
     spread: str = "farthest"
     join: bool = True
 
-    settles: ClassVar[bool] = True
+    across_layers: ClassVar[bool] = True
+    columns: ClassVar[tuple[str, ...]] = ("is_visual", "size")
 
     def __post_init__(self) -> None:
         check_fraction("Digest.ratio", self.ratio)
@@ -84,47 +86,36 @@ class Digest(CacheTechnique):
                 "False"
             )
 
-    def check(self, spec: ModelSpec) -> None:
-        check_full_attention("Digest", spec)
-
-    def apply(
-        self,
-        q: Tensor,
-        entries: CacheEntries,
-        seen: int,
-        layer_idx: int,
-        query_index: Tensor | None,
-        scale: float,
-        mass: Tensor | None = None,
-    ) -> CacheEntries:
+    def apply(self, view: LayerView) -> CacheEntries:
         """One layer by itself."""
-        return self.settle([entries], [1.0], [seen])[0]
+        return self.compress_layers([view.entries], [1.0], [view.tokens_seen])[0]
 
-    def need(self, q: Tensor, entries: CacheEntries, query_index: Tensor | None, scale: float) -> float:
+    def layer_demand(self, view: LayerView) -> float:
         """How much of what text reads in this layer is detail of pictures: 0 where a mean of each would do.
 
         The first quartile over text queries of |o - o'| / |o|, where o is what the heads read among all entries, o'
         the same with each picture as one entry, and what all queries have in common is taken off the difference.
         """
-        is_visual = None if entries.is_visual is None else entries.is_visual[0, 0]
-        if is_visual is None or q.shape[2] == 0 or not bool(is_visual.any()):
+        entries, queries = view.entries, view.queries
+        is_visual = _is_visual(entries)
+        if is_visual is None or queries.shape[2] == 0 or not bool(is_visual.any()):
             return 0.0
-        keys = entries.keys.shape[2]
-        places = torch.arange(keys - q.shape[2], keys, device=q.device) if query_index is None else query_index
-        asking = (~is_visual[places]).nonzero()[:, 0]
-        asking = asking if len(asking) else torch.arange(len(places), device=q.device)
+        asking = (~is_visual[view.query_places]).nonzero()[:, 0]
+        asking = asking if len(asking) else torch.arange(queries.shape[2], device=queries.device)
         chosen = asking[torch.linspace(0, len(asking) - 1, min(self.queries, len(asking))).round().long()]
-        exact, pooled = _readings(q[0, :, chosen], entries, is_visual, scale)
+        exact, pooled = _readings(queries[0, :, chosen], entries, is_visual, view.scale)
         change = exact - pooled
         change = (change - change.mean(1, keepdim=True)).square().sum((0, 2)).sqrt()
         whole = exact.square().sum((0, 2)).sqrt().clamp_min(1e-12)
         return float((change / whole).quantile(0.25))
 
-    def settle(self, layers: Sequence[CacheEntries], needs: Sequence[float], seen: Sequence[int]) -> list[CacheEntries]:
+    def compress_layers(
+        self, layers: Sequence[CacheEntries], demands: Sequence[float], tokens_seen: Sequence[int]
+    ) -> list[CacheEntries]:
         visual = [_is_visual(entries) for entries in layers]
         if any(v is None for v in visual):
             return list(layers)
-        total = sum(seen) * self.ratio if self.budget is None else self.budget * len(layers)
+        total = sum(tokens_seen) * self.ratio if self.budget is None else self.budget * len(layers)
         if sum(map(len, layers)) <= total:
             return list(layers)
         flags = [v for v in visual if v is not None]
@@ -135,7 +126,7 @@ class Digest(CacheTechnique):
         pictures = [int(v.sum()) for v in flags]
         of_text = max(min(sum(texts), self.text_share * total), total - sum(pictures))
         text = share_out(texts, [1.0] * len(layers), max(int(of_text), len(layers)))
-        weights = [need**self.contrast for need in needs]
+        weights = [demand**self.contrast for demand in demands]
         runs = [len(runs_of(v)) for v in flags]
         left = int(total) - sum(text)
         image = share_out(pictures, weights, left, runs if sum(runs) <= left else None)
@@ -152,8 +143,9 @@ class Digest(CacheTechnique):
         place, keys, values, size = (torch.cat(column, 2) for column in zip(*kept, strict=True))
         order = place.argsort(-1)
         wide = order[..., None].expand(*order.shape, keys.shape[-1])
-        out = entries.kept(place.gather(2, order), keys.gather(2, wide), values.gather(2, wide))
-        return replace(out, score=size.gather(2, order))
+        return entries.merged(
+            place.gather(2, order), keys.gather(2, wide), values.gather(2, wide), size.gather(2, order)
+        )
 
     def cost(self, spec: ModelSpec, lengths: Sequence[int]) -> int:
         """Logits and readings of so many pairs of a query and an entry."""
@@ -164,6 +156,25 @@ class Digest(CacheTechnique):
         read = self.cost(spec, [min(self.queries, work.queries) * work.keys])
         near = min(PIECE, work.keys) * work.kept if work.kept < work.keys else 0
         return read + 8 * spec.num_key_value_heads * spec.head_dim * near
+
+    def describe(self) -> str:
+        entries = f"{100 * self.ratio:g} % of the entries" if self.budget is None else f"{self.budget:,} entries a head"
+        return (
+            f"Keeps {entries}, shared out over layers by the detail that each reads and evenly over pictures; "
+            f"{self.describe_evicted()}."
+        )
+
+    def describe_evicted(self) -> str:
+        return "the rest was joined to the nearest in its picture" if self.join else "the rest was dropped"
+
+    @classmethod
+    def presets(cls) -> dict[str, Self]:
+        # For chats, streams and cached documents, whose questions come later.
+        return {"digest-50": cls(ratio=0.5), "digest-20": cls(ratio=0.2), "digest-8k": cls(budget=8192)}
+
+    @classmethod
+    def sweeps(cls) -> dict[str, dict[str, Self]]:
+        return {"Digest": {f"{share} %": cls(share / 100) for share in CACHE_SHARES}}
 
 
 def _is_visual(entries: CacheEntries) -> Tensor | None:

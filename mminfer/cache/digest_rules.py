@@ -56,7 +56,7 @@ def cluster_runs(
     """Some entries of one sequence as fewer, each run by itself.
 
     Args:
-        entries: of which `score` is how many tokens an entry stands for; 0 counts as one.
+        entries: of which `size` is how many entries of the prompt each stands for; without that column, one each.
         rows: [n] int64, ascending: which entries; a gap begins a new run.
         count: entries to keep of them; runs share by the tokens they stand for, so that what was digested in earlier
             passes does not shrink beside what is new.
@@ -67,8 +67,7 @@ def cluster_runs(
         place [1, G, count] int64, the entry at which each result stands; keys and values [1, G, count, D]; sizes
         [1, G, count] float32.
     """
-    sizes = entries.score
-    sizes = entries.keys.new_ones(entries.keys.shape[:3]) if sizes is None else sizes.where(sizes > 0, 1)
+    sizes = entries.keys.new_ones(entries.keys.shape[:3]) if entries.size is None else entries.size
     if count >= len(rows):
         place = rows.expand(*entries.keys.shape[:2], len(rows))
         return place, entries.keys[:, :, rows], entries.values[:, :, rows], sizes[:, :, rows]

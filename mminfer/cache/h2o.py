@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar, Self
 
 from mminfer.cache.lookm import LookM
 from mminfer.errors import ConfigError
@@ -21,7 +22,17 @@ class H2O(LookM):
     merge: str = "none"
     text_prior: bool = False
 
+    baseline: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.text_prior:
             raise ConfigError("H2O(text_prior=True) is LookM without merging: use LookM(merge='none')")
+
+    @classmethod
+    def presets(cls) -> dict[str, Self]:
+        return {"h2o-20": cls(important_ratio=0.1, recent_ratio=0.1)}
+
+    @classmethod
+    def sweeps(cls) -> dict[str, dict[str, Self]]:
+        return {"H2O": cls.budget_sweep()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from mminfer_kernels import column_mass
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mminfer.cache.lookm_rules import MERGES, lookm_keep, lookm_merge
 from mminfer.errors import ConfigError
-from mminfer.technique import CacheEntries, CacheTechnique, LayerWork, check_fraction, check_full_attention, is_whole
+from mminfer.technique import CACHE_SHARES, CacheEntries, CacheTechnique, LayerView, LayerWork, check_fraction, is_whole
 
 if TYPE_CHECKING:
     from mminfer.models.base import ModelSpec
@@ -65,6 +65,10 @@ class LookM(CacheTechnique):
     stride: int = 8
     window: int = 64
 
+    columns: ClassVar[tuple[str, ...]] = ("is_visual", "score")
+    # Which entries stay beside recent ones and text, for descriptions.
+    preferred: ClassVar[str] = "those looked at most"
+
     def __post_init__(self) -> None:
         for name, zero in (("important_ratio", False), ("recent_ratio", True)):
             value = getattr(self, name)
@@ -100,26 +104,14 @@ class LookM(CacheTechnique):
                 raise ConfigError(
                     f"LookM.{name} has {len(value)} values for {spec.num_layers} layers: give one each, or a single one"
                 )
-        check_full_attention("LookM", spec)
+        super().check(spec)
 
-    def apply(
-        self,
-        q: Tensor,
-        entries: CacheEntries,
-        seen: int,
-        layer_idx: int,
-        query_index: Tensor | None,
-        scale: float,
-        mass: Tensor | None = None,
-    ) -> CacheEntries:
-        if self._keeps_all(seen, layer_idx):
+    def apply(self, view: LayerView) -> CacheEntries:
+        entries = view.entries
+        if self._keeps_all(view.tokens_seen, view.layer_idx):
             return entries
-        important, recent = self.quota(seen, layer_idx)
-        if mass is None:
-            score = self.score(q, entries.keys, layer_idx, query_index, scale)
-        else:
-            score = _sum_of_groups(mass, entries.keys.shape[1])
-        entries = replace(entries, score=self.accumulate(entries.score, score))
+        important, recent = self.quota(view.tokens_seen, view.layer_idx)
+        entries = replace(entries, score=self.accumulate(entries.score, self.score(view)))
         if len(entries) <= important + recent or entries.score is None or entries.is_visual is None:
             return entries
         bounded = not self.text_prior or (self.budget is not None and self.text_overflow == "evict")
@@ -129,7 +121,7 @@ class LookM(CacheTechnique):
         if kept.shape[-1] == len(entries):
             return entries
         keys, values = lookm_merge(entries.keys, entries.values, kept, self.merge)
-        return entries.kept(kept, keys, values)
+        return entries.merged(kept, keys, values)
 
     def _warn_of_overflow(self, is_visual: Tensor, important: int, recent: int) -> None:
         """Once in a process for each setting: the same words again are not shown."""
@@ -143,42 +135,45 @@ class LookM(CacheTechnique):
             stacklevel=2,
         )
 
-    def wants_mass(self, seen: int, layer_idx: int) -> bool:
-        return self.queries == "all" and not self._keeps_all(seen, layer_idx)
+    def needs_attention_mass(self, tokens_seen: int, layer_idx: int) -> bool:
+        return self.queries == "all" and not self._keeps_all(tokens_seen, layer_idx)
 
-    def _keeps_all(self, seen: int, layer_idx: int) -> bool:
+    def _keeps_all(self, tokens_seen: int, layer_idx: int) -> bool:
         """Whether nothing is evicted now or later: a budget may yet be passed."""
-        return self.budget is None and self.quota(seen, layer_idx)[0] >= seen
+        return self.budget is None and self.quota(tokens_seen, layer_idx)[0] >= tokens_seen
 
-    def quota(self, seen: int, layer_idx: int) -> tuple[int, int]:
+    def quota(self, tokens_seen: int, layer_idx: int) -> tuple[int, int]:
         """Entries kept before the recent window, and in it, of so many tokens; all where the ratios add up to 1."""
         important, recent = (
             x[layer_idx] if isinstance(x, tuple) else x for x in (self.important_ratio, self.recent_ratio)
         )
         if self.budget is not None:
-            if self.budget >= seen:
-                return seen, 0
+            if self.budget >= tokens_seen:
+                return tokens_seen, 0
             window = int(self.budget * recent / (important + recent)) if self.recent is None else self.recent
             return self.budget - window, window
-        return (seen, 0) if important + recent >= 1 else (int(seen * important), int(seen * recent))
+        if important + recent >= 1:
+            return tokens_seen, 0
+        return int(tokens_seen * important), int(tokens_seen * recent)
 
-    def score(self, q: Tensor, k: Tensor, layer_idx: int, query_index: Tensor | None, scale: float) -> Tensor:
+    def score(self, view: LayerView) -> Tensor:
         """[1, G, N] float32: attention that each entry receives, summed over queries and the group's heads."""
-        groups, keys = k.shape[1:3]
+        groups = view.keys.shape[1]
+        if view.attention_mass is not None:
+            return _sum_of_groups(view.attention_mass, groups)
+        queries, query_index = view.queries, view.query_index
         if query_index is not None and len(query_index) == 0:
-            return torch.zeros(1, groups, keys, device=k.device)
-        chosen = self._chosen(q.shape[2], q.device)
-        if chosen is not None:
-            places = torch.arange(keys - q.shape[2], keys, device=q.device) if query_index is None else query_index
-            q, query_index = q.index_select(2, chosen), places[chosen]
-        mass = column_mass(q, k, query_index=query_index, scale=scale)
-        return _sum_of_groups(mass, groups)
+            return torch.zeros(1, groups, len(view.entries), device=view.keys.device)
+        voting = self._voting(queries.shape[2], queries.device)
+        if voting is not None:
+            queries, query_index = queries.index_select(2, voting), view.query_places[voting]
+        return _sum_of_groups(column_mass(queries, view.keys, query_index=query_index, scale=view.scale), groups)
 
     def accumulate(self, earlier: Tensor | None, now: Tensor) -> Tensor:
         """[1, G, N] float32: the score of all passes, from that of the earlier ones (None: no pass) and of this one."""
         return now if earlier is None else earlier + now
 
-    def _chosen(self, queries: int, device: torch.device) -> Tensor | None:
+    def _voting(self, queries: int, device: torch.device) -> Tensor | None:
         """[K] int64: the queries whose attention counts; None: all."""
         if self.queries == "all":
             return None
@@ -200,8 +195,46 @@ class LookM(CacheTechnique):
 
     def _voting_pairs(self, work: LayerWork) -> int:
         """Pairs of the queries whose attention counts, if the queries are the last entries."""
-        chosen = self._chosen(work.queries, torch.device("cpu")) if work.pairs else None
-        return work.pairs if chosen is None else int((chosen + work.keys - work.queries + 1).sum())
+        voting = self._voting(work.queries, torch.device("cpu")) if work.pairs else None
+        return work.pairs if voting is None else int((voting + work.keys - work.queries + 1).sum())
+
+    def describe(self) -> str:
+        text = "text, " if self.text_prior else ""
+        return f"Keeps {self._amount()}: {text}recent ones and {self.preferred}; {self.describe_evicted()}."
+
+    def _amount(self) -> str:
+        if self.budget is not None:
+            return f"{self.budget:,} entries a head"
+        if isinstance(self.important_ratio, tuple) or isinstance(self.recent_ratio, tuple):
+            return "a share of the entries that differs by layer"
+        return f"{100 * (self.important_ratio + self.recent_ratio):g} % of the entries"
+
+    def describe_evicted(self) -> str:
+        if self.merge == "none":
+            return "the rest was dropped"
+        return f"the rest was merged into the most similar ones ({self.merge})"
+
+    @classmethod
+    def presets(cls) -> dict[str, Self]:
+        return {
+            "lookm-20": cls(important_ratio=0.1, recent_ratio=0.1),
+            "lookm-5": cls(important_ratio=0.025, recent_ratio=0.025),
+            # For prompts read in chunks; averaged, since every chunk comes before its question.
+            "lookm-8k": cls(budget=8192, merge="average"),
+        }
+
+    @classmethod
+    def sweeps(cls) -> dict[str, dict[str, Self]]:
+        return {
+            "LOOK-M pivot": cls.budget_sweep(),
+            "LOOK-M average": cls.budget_sweep(merge="average"),
+            "LOOK-M average, no text first": cls.budget_sweep(merge="average", text_prior=False),
+        }
+
+    @classmethod
+    def budget_sweep(cls, **settings: Any) -> dict[str, Self]:
+        """These settings at every share of the entries, half of them recent, by the share's name."""
+        return {f"{share} %": cls(share / 200, share / 200, **settings) for share in CACHE_SHARES}
 
 
 def _sum_of_groups(mass: Tensor, groups: int) -> Tensor:

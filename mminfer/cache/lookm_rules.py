@@ -96,23 +96,28 @@ def lookm_keep(
         return places.expand(batch, groups, entries).clone()
     if text_prior:
         visual = visual_mask if visual_mask.dim() == 3 else visual_mask[:, None]
-        certain = ~visual[:, :, :older]
+        first = ~visual[:, :, :older]
     else:
-        certain = (places < SINKS)[:older].expand(batch, 1, older)
+        first = (places < SINKS)[:older].expand(batch, 1, older)
     least = max(num_important, 1 - num_recent)
-    quotas = [least] * batch if bounded else certain.sum(-1).amax(1).clamp(min=least).tolist()
+    quotas = [least] * batch if bounded else first.sum(-1).amax(1).clamp(min=least).tolist()
     if len(set(quotas)) > 1:
         raise ValueError(f"sequences keep {quotas} entries before the window: compress them one at a time")
-    ranked = score[:, :, :older]
-    if bounded:  # certain ones by score among themselves, which float32 could not tell apart after a million tokens
-        ranked = ranked.double()
-        ranked = torch.where(
-            certain, ranked + (ranked.amax(-1, keepdim=True) - ranked.amin(-1, keepdim=True) + 1), ranked
-        )
-    else:
-        ranked = ranked.masked_fill(certain, torch.inf)
+    ranked = _ranked(score[:, :, :older], first, bounded)
     chosen = ranked.topk(quotas[0], -1).indices.sort(-1).values
     return torch.cat((chosen, places[older:].expand(batch, groups, -1)), -1)
+
+
+def _ranked(score: torch.Tensor, first: torch.Tensor, bounded: bool) -> torch.Tensor:
+    """[B, G, n]: scores, but those of entries that come first ([B, G or 1, n] bool) above all others.
+
+    Where there may be too many of these (`bounded`) they keep their own order, in float64, since float32 could not
+    tell them apart after a million tokens.
+    """
+    if not bounded:
+        return score.masked_fill(first, torch.inf)
+    score = score.double()
+    return torch.where(first, score + (score.amax(-1, keepdim=True) - score.amin(-1, keepdim=True) + 1), score)
 
 
 def lookm_merge(

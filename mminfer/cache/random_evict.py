@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from torch import Tensor
 
 from mminfer.cache.lookm import LookM
-from mminfer.technique import draw_lot
+from mminfer.technique import LayerView, draw_lot
 
 if TYPE_CHECKING:
     from mminfer.models.base import ModelSpec
@@ -26,11 +26,14 @@ class RandomEvict(LookM):
     merge: str = "none"
     seed: int = 0
 
-    def wants_mass(self, seen: int, layer_idx: int) -> bool:
+    baseline: ClassVar[bool] = True
+    preferred: ClassVar[str] = "others drawn by lot"
+
+    def needs_attention_mass(self, tokens_seen: int, layer_idx: int) -> bool:
         return False
 
-    def score(self, q: Tensor, k: Tensor, layer_idx: int, query_index: Tensor | None, scale: float) -> Tensor:
-        return draw_lot(k.shape[:3], self.seed, layer_idx, k)
+    def score(self, view: LayerView) -> Tensor:
+        return draw_lot(view.keys.shape[:3], self.seed, view.layer_idx, view.keys)
 
     def accumulate(self, earlier: Tensor | None, now: Tensor) -> Tensor:
         """One lot for each entry: those of earlier passes keep theirs."""
@@ -38,3 +41,11 @@ class RandomEvict(LookM):
 
     def cost(self, spec: ModelSpec, lengths: Sequence[int]) -> int:
         return 0
+
+    @classmethod
+    def presets(cls) -> dict[str, Self]:
+        return {"random-20": cls(important_ratio=0.1, recent_ratio=0.1)}
+
+    @classmethod
+    def sweeps(cls) -> dict[str, dict[str, Self]]:
+        return {"random, text first": cls.budget_sweep(), "random": cls.budget_sweep(text_prior=False)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch.nn.functional import avg_pool1d
 from mminfer.cache.lookm import LookM
 from mminfer.cache.lookm_rules import SINKS
 from mminfer.errors import ConfigError
-from mminfer.technique import is_whole
+from mminfer.technique import LayerView, is_whole
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class SnapKV(LookM):
     window: int = 32
     pool: int = 5
 
+    baseline: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if not is_whole(self.pool, least=1) or self.pool % 2 == 0:
@@ -45,15 +48,15 @@ class SnapKV(LookM):
                 "alone counts and stays; leave these out, or use LookM"
             )
 
-    def quota(self, seen: int, layer_idx: int) -> tuple[int, int]:
-        important, recent = super().quota(seen, layer_idx)
-        if important >= seen:
+    def quota(self, tokens_seen: int, layer_idx: int) -> tuple[int, int]:
+        important, recent = super().quota(tokens_seen, layer_idx)
+        if important >= tokens_seen:
             return important, recent
         window = min(self.window, max(important + recent - SINKS, 0))
         return important + recent - window, window
 
-    def score(self, q: Tensor, k: Tensor, layer_idx: int, query_index: Tensor | None, scale: float) -> Tensor:
-        score = super().score(q, k, layer_idx, query_index, scale)
+    def score(self, view: LayerView) -> Tensor:
+        score = super().score(view)
         before = max(score.shape[2] - self.window, 0)
         if before == 0:
             return score
@@ -62,3 +65,11 @@ class SnapKV(LookM):
 
     def accumulate(self, earlier: Tensor | None, now: Tensor) -> Tensor:
         return now
+
+    @classmethod
+    def presets(cls) -> dict[str, Self]:
+        return {"snapkv-20": cls(important_ratio=0.1, recent_ratio=0.1)}
+
+    @classmethod
+    def sweeps(cls) -> dict[str, dict[str, Self]]:
+        return {"SnapKV": cls.budget_sweep()}

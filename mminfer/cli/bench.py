@@ -2,75 +2,85 @@
 
 from __future__ import annotations
 
-import json
-import sys
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mminfer.cli import options
+from mminfer.cli.console import ERR, OUT, check_writable, print_json, reports_errors, write_csv
+from mminfer.cli.messages import checked_chat
 from mminfer.cli.needle import needle
-from mminfer.cli.options import ERR, OUT, read_delta, read_settings, told_plainly, writable, write_csv
+from mminfer.cli.settings import compared_settings, with_delta
 from mminfer.errors import InputError
 
 if TYPE_CHECKING:
     from mminfer.bench.contexts import Context
     from mminfer.bench.fidelity import FidelityRow
-    from mminfer.bench.ladders import Ladder
+    from mminfer.bench.plan import Plan
     from mminfer.bench.protocols import Protocol
+    from mminfer.bench.speed import SpeedRow
+    from mminfer.bench.sweeps import Sweep
     from mminfer.config import InferenceConfig
 
 bench = typer.Typer(help="Measure what settings cost and save.")
 bench.command()(needle)
 
 DEFAULT_PRESETS = ["off", "aim", "lookm-20", "balanced"]
+DEFAULT_REPEATS = 5
 PLOT_COSTS = {"prompt FLOPs": "flops_kept", "cache bytes": "cache_kept"}
 
 
 @bench.callback(invoke_without_command=True)
-@told_plainly
+@reports_errors
 def measure(
     context: typer.Context,
-    model: Annotated[str, typer.Option(help="Checkpoint folder or hub name; 'nano' is the bundled model.")] = "nano",
-    preset: Annotated[
-        list[str] | None, typer.Option(help=f"A setting; repeat to compare. Default: {', '.join(DEFAULT_PRESETS)}.")
-    ] = None,
-    config: Annotated[
-        list[Path] | None, typer.Option(help="A JSON file written by InferenceConfig.to_json(); repeat to compare.")
-    ] = None,
-    delta: Annotated[
-        list[str] | None, typer.Option(help="V2PE step put into every setting: 1/16, auto; repeat to compare.")
-    ] = None,
-    image: Annotated[list[str] | None, typer.Option(help="An image file; repeat for more.")] = None,
-    video: Annotated[list[str] | None, typer.Option(help="A video file; repeat for more.")] = None,
-    prompt: Annotated[str | None, typer.Option(help="The question about these files.")] = None,
-    images: Annotated[int, typer.Option(min=1, help="Without files: pictures drawn for a context.")] = 16,
-    picture_size: Annotated[int | None, typer.Option(min=8, help="Pixels a side of a drawn picture.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the drawn contexts.")] = 0,
-    batch: Annotated[int, typer.Option(min=1, help="Chats in a timed call.")] = 1,
-    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of a timed or compared answer.")] = 32,
+    model: options.Model = "nano",
+    preset: Annotated[list[str] | None, options.presets_option(", ".join(DEFAULT_PRESETS))] = None,
+    config: options.Configs = None,
+    delta: options.Deltas = None,
+    image: options.Image = None,
+    video: options.Video = None,
+    prompt: Annotated[str | None, typer.Option(help="Ask this question about these files.")] = None,
+    images: Annotated[int, typer.Option(min=1, help="Without files, draw this many pictures for a context.")] = 16,
+    picture_size: Annotated[int | None, typer.Option(min=8, help="Draw pictures of this many pixels a side.")] = None,
+    seed: options.Seed = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Answer this many chats in a timed call.")] = 1,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Time and compare answers of this many tokens.")] = 32,
     repeats: Annotated[
-        int | None, typer.Option(min=0, help="Timed calls of each setting; 0: no timing. Default: 5, with --plot 0.")
+        int | None,
+        typer.Option(
+            min=0,
+            help=f"Time this many calls of each setting; 0 times nothing. By default: {DEFAULT_REPEATS}, and 0 with "
+            "--plot.",
+        ),
     ] = None,
     protocol: Annotated[
         list[str] | None,
-        typer.Option(help="in-prompt, next-turn, streamed: how fidelity is asked; repeat. Default: next-turn."),
+        typer.Option(
+            help="Ask for fidelity in-prompt, next-turn or streamed; repeat the option for more. By default: next-turn."
+        ),
     ] = None,
-    contexts: Annotated[int, typer.Option(min=0, help="Drawn contexts for fidelity; 0: no fidelity.")] = 2,
-    questions: Annotated[int, typer.Option(min=1, help="Questions about each.")] = 4,
+    contexts: Annotated[
+        int, typer.Option(min=0, help="Draw this many contexts for fidelity; 0 leaves fidelity out.")
+    ] = 2,
+    questions: Annotated[int, typer.Option(min=1, help="Ask this many questions about each of them.")] = 4,
     chunk_size: Annotated[
         int | None,
-        typer.Option(min=1, help="Tokens of a chunk, where contexts are streamed. Default: 512, or the longest image."),
+        typer.Option(
+            min=1, help="Stream contexts in chunks of this many tokens. By default: 512, or those of the longest image."
+        ),
     ] = None,
     plot: Annotated[
-        Path | None, typer.Option(help="Draw fidelity against FLOPs and cache, baselines beside it, to this picture.")
+        Path | None,
+        typer.Option(help="Draw fidelity against FLOPs and cache, beside the baselines, and write the picture here."),
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ... Default: float32 on the CPU.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and no table.")] = False,
-    csv_path: Annotated[Path | None, typer.Option("--csv", help="Write the rows to this file too.")] = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    as_json: options.AsJson = False,
+    csv_path: options.Csv = None,
 ) -> None:
     """Measure what settings cost and save, on any model, beside the unpatched host.
 
@@ -78,60 +88,97 @@ def measure(
     process. Fidelity: the uncompressed model's continuation, forced upon every setting. `mminfer bench needle` asks
     for right answers.
     """
-    given = _given(context)
+    given = _options_given(context)
     if context.invoked_subcommand is not None:
         if given:
             raise InputError(f"{', '.join(given)}: wanted behind `{context.invoked_subcommand}`, where it counts")
         return
-    for path, option in ((csv_path, "--csv"), (plot, "--plot")):
-        writable(path, option)
-    repeats = (5 if plot is None else 0) if repeats is None else repeats
+    check_writable(csv_path, "--csv")
+    check_writable(plot, "--plot")
+    repeats = (DEFAULT_REPEATS if plot is None else 0) if repeats is None else repeats
     if not repeats and not contexts:
         raise InputError("--repeats 0 and --contexts 0: nothing is left to measure: leave one of them out")
-    settings = read_settings(preset or [], config or [], delta or [])
-    unasked = {} if settings or plot is not None else read_settings(DEFAULT_PRESETS, [], delta or [])
-    if plot is not None:
-        unasked = _ladders(plot, contexts, delta or [])
+    settings = compared_settings(preset or [], config or [], delta or [])
+    optional = {} if settings and plot is None else _unnamed_settings(plot, contexts, delta or [])
     protocols = _protocols(protocol or ["next-turn"]) if contexts else []
     if image or video:
-        measured = [_own(image or [], video or [], prompt, given)]
-        drawn: dict[str, Any] = {"prompt": prompt}
+        measured = [_file_context(image or [], video or [], prompt, given)]
+        facts: dict[str, Any] = {"prompt": prompt}
     else:
-        if prompt is not None:
-            raise InputError(f"--prompt {prompt!r} without files: pass --image or --video, or leave it out")
-        drawn = {"images": images, "picture_size": picture_size, "seed": seed, "contexts": max(contexts, batch)}
-        measured = _drawn(images, max(contexts, batch), questions, seed, picture_size)
-
-    from mminfer.bench import tables
-    from mminfer.bench.plan import Plan, joined_rows, measure, origin
-    from mminfer.needle.runner import load
+        count = max(contexts, batch)
+        measured = _drawn_contexts(images, count, questions, seed, picture_size, prompt)
+        facts = {"images": images, "picture_size": picture_size, "seed": seed, "contexts": count}
+    from mminfer.bench.plan import Plan
 
     plan = Plan(measured, batch, new_tokens, repeats, protocols, chunk_size)
-    settings = _taken(model, unasked) | settings
+    found = _measure(model, _without_refused(model, optional) | settings, plan, device, dtype)
+    facts = {"model": model, **found.origin, **facts}
+    facts |= {"batch": batch, "new_tokens": new_tokens, "questions": questions, "chunk_size": found.chunk_size}
+    title = f"{model}, {images} images" if "images" in facts else model
+    _report(found, facts, title=title, as_json=as_json, csv_path=csv_path, plot=plot)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What a plan gave.
+
+    Args:
+        settings: by name, as they were measured.
+        origin: versions and machine.
+        timed: rows of time and memory.
+        compared: rows of fidelity.
+        chunk_size: tokens of a streamed chunk.
+    """
+
+    settings: Mapping[str, InferenceConfig]
+    origin: dict[str, Any]
+    timed: Sequence[SpeedRow]
+    compared: Sequence[FidelityRow]
+    chunk_size: int
+
+
+def _measure(
+    model: str, settings: dict[str, InferenceConfig], plan: Plan, device: str | None, dtype: str | None
+) -> _Found:
+    from mminfer.bench.plan import measure, origin
+    from mminfer.needle.runner import load
+
     if not settings:
         raise InputError("this model takes none of the default settings: name one with --preset or --config")
     plan.check(settings)
     engines = load(model, settings, device, dtype)
-    timed, compared, chunk = measure(plan, engines)
-    asked = {"batch": batch, "new_tokens": new_tokens, "questions": questions, "chunk_size": chunk}
-    facts = {"model": model, **origin(next(iter(engines.values()))), **drawn, **asked}
-    rows = [facts | row for row in joined_rows(timed, compared)]
+    return _Found(settings, origin(next(iter(engines.values()))), *measure(plan, engines))
+
+
+def _report(
+    found: _Found, facts: dict[str, Any], *, title: str, as_json: bool, csv_path: Path | None, plot: Path | None
+) -> None:
+    """Writes the files that were asked for, and prints one JSON object or the tables."""
+    from mminfer.bench.plan import joined_rows
+
+    rows = [facts | row for row in joined_rows(found.timed, found.compared)]
     if csv_path is not None:
         write_csv(csv_path, rows)
     if plot is not None:
-        _plot(compared, plot, f"{model}, {images} images" if "images" in drawn else model)
+        _draw_plot(found.compared, plot, title)
     if as_json:
-        named = {name: setting.to_dict() for name, setting in settings.items()}
-        sys.stdout.write(json.dumps(facts | {"settings": named, "rows": rows}) + "\n")
-        return
-    for table in (*tables.speed_tables(timed), *tables.fidelity_tables(compared)):
+        named = {name: setting.to_dict() for name, setting in found.settings.items()}
+        print_json(facts | {"settings": named, "rows": rows})
+    else:
+        _print_tables(found, plot)
+
+
+def _print_tables(found: _Found, plot: Path | None) -> None:
+    from mminfer.bench import tables
+
+    for table in (*tables.speed_tables(found.timed), *tables.fidelity_tables(found.compared)):
         OUT.print(table)
         OUT.print()
     if plot is not None:
         OUT.print(f"drawn: {plot}", markup=False, highlight=False)
 
 
-def _given(context: typer.Context) -> list[str]:
+def _options_given(context: typer.Context) -> list[str]:
     """Options on the command line, by their names there."""
     found = []
     for parameter in context.command.params:
@@ -141,22 +188,27 @@ def _given(context: typer.Context) -> list[str]:
     return found
 
 
-def _own(images: Sequence[str], videos: Sequence[str], prompt: str | None, given: Sequence[str]) -> Context:
+def _file_context(images: Sequence[str], videos: Sequence[str], prompt: str | None, given: Sequence[str]) -> Context:
     """The user's files, checked; options of drawn contexts do not go with them."""
     from mminfer.bench.contexts import own_context
-    from mminfer.inputs.messages import MediaOptions, normalise_messages
+    from mminfer.inputs.content import MediaOptions
 
     idle = [name for name in ("--images", "--picture-size", "--seed", "--questions") if name in given]
     if idle:
         raise InputError(f"{', '.join(idle)} beside files: only drawn contexts take it: leave one or the other out")
     context = own_context(images, videos, prompt)
-    normalise_messages(context.chat(context.questions[0]), MediaOptions())
+    checked_chat(context.chat(context.questions[0]), MediaOptions())
     return context
 
 
-def _drawn(images: int, count: int, questions: int, seed: int, picture_size: int | None) -> list[Context]:
+def _drawn_contexts(
+    images: int, count: int, questions: int, seed: int, picture_size: int | None, prompt: str | None
+) -> list[Context]:
+    """Contexts drawn on the spot, which bring questions of their own."""
     from mminfer.bench.contexts import made_contexts
 
+    if prompt is not None:
+        raise InputError(f"--prompt {prompt!r} without files: pass --image or --video, or leave it out")
     return made_contexts(images, count, questions, seed, picture_size)
 
 
@@ -170,49 +222,50 @@ def _protocols(names: Sequence[str]) -> list[Protocol]:
     return [Protocol(name) for name in dict.fromkeys(names)]
 
 
-def _taken(model: str, unasked: dict[str, InferenceConfig]) -> dict[str, InferenceConfig]:
-    """Of settings that nobody named those that the model takes; the others are told."""
+def _without_refused(model: str, optional: dict[str, InferenceConfig]) -> dict[str, InferenceConfig]:
+    """Of settings that nobody named those that the model takes; a line is printed for each of the others."""
     from mminfer.needle.runner import refusals
 
-    refused = refusals(model, unasked) if unasked else {}
+    refused = refusals(model, optional) if optional else {}
     for name, reason in refused.items():
         ERR.print(f"left out: {name}: {reason}", style="yellow", markup=False, highlight=False)
-    return {name: config for name, config in unasked.items() if name not in refused}
+    return {name: config for name, config in optional.items() if name not in refused}
 
 
-def _all_ladders() -> tuple[Ladder, ...]:
-    from mminfer.bench.ladders import cache_ladders, token_ladders
+def _all_sweeps() -> tuple[Sweep, ...]:
+    from mminfer.bench.sweeps import cache_sweeps, token_sweeps
 
-    return (*token_ladders(), *cache_ladders())
+    return (*token_sweeps(), *cache_sweeps())
 
 
-def _ladders(plot: Path, contexts: int, deltas: Sequence[str]) -> dict[str, InferenceConfig]:
-    """What a plot is drawn of, at the V2PE step if there is one."""
+def _unnamed_settings(plot: Path | None, contexts: int, deltas: Sequence[str]) -> dict[str, InferenceConfig]:
+    """What is measured without being named: what a plot is drawn of, at the V2PE step if there is one, or a default."""
     from mminfer.bench.plots import check_drawable
-    from mminfer.positions.v2pe import V2PE
 
+    if plot is None:
+        return compared_settings(DEFAULT_PRESETS, [], deltas)
     check_drawable(plot)
     if not contexts:
         raise InputError(f"--plot {plot} and --contexts 0: a plot needs fidelity, of at least one context")
     if len(deltas) > 1:
         raise InputError(f"--plot {plot} with the steps {', '.join(deltas)}: a plot is of one: pass one --delta")
-    settings = {name: config for ladder in _all_ladders() for name, config in ladder.settings.items()}
+    settings = {name: config for sweep in _all_sweeps() for name, config in sweep.settings.items()}
     for delta in deltas:
-        settings = {n: replace(config, positions=V2PE(read_delta(delta))) for n, config in settings.items()}
+        settings = {name: with_delta(config, delta) for name, config in settings.items()}
     return settings
 
 
-def _plot(rows: Sequence[FidelityRow], path: Path, title: str) -> None:
+def _draw_plot(rows: Sequence[FidelityRow], path: Path, title: str) -> None:
     from mminfer.bench.plots import Panels, Point, pareto_plot
 
-    rules = {name: ladder for ladder in _all_ladders() for name in ladder.settings}
+    rules = {name: sweep for sweep in _all_sweeps() for name in sweep.settings}
     panels = []
     for protocol in dict.fromkeys(row.protocol for row in rows):
         points = []
         for row in rows:
-            ladder, cost = rules.get(row.setting), {name: getattr(row, kept) for name, kept in PLOT_COSTS.items()}
+            sweep, cost = rules.get(row.setting), {name: getattr(row, kept) for name, kept in PLOT_COSTS.items()}
             if row.protocol == protocol:
-                rule, baseline = (row.setting, False) if ladder is None else (ladder.rule, ladder.baseline)
+                rule, baseline = (row.setting, False) if sweep is None else (sweep.rule, sweep.baseline)
                 points.append(Point(rule, cost, row.kl, baseline))
         panels.append(Panels(f"{title}, {protocol}", points, "KL to the uncompressed model, nats"))
     pareto_plot(panels, list(PLOT_COSTS), path)

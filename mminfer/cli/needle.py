@@ -3,99 +3,122 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import sys
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mminfer.cli.options import OUT, read_settings, told_plainly, writable, write_csv
+from mminfer.cli import options
+from mminfer.cli.console import OUT, check_writable, print_json, reports_errors, write_csv
+from mminfer.cli.settings import compared_settings
 from mminfer.errors import InputError
 
 if TYPE_CHECKING:
+    from mminfer.config import InferenceConfig
     from mminfer.engine import Engine
     from mminfer.needle.protocol import NeedleProtocol
     from mminfer.needle.runner import Asking
+    from mminfer.needle.scores import Answer, Row
 
 
-@told_plainly
+@reports_errors
 def needle(
-    model: Annotated[str, typer.Option(help="Checkpoint folder or hub name; 'nano' is the bundled model.")] = "nano",
+    model: options.Model = "nano",
     protocol: Annotated[
-        str, typer.Option(help="mmneedle, temporal or labels; the bundled model knows labels alone.")
+        str,
+        typer.Option(help="Ask by mmneedle, temporal or labels; the bundled model knows labels only."),
     ] = "labels",
     images: Annotated[
-        list[int] | None, typer.Option(help="Pictures in a context; repeat for more lengths. Default: 16, mmneedle 10.")
+        list[int] | None,
+        typer.Option(
+            help="Put this many pictures into a context; repeat the option for more lengths. The default is 16, "
+            "and 10 with mmneedle."
+        ),
     ] = None,
-    grid: Annotated[int | None, typer.Option(help="mmneedle: sub-images a side of an image. Default: 2.")] = None,
+    grid: Annotated[
+        int | None, typer.Option(help="mmneedle: stitch this many sub-images a side to an image. The default is 2.")
+    ] = None,
     needles: Annotated[
-        int | None, typer.Option(help="Needles a question; labels: labelled pictures at each depth. Default: 1.")
+        int | None,
+        typer.Option(
+            help="Hide this many needles for a question; with labels, label this many pictures at each depth. The "
+            "default is 1."
+        ),
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Contexts of each length (and depth, but for labels).")] = 10,
-    seed: Annotated[int, typer.Option(help="Of the contexts.")] = 0,
+    samples: Annotated[
+        int, typer.Option(min=1, help="Make this many contexts of each length, and of each depth except with labels.")
+    ] = 10,
+    seed: options.Seed = 0,
     depths: Annotated[
-        str | None, typer.Option(help="Where needles stand, such as 0,0.5,1. Default: five; mmneedle: by lot.")
+        str | None,
+        typer.Option(
+            help="Hide needles at these depths, such as 0,0.5,1. By default there are five; mmneedle draws them."
+        ),
     ] = None,
-    picture_size: Annotated[int | None, typer.Option(help="Pixels a side of a picture or sub-image.")] = None,
-    image_size: Annotated[int | None, typer.Option(help="mmneedle: pixels a side of a stitched image.")] = None,
-    preset: Annotated[list[str] | None, typer.Option(help="A setting; repeat to compare. Default: off.")] = None,
-    config: Annotated[
-        list[Path] | None, typer.Option(help="A JSON file written by InferenceConfig.to_json(); repeat to compare.")
+    picture_size: Annotated[
+        int | None, typer.Option(help="Draw each picture or sub-image with this many pixels a side.")
     ] = None,
-    delta: Annotated[
-        list[str] | None, typer.Option(help="V2PE step put into every setting: 1/16, auto; repeat to compare.")
-    ] = None,
+    image_size: Annotated[int | None, typer.Option(help="mmneedle: stitch images of this many pixels a side.")] = None,
+    preset: Annotated[list[str] | None, options.presets_option("off")] = None,
+    config: options.Configs = None,
+    delta: options.Deltas = None,
     next_turn: Annotated[
-        bool, typer.Option("--next-turn", help="Read and compress the context first, then ask; else all in one prompt.")
+        bool,
+        typer.Option("--next-turn", help="Read and compress the context first, then ask; else one prompt holds both."),
     ] = False,
     blind: Annotated[bool, typer.Option("--blind", help="Ask once more without the pictures.")] = False,
-    prefill_chunk_size: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of a prompt that go through the model at a time. Default: all.")
-    ] = None,
+    prefill_chunk_size: options.PrefillChunkSize = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Of an answer. Default: as the protocol needs.")
+        int | None,
+        typer.Option(min=1, help="Generate this many tokens at most; by default the protocol says how many."),
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ... Default: float32 on the CPU.")] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object, answers included, and no table.")
-    ] = False,
-    csv_path: Annotated[Path | None, typer.Option("--csv", help="Write the rows to this file too.")] = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    as_json: options.AsJson = False,
+    csv_path: options.Csv = None,
 ) -> None:
-    """Find needles in long contexts, under one setting or several: accuracy, time and cache."""
+    """Find needles in long contexts, under one setting or several: accuracy, time and cache.
+
+    The JSON object holds every answer as well.
+    """
     from mminfer.needle.pictures import check_available
     from mminfer.needle.runner import Asking, load, run
     from mminfer.needle.scores import rows_of
 
-    fields = {"grid": grid, "needles": needles, "picture_size": picture_size, "image_size": image_size}
-    chosen = _protocol(protocol, {**fields, "depths": None if depths is None else _depths(depths)})
+    given = {"grid": grid, "needles": needles, "picture_size": picture_size, "image_size": image_size}
+    chosen = _protocol(protocol, {**given, "depths": None if depths is None else _parsed_depths(depths)})
     lengths = list(dict.fromkeys(images or [chosen.default_images]))
-    settings = read_settings(preset or ([] if config else ["off"]), config or [], delta or [])
+    settings = compared_settings(preset or ([] if config else ["off"]), config or [], delta or [])
     for length in lengths:
         chosen.check(length)
-    writable(csv_path, "--csv")
+    check_writable(csv_path, "--csv")
     check_available()
 
     engines = load(model, settings, device, dtype)
     asking = Asking(next_turn, blind, max_new_tokens, prefill_chunk_size)
     answers = run(engines, chosen, lengths, samples, seed, asking)
-    some = next(iter(engines.values()))
-    origin = {"model": model} | _origin(some, chosen, asking) | {"seed": seed}
     rows = rows_of(answers, chosen)
+    origin = {"model": model} | _origin(next(iter(engines.values())), chosen, asking) | {"seed": seed}
     if csv_path is not None:
         write_csv(csv_path, [origin | dataclasses.asdict(row) for row in rows])
     if as_json:
-        report = origin | {
-            "settings": {name: setting.to_dict() for name, setting in settings.items()},
-            "rows": [dataclasses.asdict(row) for row in rows],
-            "answers": [answer.to_dict() for answer in answers],
-        }
-        sys.stdout.write(json.dumps(report) + "\n")
-        return
+        print_json(origin | _report(settings, rows, answers))
+    else:
+        _print_tables(f"{protocol} on {model}, {origin['turn']}", rows)
+
+
+def _report(settings: Mapping[str, InferenceConfig], rows: Sequence[Row], answers: Sequence[Answer]) -> dict[str, Any]:
+    return {
+        "settings": {name: setting.to_dict() for name, setting in settings.items()},
+        "rows": [dataclasses.asdict(row) for row in rows],
+        "answers": [answer.to_dict() for answer in answers],
+    }
+
+
+def _print_tables(title: str, rows: Sequence[Row]) -> None:
     from mminfer.needle.tables import accuracy_tables, cost_table
 
-    OUT.print(f"{protocol} on {model}, {origin['turn']}", markup=False, highlight=False)
+    OUT.print(title, markup=False, highlight=False)
     for table in (*accuracy_tables(rows), cost_table(rows)):
         OUT.print(table)
 
@@ -116,7 +139,7 @@ def _protocol(name: str, given: dict[str, Any]) -> NeedleProtocol:
     return cls(**given)
 
 
-def _depths(text: str) -> tuple[float, ...]:
+def _parsed_depths(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError as error:

@@ -34,6 +34,25 @@ _lock = Lock()
 _routes: dict[int, _Route] = {}  # by the id of the text config
 
 
+@dataclass(frozen=True)
+class Visibility:
+    """Which keys queries see; by default each query sees its own key and all before it.
+
+    Args:
+        query_index: [S] int64 ascending: the place of each query among the keys; None: the last S places.
+        window: a query sees its last `window` keys only.
+        last_key: [S] int64: the last key each query sees, at or behind its own place (tokens of one image see each
+            other in both directions); None: its own.
+    """
+
+    query_index: Tensor | None = None
+    window: int | None = None
+    last_key: Tensor | None = None
+
+
+CAUSAL = Visibility()
+
+
 class Attend(Protocol):
     """One layer's attention: q [1, H, T, D], k and v [1, G, T, D], after rotation -> [1, H, T, D]."""
 
@@ -79,15 +98,7 @@ def routed_attention(config: Any) -> Iterator[None]:
                 del ALL_ATTENTION_FUNCTIONS[NAME]
 
 
-def causal_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    query_index: Tensor | None = None,
-    window: int | None = None,
-    reach: Tensor | None = None,
-) -> Tensor:
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, visible: Visibility = CAUSAL) -> Tensor:
     """softmax(q k^T * scale + causal) v of one sequence, never the whole score matrix.
 
     By flash-attn where it is installed and can take the tensors, else by the op `prompt_attention`.
@@ -97,18 +108,17 @@ def causal_attention(
         k: [1, G, N, D].
         v: [1, G, N, D].
         scale: factor of the scores.
-        query_index: [S] int64 ascending: the place of each query among the keys; None: the last S places.
-        window: a query sees its last `window` keys only.
-        reach: [S] int64: the last key each query sees, at or behind its own place (tokens of one image see each other
-            in both directions); None: its own.
+        visible: which keys each query sees.
 
     Returns:
         [1, H, S, D].
     """
-    if reach is not None:
+    query_index, window = visible.query_index, visible.window
+    if visible.last_key is not None:
         note_backend("prompt_attention", "sdpa")
         places = torch.arange(k.shape[2] - q.shape[2], k.shape[2], device=q.device)
-        return blocked_attention(q, k, v, scale, places if query_index is None else query_index, window, reach)
+        places = places if query_index is None else query_index
+        return blocked_attention(q, k, v, scale, places, window, visible.last_key)
     flash = _flash_for(q) if query_index is None and not watched() else None  # a FLOP counter would not see it
     if flash is None:
         return prompt_attention(q, k, v, scale, query_index, window)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from mminfer_kernels import prompt_attention_mass
@@ -10,47 +10,81 @@ from mminfer_kernels.prompt_attention import shares_logits
 from torch import Tensor
 
 from mminfer.config import InferenceConfig
-from mminfer.forward.attention import causal_attention
+from mminfer.forward.attention import Visibility, causal_attention
 from mminfer.forward.kv_layer import CompressedLayer
 from mminfer.layout import TokenLayout
 from mminfer.metrics.flops import causal_pairs
 from mminfer.metrics.records import LayerRecord
 from mminfer.models.base import ModelAdapter
-from mminfer.technique import CacheEntries, LayerWork
+from mminfer.technique import CacheEntries, LayerView, LayerWork
+
+
+@dataclass(frozen=True)
+class PassSettings:
+    """What all layers of a pass share.
+
+    Args:
+        adapter: the model.
+        config: the techniques.
+        prompt_tokens: of each sequence, the tokens that entered the language model in this pass.
+    """
+
+    adapter: ModelAdapter
+    config: InferenceConfig
+    prompt_tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Attended:
+    """What one sequence's attention gave.
+
+    Args:
+        out: [1, H, S, D].
+        mass: [1, H, N] float32, the attention that each entry received; None where nobody asked.
+        mass_flops: what that spent.
+        pairs: query-key pairs that were looked at.
+    """
+
+    out: Tensor
+    mass: Tensor | None
+    mass_flops: int
+    pairs: int
 
 
 class LayerAttention:
     """One layer's attention in the prompt pass, and what has to happen while its queries and keys are at hand.
 
     Args:
-        adapter: the model.
-        config: the techniques.
+        settings: what all layers of the pass share.
         layout: the rows that enter the layer.
         layer_idx: which layer.
-        origin: per sequence, tokens and visual tokens that entered the language model in this pass.
         queries: [K] int64, packed rows that issue a query; None: all.
         past: the layer's cache of what came before.
+
+    Attributes:
+        entries: what the layer holds of each sequence.
+        demands: of each sequence, `CacheTechnique.layer_demand`, where the cache works across layers.
+        kept: packed rows that stay, a tensor for each sequence that was pruned.
     """
 
     def __init__(
         self,
-        adapter: ModelAdapter,
-        config: InferenceConfig,
+        settings: PassSettings,
         layout: TokenLayout,
         layer_idx: int,
-        origin: tuple[tuple[int, int], ...],
         queries: Tensor | None,
         past: CompressedLayer | None,
     ) -> None:
-        self.adapter, self.config, self.layout, self.layer_idx = adapter, config, layout, layer_idx
-        self.origin, self.queries, self.past = origin, queries, past
+        self.settings, self.layout, self.layer_idx = settings, layout, layer_idx
+        self.adapter, self.config = settings.adapter, settings.config
+        self.queries, self.past = queries, past
         self.entries: list[CacheEntries] = []
-        self.needs: list[float] = []  # of each sequence, where the cache settles behind the last layer
+        self.demands: list[float] = []
         self.kept: list[Tensor] = []
-        self.work: list[LayerWork] = []
-        self.mass_flops: list[int] = []
-        prunes = config.prune is not None and config.prune.prunes(layer_idx, adapter.spec.num_layers)
-        self.prune = config.prune if prunes else None
+        self._work: list[LayerWork] = []
+        self._mass_flops: list[int] = []
+        prune = self.config.prune
+        self._prune = prune if prune is not None and prune.prunes(layer_idx, self.adapter.spec.num_layers) else None
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
         k, v = k.to(q.dtype), v.to(q.dtype)  # under autocast the host rotates in float32 and projects in less
@@ -58,11 +92,12 @@ class LayerAttention:
         out = q.new_empty(1, q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)
         for sequence, (start, stop) in enumerate(self.layout.spans):
             if start == stop:
-                self._absent(sequence, k, v)
+                self._pass_over(sequence, k, v)
                 continue
             rows = self._query_rows(start, stop)
-            q_rows = q[:, :, start:stop] if rows is None else q[:, :, rows]
-            part = self._sequence(sequence, q_rows, k[:, :, start:stop], v[:, :, start:stop], rows, scale, window)
+            own_q = q[:, :, start:stop] if rows is None else q[:, :, rows]
+            entries = self._new_entries(k[:, :, start:stop], v[:, :, start:stop], start, stop)
+            part = self._run_sequence(sequence, self._view(sequence, own_q, rows, entries, scale), window)
             if rows is not None:
                 out[:, :, start:stop] = 0
                 out[:, :, rows] = part
@@ -72,132 +107,155 @@ class LayerAttention:
                 out[:, :, start:stop] = part
         return out
 
-    def _absent(self, sequence: int, k: Tensor, v: Tensor) -> None:
+    def _pass_over(self, sequence: int, k: Tensor, v: Tensor) -> None:
         """A sequence that has no rows in this chunk: a shorter one of the batch, which comes in later."""
         none = self._new_entries(k[:, :, :0], v[:, :, :0], 0, 0)
         held = none if self.past is None else self.past.row(sequence)
         self.entries.append(held)
-        self.needs.append(0.0)
-        self.work.append(LayerWork(self.layer_idx, self.seen[sequence], 0, 0, len(held), 0, len(held)))
-        self.mass_flops.append(0)
+        self.demands.append(0.0)
+        self._work.append(LayerWork(self.layer_idx, self.tokens_seen[sequence], 0, 0, len(held), 0, len(held)))
+        self._mass_flops.append(0)
 
     def _query_rows(self, start: int, stop: int) -> Tensor | None:
         if self.queries is None:
             return None
         return self.queries[(self.queries >= start) & (self.queries < stop)]
 
-    def _sequence(
-        self,
-        sequence: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        rows: Tensor | None,
-        scale: float,
-        window: int | None,
-    ) -> Tensor:
+    def _view(self, sequence: int, q: Tensor, rows: Tensor | None, entries: CacheEntries, scale: float) -> LayerView:
+        """What there is of one sequence before its attention.
+
+        Args:
+            sequence: which.
+            q: [1, H, S, D], its own.
+            rows: [S] int64, packed rows that issue them; None: all of the sequence.
+            entries: of this pass.
+            scale: factor of the logits.
+        """
         start, stop = self.layout.spans[sequence]
-        is_visual = self.layout.is_visual[start:stop]
-        entries = self._new_entries(k, v, start, stop)
         num_past = 0
         if self.past is not None:
             earlier = self.past.row(sequence)
             num_past, entries = len(earlier), earlier.extend(entries)
-        places = None if rows is None else rows - start + num_past
-        reach = self._reach(start, stop, num_past, rows)
-        pairs = _pairs(len(entries), q.shape[2], places, window, reach)
-        mass, mass_flops = None, 0
-        if reach is None and window is None and self._wants_mass(sequence):
-            out, mass = prompt_attention_mass(q, entries.keys, entries.values, None, scale, places)
-            shared = shares_logits(q, entries.keys, entries.values)
-            mass_flops = 2 * q.shape[1] * (1 if shared else q.shape[3] + 1) * pairs
-        else:
-            out = causal_attention(q, entries.keys, entries.values, scale, places, window, reach)
-        if self.prune is not None:
-            depth = self.adapter.spec.num_layers
-            kept = self.prune.apply(
-                q, entries.keys, is_visual, self.origin[sequence], self.layer_idx, depth, places, scale
+        return LayerView(
+            queries=q,
+            entries=entries,
+            is_visual=self.layout.is_visual[start:stop],
+            query_index=None if rows is None else rows - start + num_past,
+            scale=scale,
+            layer_idx=self.layer_idx,
+            num_layers=self.adapter.spec.num_layers,
+            prompt_tokens=self.settings.prompt_tokens[sequence],
+            tokens_seen=self.tokens_seen[sequence],
+        )
+
+    def _run_sequence(self, sequence: int, view: LayerView, window: int | None) -> Tensor:
+        """[1, H, S, D]: the attention, and behind it what prunes and compresses."""
+        attended = self._attend(sequence, view, window)
+        view = replace(view, attention_mass=attended.mass)
+        if self._prune is not None:
+            self.kept.append(self._prune.apply(view) + self.layout.spans[sequence][0])
+        keys = len(view.entries)
+        if window is not None:  # a later query sees no more, itself included
+            view = replace(view, entries=view.entries.last(window - 1))
+        self.entries.append(self._compress(view))
+        self._work.append(
+            LayerWork(
+                layer_idx=self.layer_idx,
+                seen=view.tokens_seen,
+                visual=self.layout.visual_lengths[sequence],
+                queries=view.queries.shape[2],
+                keys=keys,
+                pairs=attended.pairs,
+                kept=len(self.entries[-1]),
+                mass_given=attended.mass is not None,
             )
-            self.kept.append(kept + start)
-        keys = len(entries)
-        if window is not None:
-            entries = entries.last(window - 1)  # a later query sees no more, itself included
-        self.entries.append(self._compress(sequence, q, entries, places, scale, mass))
-        did = (self.layout.visual_lengths[sequence], q.shape[2], keys, pairs, len(self.entries[-1]), mass is not None)
-        self.work.append(LayerWork(self.layer_idx, self.seen[sequence], *did))
-        self.mass_flops.append(mass_flops)
-        return out
+        )
+        self._mass_flops.append(attended.mass_flops)
+        return attended.out
+
+    def _attend(self, sequence: int, view: LayerView, window: int | None) -> _Attended:
+        q, keys, values, places = view.queries, view.keys, view.entries.values, view.query_index
+        visible = Visibility(places, window, self._last_visible_key(sequence, view))
+        pairs = _pairs(len(view.entries), q.shape[2], visible)
+        if visible.last_key is not None or window is not None or not self._asks_for_mass(view):
+            return _Attended(causal_attention(q, keys, values, view.scale, visible), None, 0, pairs)
+        out, mass = prompt_attention_mass(q, keys, values, None, view.scale, places)
+        shared = shares_logits(q, keys, values)
+        return _Attended(out, mass, 2 * q.shape[1] * (1 if shared else q.shape[3] + 1) * pairs, pairs)
 
     def _new_entries(self, k: Tensor, v: Tensor, start: int, stop: int) -> CacheEntries:
+        """The entries of these rows, with the columns that the cache technique asks for."""
         if self.config.cache is None:
             return CacheEntries(k, v)
         heads, layout = k.shape[:3], self.layout
-        source = layout.source[start:stop].expand(heads) if self.config.cache.traces else None
-        is_visual, score = layout.is_visual[start:stop].expand(heads), k.new_zeros(heads, dtype=torch.float32)
-        return CacheEntries(k, v, is_visual, score, source)
+        make = {
+            "is_visual": lambda: layout.is_visual[start:stop].expand(heads),
+            "score": lambda: k.new_zeros(heads, dtype=torch.float32),
+            "size": lambda: k.new_ones(heads, dtype=torch.float32),
+            "source": lambda: layout.source[start:stop].expand(heads),
+        }
+        return CacheEntries(k, v, **{name: make[name]() for name in self.config.cache.columns})
 
-    def _reach(self, start: int, stop: int, num_past: int, rows: Tensor | None) -> Tensor | None:
+    def _last_visible_key(self, sequence: int, view: LayerView) -> Tensor | None:
         """[S] int64: the last key that each query of the sequence sees; None: its own."""
-        if self.layout.reach is None:
+        if self.layout.last_visible_row is None:
             return None
-        return self.layout.reach[slice(start, stop) if rows is None else rows] - start + num_past
+        start, stop = self.layout.spans[sequence]
+        num_past = len(view.entries) - (stop - start)
+        rows = slice(start, stop) if view.query_index is None else view.query_index - num_past + start
+        return self.layout.last_visible_row[rows] - start + num_past
 
-    def _wants_mass(self, sequence: int) -> bool:
-        return self.config.cache is not None and self.config.cache.wants_mass(self.seen[sequence], self.layer_idx)
+    def _asks_for_mass(self, view: LayerView) -> bool:
+        cache = self.config.cache
+        return cache is not None and cache.needs_attention_mass(view.tokens_seen, self.layer_idx)
 
-    def _compress(
-        self,
-        sequence: int,
-        q: Tensor,
-        entries: CacheEntries,
-        places: Tensor | None,
-        scale: float,
-        mass: Tensor | None,
-    ) -> CacheEntries:
-        if self.config.cache is None:
-            return entries
-        if self.config.cache.settles:
-            self.needs.append(self.config.cache.need(q, entries, places, scale))
-            return entries
-        return self.config.cache.apply(q, entries, self.seen[sequence], self.layer_idx, places, scale, mass)
+    def _compress(self, view: LayerView) -> CacheEntries:
+        cache = self.config.cache
+        if cache is None:
+            return view.entries
+        if cache.across_layers:
+            self.demands.append(cache.layer_demand(view))
+            return view.entries
+        return cache.apply(view)
 
     @property
-    def seen(self) -> list[int]:
+    def tokens_seen(self) -> list[int]:
         """Tokens of each sequence that this layer has taken in, this pass included."""
         past = (0,) * self.layout.num_sequences if self.past is None else self.past.tokens_seen
         return [a + b for a, b in zip(past, self.layout.lengths, strict=True)]
 
-    def take(self, sequence: int, entries: CacheEntries) -> None:
-        """What a cache that settles has left of a sequence's entries."""
+    def replace_entries(self, sequence: int, entries: CacheEntries) -> None:
+        """What a cache that works across layers has left of a sequence's entries."""
         self.entries[sequence] = entries
-        self.work[sequence] = replace(self.work[sequence], kept=len(entries))
+        self._work[sequence] = replace(self._work[sequence], kept=len(entries))
 
     def record(self, ffn: Tensor | None) -> LayerRecord:
         """What the layer did; ffn: [K] packed rows that went through its FFN, None: all."""
         lengths, spec = self.layout.lengths, self.adapter.spec
-        cache, prune, windowed = self.config.cache, self.prune, self.layer_idx in spec.sliding_layers
+        cache, prune, windowed = self.config.cache, self._prune, self.layer_idx in spec.sliding_layers
         return LayerRecord(
             rows=lengths,
-            queries=tuple(w.queries for w in self.work),
-            keys=tuple(w.seen if windowed else w.keys for w in self.work),
+            queries=tuple(w.queries for w in self._work),
+            keys=tuple(w.seen if windowed else w.keys for w in self._work),
             ffn=lengths if ffn is None else tuple(self.layout.sequence[ffn].bincount(minlength=len(lengths)).tolist()),
-            pairs=tuple(w.pairs for w in self.work),
+            pairs=tuple(w.pairs for w in self._work),
             entries=tuple(len(e) for e in self.entries),
             cache_flops=tuple(
                 mass + (0 if cache is None else cache.layer_cost(spec, w))
-                for w, mass in zip(self.work, self.mass_flops, strict=True)
+                for w, mass in zip(self._work, self._mass_flops, strict=True)
             ),
-            prune_flops=tuple(0 if prune is None else prune.layer_cost(spec, w) for w in self.work),
+            prune_flops=tuple(0 if prune is None else prune.layer_cost(spec, w) for w in self._work),
         )
 
 
-def _pairs(keys: int, queries: int, places: Tensor | None, window: int | None, reach: Tensor | None) -> int:
+def _pairs(keys: int, queries: int, visible: Visibility) -> int:
     """Query-key pairs that the attention looks at; see `causal_attention`."""
+    places, window, last_key = visible.query_index, visible.window, visible.last_key
     if places is None:
         pairs = causal_pairs(queries, keys - queries, window)
     else:
         pairs = int((places + 1 if window is None else (places + 1).clamp_max(window)).sum())
-    if reach is None:
+    if last_key is None:
         return pairs
-    own = torch.arange(keys - queries, keys, device=reach.device) if places is None else places
-    return pairs + int((reach - own).sum())
+    own = torch.arange(keys - queries, keys, device=last_key.device) if places is None else places
+    return pairs + int((last_key - own).sum())

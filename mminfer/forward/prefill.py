@@ -14,7 +14,7 @@ from mminfer.config import InferenceConfig
 from mminfer.forward.attention import routed_attention
 from mminfer.forward.kv_cache import CompressedCache, Continuation
 from mminfer.forward.kv_layer import CompressedLayer
-from mminfer.forward.layer_attention import LayerAttention
+from mminfer.forward.layer_attention import LayerAttention, PassSettings
 from mminfer.forward.rotary import Tables, fractional, frequency_factors
 from mminfer.layout import TokenLayout
 from mminfer.metrics.records import LayerRecord, PromptRecord, joined_layers
@@ -36,6 +36,23 @@ class PromptOutput:
     record: PromptRecord
 
 
+@dataclass(frozen=True)
+class PassOptions:
+    """How a prompt goes through the layers.
+
+    Args:
+        columns: by how much the host will believe the cache to have grown.
+        chunk_size: rows of a sequence that go through the layers at a time; None: all. Images are never split.
+        last_only: whether nobody will ask for hidden states other than the last row's.
+        progress: told after each chunk how many tokens of the prompt it was.
+    """
+
+    columns: int
+    chunk_size: int | None = None
+    last_only: bool = False
+    progress: Callable[[int], object] | None = None
+
+
 @torch.no_grad()
 def prompt_pass(
     adapter: ModelAdapter,
@@ -43,11 +60,7 @@ def prompt_pass(
     inputs_embeds: Tensor,
     layout: TokenLayout,
     cache: CompressedCache,
-    columns: int,
-    *,
-    chunk_size: int | None = None,
-    last_only: bool = False,
-    progress: Callable[[int], object] | None = None,
+    options: PassOptions,
 ) -> PromptOutput:
     """Runs a prompt, or the next stretch of one, through the language model and fills the cache.
 
@@ -61,100 +74,127 @@ def prompt_pass(
         inputs_embeds: [T, C], packed.
         layout: of these T rows, at the host's positions.
         cache: empty, or what came before.
-        columns: by how much the host will believe the cache to have grown.
-        chunk_size: rows of a sequence that go through the layers at a time; None: all. Images are never split.
-        last_only: whether nobody will ask for hidden states other than the last row's.
-        progress: told after each chunk how many tokens of the prompt it was.
+        options: how the prompt goes through the layers.
 
     Raises:
         InputError: an image does not fit into a chunk.
     """
-    if cache.layers:
-        layout = _after(layout, cache)
-    if config.positions is not None:
-        layout = config.positions.apply(layout, adapter.spec.max_position_embeddings)
-    next_position = layout.next_position
-    continuation = Continuation(next_position, layout.resume_position, layout.last_in_run)
+    layout = _placed(adapter, config, layout, cache)
+    continuation = Continuation(layout.next_position, layout.resume_position, layout.last_in_run)
     earlier = cache.tokens or (0,) * layout.num_sequences
-    record = PromptRecord(earlier, layout.lengths, layout.visual_lengths, ahead=_ahead(layout))
-    length = cache.rotary_length or float(next_position.max())
-    _warn_beyond(adapter.spec, config, next_position, cache)
+    record = PromptRecord(earlier, layout.lengths, layout.visual_lengths, pairs_ahead=_pairs_ahead(layout))
+    length = cache.rotary_length or float(layout.next_position.max())
     if config.merge is not None:
         record.merge_flops = config.merge.cost(adapter.spec, config.merge.unit_lengths(layout))
         inputs_embeds, layout = config.merge.apply(inputs_embeds, layout)
     record.merged = layout.lengths
     factors = frequency_factors(config, adapter.spec, length)
     tables = adapter.rotary(inputs_embeds[None], layout.position[:, None], fractional(config), factors)
-    keeps_rows = not (last_only or config.removes_rows)
-    whole = torch.empty_like(inputs_embeds) if keeps_rows and chunk_size is not None else None
-    layers: list[list[LayerRecord]] = []
     undo = cache.snapshot()
     try:
-        for rows in layout.chunks(chunk_size):
-            everything = len(rows) == len(layout)
-            chunk = (inputs_embeds, layout, tables) if everything else keep_rows(rows, inputs_embeds, layout, tables)
-            hidden, left, records = _run_layers(adapter, config, *chunk, cache)
-            layers.append(records)
-            if whole is not None:
-                whole[rows] = hidden
-            if progress is not None:
-                progress(len(rows) * sum(record.prompt) // len(layout))
+        out = _run_chunks(adapter, config, _Rows(inputs_embeds, layout, tables), cache, options, record)
         taken_in = [a + b for a, b in zip(earlier, record.prompt, strict=True)]
-        cache.commit(cache.layers, columns, taken_in, continuation, length)
+        cache.commit(cache.layers, options.columns, taken_in, continuation, length)
     except BaseException:
         undo()
         raise
+    return out
+
+
+def _placed(adapter: ModelAdapter, config: InferenceConfig, layout: TokenLayout, cache: CompressedCache) -> TokenLayout:
+    """The layout at its rotary positions, behind what the cache holds."""
+    if cache.layers:
+        layout = _continued(layout, cache)
+    if config.positions is not None:
+        layout = config.positions.apply(layout, adapter.spec.max_position_embeddings)
+    _warn_beyond_window(adapter.spec, config, layout.next_position, cache)
+    return layout
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows on their way through the layers.
+
+    Args:
+        hidden: [T, C].
+        layout: of the T rows.
+        tables: rotary tables of the T rows.
+    """
+
+    hidden: Tensor
+    layout: TokenLayout
+    tables: Tables
+
+    def select(self, index: Tensor) -> _Rows:
+        """The rows in `index` ([K] int64, ascending)."""
+        return _Rows(*keep_rows(index, self.hidden, self.layout, self.tables))
+
+
+def _run_chunks(
+    adapter: ModelAdapter,
+    config: InferenceConfig,
+    rows: _Rows,
+    cache: CompressedCache,
+    options: PassOptions,
+    record: PromptRecord,
+) -> PromptOutput:
+    """All rows through all layers, chunk by chunk; the record is filled in."""
+    keeps_rows = not (options.last_only or config.removes_rows)
+    whole = torch.empty_like(rows.hidden) if keeps_rows and options.chunk_size is not None else None
+    layers: list[list[LayerRecord]] = []
+    for index in rows.layout.chunks(options.chunk_size):
+        chunk = rows if len(index) == len(rows.layout) else rows.select(index)
+        left, records = _run_layers(adapter, config, chunk, cache)
+        layers.append(records)
+        if whole is not None:
+            whole[index] = left.hidden
+        if options.progress is not None:
+            options.progress(len(index) * sum(record.prompt) // len(rows.layout))
     record.layers = joined_layers(layers)
     if whole is None and keeps_rows:
-        whole = hidden
-    return PromptOutput(hidden[[stop - 1 for _, stop in left.spans]], whole, record)
+        whole = left.hidden
+    return PromptOutput(left.hidden[[stop - 1 for _, stop in left.layout.spans]], whole, record)
 
 
 def _run_layers(
-    adapter: ModelAdapter,
-    config: InferenceConfig,
-    embeds: Tensor,
-    layout: TokenLayout,
-    tables: Tables,
-    cache: CompressedCache,
-) -> tuple[Tensor, TokenLayout, list[LayerRecord]]:
-    """All layers over the rows of one chunk ([T, C]), behind what the cache holds; it then holds them too."""
-    origin = tuple(zip(layout.lengths, layout.visual_lengths, strict=True))
-    hidden, depth = embeds[None], adapter.spec.num_layers
+    adapter: ModelAdapter, config: InferenceConfig, rows: _Rows, cache: CompressedCache
+) -> tuple[_Rows, list[LayerRecord]]:
+    """All layers over the rows of one chunk, behind what the cache holds; it then holds them too."""
+    settings = PassSettings(adapter, config, rows.layout.lengths)
+    depth, across_layers = adapter.spec.num_layers, config.cache is not None and config.cache.across_layers
+    done: list[tuple[LayerAttention, Tensor | None]] = []  # of all layers, where they are compressed together
     layers: list[CompressedLayer] = []
     records: list[LayerRecord] = []
-    unsettled: list[tuple[LayerAttention, Tensor | None]] = []
-    settles = config.cache is not None and config.cache.settles
     with routed_attention(adapter.text_config):
         for i in range(depth):
-            queries, ffn = (None, None) if config.skip is None else config.skip.apply(layout, i, depth)
+            queries, ffn = (None, None) if config.skip is None else config.skip.apply(rows.layout, i, depth)
             past = cache.layers[i] if cache.layers else None
-            attend = LayerAttention(adapter, config, layout, i, origin, queries, past)
-            hidden = _through_layer(attend, hidden, tables[adapter.layer_kinds[i]], ffn)
-            if settles:
-                unsettled.append((attend, ffn))
+            attend = LayerAttention(settings, rows.layout, i, queries, past)
+            hidden = _through_layer(attend, rows.hidden[None], rows.tables[adapter.layer_kinds[i]], ffn)[0]
+            rows = _Rows(hidden, rows.layout, rows.tables)
+            if across_layers:
+                done.append((attend, ffn))
             else:
-                layers.append(CompressedLayer(attend.entries, attend.seen, cache))
+                layers.append(CompressedLayer(attend.entries, attend.tokens_seen, cache))
                 records.append(attend.record(ffn))
             if attend.kept:
-                kept, layout, tables = keep_rows(torch.cat(attend.kept), hidden[0], layout, tables)
-                hidden = kept[None]
-    if settles:
-        _settle(config, [attend for attend, _ in unsettled])
-        layers = [CompressedLayer(attend.entries, attend.seen, cache) for attend, _ in unsettled]
-        records = [attend.record(ffn) for attend, ffn in unsettled]
+                rows = rows.select(torch.cat(attend.kept))
+    if across_layers:
+        _compress_together(config, [attend for attend, _ in done])
+        layers = [CompressedLayer(attend.entries, attend.tokens_seen, cache) for attend, _ in done]
+        records = [attend.record(ffn) for attend, ffn in done]
     cache.layers = layers
-    return hidden[0], layout, records
+    return rows, records
 
 
-def _settle(config: InferenceConfig, layers: Sequence[LayerAttention]) -> None:
+def _compress_together(config: InferenceConfig, layers: Sequence[LayerAttention]) -> None:
     """Each sequence's entries in all layers together."""
     if config.cache is None:
         return
     for b in range(layers[0].layout.num_sequences):
-        held, needs, seen = ([getattr(a, name)[b] for a in layers] for name in ("entries", "needs", "seen"))
-        for attend, entries in zip(layers, config.cache.settle(held, needs, seen), strict=True):
-            attend.take(b, entries)
+        held, demands, seen = ([getattr(a, name)[b] for a in layers] for name in ("entries", "demands", "tokens_seen"))
+        for attend, entries in zip(layers, config.cache.compress_layers(held, demands, seen), strict=True):
+            attend.replace_entries(b, entries)
 
 
 def keep_rows(kept: Tensor, hidden: Tensor, layout: TokenLayout, tables: Tables) -> tuple[Tensor, TokenLayout, Tables]:
@@ -169,8 +209,8 @@ def _through_layer(
     """[1, T, C] behind the host's layer; ffn: [K] packed rows that go through its FFN, None: all."""
     adapter, skip, companions = attend.adapter, attend.config.skip, attend.layout.companions
     layer = adapter.layers[attend.layer_idx]
-    narrow = nullcontext() if skip is None else skip.narrow(layer, adapter.ffn_modules, attend.queries, ffn)
-    with narrow:
+    restricted = nullcontext() if skip is None else skip.restrict(layer, adapter.ffn_modules, attend.queries, ffn)
+    with restricted:
         hidden = layer(
             hidden, position_embeddings=position_embeddings, attention_mask=None, use_cache=False, attend=attend
         )
@@ -179,14 +219,15 @@ def _through_layer(
     return hidden.index_add(1, attend.layout.visual_rows, companions[None, :, attend.layer_idx])
 
 
-def _ahead(layout: TokenLayout) -> tuple[int, ...]:
-    if layout.reach is None:
+def _pairs_ahead(layout: TokenLayout) -> tuple[int, ...]:
+    """Pairs of each sequence in which a row sees a later one; empty where none does."""
+    if layout.last_visible_row is None:
         return ()
-    ahead = layout.reach - torch.arange(len(layout), device=layout.reach.device)
+    ahead = layout.last_visible_row - torch.arange(len(layout), device=layout.last_visible_row.device)
     return tuple(ahead.new_zeros(layout.num_sequences).index_add(0, layout.sequence, ahead).tolist())
 
 
-def _after(layout: TokenLayout, cache: CompressedCache) -> TokenLayout:
+def _continued(layout: TokenLayout, cache: CompressedCache) -> TokenLayout:
     """The layout moved so that each sequence's first token stands at its next position."""
     first = layout.position[:, [start for start, _ in layout.spans]].amin(0)
     shift = cache.continuation.prefill.to(first.device) - first
@@ -198,17 +239,19 @@ def _after(layout: TokenLayout, cache: CompressedCache) -> TokenLayout:
     )
 
 
-def _warn_beyond(spec: ModelSpec, config: InferenceConfig, next_position: Tensor, cache: CompressedCache) -> None:
+def _warn_beyond_window(
+    spec: ModelSpec, config: InferenceConfig, next_position: Tensor, cache: CompressedCache
+) -> None:
     """Once, when a prompt leaves the positions that the model was made for."""
     reached, window, positions = float(next_position.max()), spec.max_position_embeddings, config.positions
-    covered = window if positions is None else positions.covers(cache.rotary_length or reached, window)
+    covered = window if positions is None else positions.covered_positions(cache.rotary_length or reached, window)
     if reached <= covered or (cache.layers and float(cache.next_position.max()) > covered):
         return
     way = "a smaller delta" if fractional(config) else "V2PE, for example positions=V2PE(delta=1/16),"
-    wider = positions is not None and positions.wider
+    own_way = positions is not None and positions.long_prompt_advice
     scaled = "" if covered == window else f" and its frequencies are scaled for {covered:.0f}"
     warnings.warn(
         f"the prompt reaches rotary position {reached:.0f}, but the model was made for {window}{scaled}: answers "
-        f"may break down; {wider or f'{way} brings visual tokens closer together'}",
+        f"may break down; {own_way or f'{way} brings visual tokens closer together'}",
         stacklevel=2,
     )

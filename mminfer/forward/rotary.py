@@ -24,7 +24,7 @@ def frequency_factors(config: InferenceConfig, spec: ModelSpec, length: float) -
     """[D / 2], of the rotary frequencies of a cache with this `rotary_length`; None: the host's own."""
     if config.positions is None:
         return None
-    return config.positions.rescale(length, spec.max_position_embeddings, spec.head_dim)
+    return config.positions.frequency_factors(length, spec.max_position_embeddings, spec.head_dim)
 
 
 class RotaryAhead:

@@ -100,9 +100,10 @@ class Content:
         """The texts that can be told without asking an iterator for them."""
         return [part for _, part in self._parsed or [] if isinstance(part, TextPart)]
 
-    def __len__(self) -> int:
-        """How many entries there will be; raises `TypeError` where nobody knows."""
-        return _length(self._given)
+    @property
+    def expected_parts(self) -> int | None:
+        """How many parts there will be, images of an iterable counted one by one; None where nobody knows."""
+        return _count_parts(self._given)
 
     def _parse(self, content: Iterable[Any]) -> Iterator[tuple[str, Part | PendingPart | ImageRun]]:
         for where, given in _items(content, f"{self._where}, part"):
@@ -119,22 +120,12 @@ class Content:
             yield Entry(place, part)
 
 
-def expected_parts(content: Content) -> int | None:
-    """How many parts there will be, images of an iterable counted one by one; None where nobody knows."""
-    try:
-        return len(content)
-    except TypeError:
-        return None
-
-
-def _length(content: Iterable[Any]) -> int:
+def _count_parts(content: Iterable[Any]) -> int | None:
     if not isinstance(content, (list, tuple)):
-        if isinstance(content, Sized):
-            return len(content)
-        raise TypeError("an iterator has no length")
-    runs = (part.get("images") for part in content if isinstance(part, dict) and part.get("type") == "images")
-    lengths = [_length(run) - 1 for run in runs if run is not None]
-    return len(content) + sum(lengths)
+        return len(content) if isinstance(content, Sized) else None
+    runs = [part["images"] for part in content if isinstance(part, dict) and part.get("type") == "images"]
+    counts = [_count_parts(run) for run in runs]
+    return None if None in counts else len(content) - len(runs) + sum(n for n in counts if n is not None)
 
 
 def _items(given: Iterable[Any], where: str) -> Iterator[tuple[str, Any]]:

@@ -11,12 +11,12 @@ from PIL import Image
 
 from mminfer.errors import InputError
 from mminfer.inputs.assembling import Assembling
-from mminfer.inputs.content import Content, Entry, MediaOptions, PendingPart, expected_parts
+from mminfer.inputs.content import Content, Entry, MediaOptions, PendingPart
 from mminfer.inputs.cutting import Cutting
 from mminfer.inputs.markers import Markers
 from mminfer.inputs.messages import load_entry, parse_chat, refuse_empty
 from mminfer.inputs.model_inputs import InputBuilder
-from mminfer.inputs.parts import EmbeddingPart, ImagePart, Message, Part, TextPart, VideoPart
+from mminfer.inputs.parts import EmbeddingPart, ImagePart, Message, Part, VideoPart
 from mminfer.inputs.reading import Reading
 from mminfer.inputs.rendering import GroupwiseRendering, Rendering, Turn, WholeRendering
 from mminfer.inputs.template import Template
@@ -103,14 +103,12 @@ class RequestReader:
         self.check_options(media)
         *earlier, last = parse_chat(messages, media)
         history = [message.load(partial(self._fitted, media)) for message in earlier]
-        parts = [part for message in history for part in message.parts]
-        self.markers.check_placeholders([*parts, *last.content.known_texts])
         turn = Turn(
             Transcript((*map(self._template_message, history), {"role": last.role, "content": []})),
-            before=[part for part in parts if not isinstance(part, TextPart)],
+            before=[part for message in history for part in message.parts],
         )
         render = self._rendering(turn, last.content, media)
-        return lambda: self._reading(render(), turn, size, expected_parts(last.content))
+        return lambda: self._reading(render(), turn, size, last.content.expected_parts)
 
     def turn(
         self, transcript: Transcript, content: Any, media: MediaOptions, *, closes: bool, size: int | None
@@ -133,7 +131,7 @@ class RequestReader:
             rendering: Rendering = WholeRendering(self._template, self.markers, turn, parts)
         else:
             rendering = self._rendering(turn, parsed, media)()
-        return self._reading(rendering, turn, size, expected_parts(parsed))
+        return self._reading(rendering, turn, size, parsed.expected_parts)
 
     def _rendering(self, turn: Turn, content: Content, media: MediaOptions) -> Callable[[], Rendering]:
         """Renders a turn: a list at once, here; anything else group by group, whenever it is called."""
@@ -141,6 +139,7 @@ class RequestReader:
         if parts is not None:
             rendering = WholeRendering(self._template, self.markers, turn, parts)
             return lambda: rendering
+        self.markers.check_placeholders([*turn.before, *content.known_texts])
         return lambda: GroupwiseRendering(
             self._template, self.markers, turn, (part for entry in content for part in self._fitted(media, entry))
         )

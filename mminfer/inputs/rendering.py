@@ -37,7 +37,7 @@ class Turn:
     Args:
         transcript: the chat so far; its last message is the user's, to whose content the parts are added.
         closes: whether the turn ends with these parts, so that the answer is next.
-        before: media and embeddings of the chat so far that were not read yet.
+        before: parts of the chat so far that were not read yet.
     """
 
     transcript: Transcript
@@ -58,6 +58,7 @@ class Rendering:
         *earlier, last = turn.transcript.messages
         self.messages: list[dict[str, Any]] = [*earlier, {**last, "content": list(last["content"])}]
         self.parts_read = 0
+        self._held_before = [HeldPart(0, part) for part in turn.before if not isinstance(part, TextPart)]
 
     def __iter__(self) -> Iterator[Stretch]:
         raise NotImplementedError
@@ -95,10 +96,11 @@ class WholeRendering(Rendering):
 
     def __init__(self, template: Template, markers: Markers, turn: Turn, parts: Sequence[Part | PendingPart]) -> None:
         super().__init__(template, markers, turn)
-        markers.check_placeholders(parts)
-        if any(isinstance(part, EmbeddingPart) for part in parts):
-            markers.check_fillers(parts)
-        held = [*(HeldPart(0, part) for part in turn.before), *self._take(parts)]
+        new = [*turn.before, *parts]
+        markers.check_placeholders(new)
+        if any(isinstance(part, EmbeddingPart) for part in new):
+            markers.check_fillers(new)
+        held = [*self._held_before, *self._take(parts)]
         self._stretch = Stretch(_added(turn.transcript.rendered, self._whole()), held)
 
     def __iter__(self) -> Iterator[Stretch]:
@@ -122,9 +124,11 @@ class GroupwiseRendering(Rendering):
         self._parts = parts
         self._so_far = turn.transcript.rendered
         self._embeds, self._with_filler = False, list[Part]()
+        for part in turn.before:
+            self._check(part)
 
     def __iter__(self) -> Iterator[Stretch]:
-        before = [HeldPart(0, part) for part in self._turn.before]
+        before = self._held_before
         for count, (group, following) in enumerate(self._groups()):
             for part in group:
                 self._check(part)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 _ANSWER = "\u27e6mminfer:answer:{}\u27e7"
@@ -48,7 +48,7 @@ class Transcript:
 
     def to_dict(self) -> dict[str, Any]:
         """For a JSON file."""
-        return asdict(self)
+        return {"messages": self.messages, "rendered": self.rendered, "ids": self.ids, "unread": self.unread}
 
     @classmethod
     def from_dict(cls, facts: dict[str, Any]) -> Transcript:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from mminfer.config import InferenceConfig
 from mminfer.errors import InputError
+from mminfer.forward.native_build import prepare_kernels
 from mminfer.inputs.content import MediaOptions
 from mminfer.inputs.parts import ImagePart, VideoPart
 from mminfer.inspection.facts import Floats, ImageFacts, Inspection, LayerFacts, Mask, Rows, TokenFacts
@@ -92,41 +94,77 @@ def inspect_inputs(
         raise InputError(f"input_ids: {found}; an inspection takes one chat: wanted one row of token ids")
     adapter = adapter_for(model)
     recorded, record = recording(config)
-    with torch.no_grad():
-        output = _answer(Runner(model, processor, adapter, recorded, False), inputs, max_new_tokens)
-        full = output
-        if config.techniques:
-            full = _answer(Runner(model, processor, adapter, InferenceConfig(), False), inputs, max_new_tokens)
-    host, placed = record.host, record.placed
-    if host is None or placed is None or output.logits is None or full.logits is None:
+    runs = _both_answers(model, processor, (recorded, config), inputs, max_new_tokens)
+    if record.host is None or record.placed is None:
         raise RuntimeError("the prompt pass left no record")
-    counts = {kind: len(_images(host, kind)) for kind in (Modality.IMAGE, Modality.VIDEO)}
-    shown = {
-        Modality.IMAGE: image_pictures(processor, inputs, pictures, counts[Modality.IMAGE]),
-        Modality.VIDEO: frame_pictures(videos, counts[Modality.VIDEO]),
-    }
-    images, image_of = _image_facts(host, shown)
-    importance, importance_from = _importance(record, config, len(host))
+    images, image_of = _image_facts(record.host, _shown_pictures(processor, inputs, record.host, pictures, videos))
+    importance, importance_from = _importance(record, config, len(record.host))
     return Inspection(
         model=name or adapter.spec.family,
         settings=config.to_dict(),
         images=images,
-        tokens=_token_facts(record, host, image_of, importance, adapter.spec),
-        texts=_texts(processor.tokenizer, ids[0][attention_mask(inputs)[0]].tolist(), host),
-        layers=_layer_facts(record, output, full, adapter.spec, model.dtype.itemsize),
-        answer=output.text,
-        full_answer=full.text,
-        first_token_kl=kl_divergence(full.logits[0], output.logits[0]).item(),
-        stats=output.stats,
-        full_stats=full.stats,
+        tokens=_token_facts(record, record.host, image_of, importance, adapter.spec),
+        texts=_texts(processor.tokenizer, ids[0][attention_mask(inputs)[0]].tolist(), record.host),
+        layers=_layer_facts(record, runs, adapter.spec, model.dtype.itemsize),
+        answer=runs.own.text,
+        full_answer=runs.full.text,
+        first_token_kl=runs.first_token_kl,
+        stats=runs.own.stats,
+        full_stats=runs.full.stats,
         importance_from=importance_from,
-        last_position=float(placed.next_position[0]) - 1,
-        full_last_position=float(host.next_position[0]) - 1,
+        evicted="" if config.cache is None else config.cache.describe_evicted(),
+        last_position=float(record.placed.next_position[0]) - 1,
+        full_last_position=float(record.host.next_position[0]) - 1,
     )
+
+
+@dataclass(frozen=True)
+class _Runs:
+    """The answer with the settings, and that of the full model."""
+
+    own: GenerationOutput
+    full: GenerationOutput
+
+    @property
+    def first_token_kl(self) -> float:
+        """Divergence of the first token's distributions, in nats."""
+        if self.own.logits is None or self.full.logits is None:
+            raise RuntimeError("an answer brought no logits")
+        return kl_divergence(self.full.logits[0], self.own.logits[0]).item()
+
+
+def _both_answers(
+    model: Any,
+    processor: Any,
+    configs: tuple[InferenceConfig, InferenceConfig],
+    inputs: Mapping[str, Any],
+    max_new_tokens: int,
+) -> _Runs:
+    """The answer with the recording settings, and without any; the same one where there are none to leave out."""
+    recorded, config = configs
+    adapter = adapter_for(model)
+    with torch.no_grad():
+        own = _answer(Runner(model, processor, adapter, recorded, False), inputs, max_new_tokens)
+        if not config.techniques:
+            return _Runs(own, own)
+        full = _answer(Runner(model, processor, adapter, InferenceConfig(), False), inputs, max_new_tokens)
+    return _Runs(own, full)
+
+
+def _shown_pictures(
+    processor: Any, inputs: Mapping[str, Any], host: TokenLayout, pictures: Pictures, videos: Sequence[Any]
+) -> dict[Modality, Pictures]:
+    """What the images and frames of the prompt show, as far as it is known."""
+    counts = {kind: len(_images(host, kind)) for kind in (Modality.IMAGE, Modality.VIDEO)}
+    return {
+        Modality.IMAGE: image_pictures(processor, inputs, pictures, counts[Modality.IMAGE]),
+        Modality.VIDEO: frame_pictures(videos, counts[Modality.VIDEO]),
+    }
 
 
 def _answer(runner: Runner, inputs: Mapping[str, Any], max_new_tokens: int) -> GenerationOutput:
     kwargs: dict[str, Any] = {"max_new_tokens": max_new_tokens, "output_logits": True, "do_sample": False}
+    prepare_kernels(runner.device)
     (output,) = runner.run(dict(inputs), time.perf_counter(), num_beams=1, **kwargs)
     return output
 
@@ -201,17 +239,15 @@ def _array(values: Tensor) -> Floats:
     return array
 
 
-def _layer_facts(
-    record: PassRecord, output: GenerationOutput, full: GenerationOutput, spec: ModelSpec, element_size: int
-) -> tuple[LayerFacts, ...]:
+def _layer_facts(record: PassRecord, runs: _Runs, spec: ModelSpec, element_size: int) -> tuple[LayerFacts, ...]:
     per_entry = 2 * spec.num_key_value_heads * spec.head_dim * element_size
     facts = []
     for i, (attention, ffn) in enumerate(record.skipped):
-        entries, full_entries = output.stats.layer_entries[i], full.stats.layer_entries[i]
+        entries, full_entries = runs.own.stats.layer_entries[i], runs.full.stats.layer_entries[i]
         facts.append(
             LayerFacts(
-                rows=output.stats.layer_rows[i],
-                full_rows=full.stats.layer_rows[i],
+                rows=runs.own.stats.layer_rows[i],
+                full_rows=runs.full.stats.layer_rows[i],
                 left=len(record.left.get(i, ())),
                 entries=entries,
                 full_entries=full_entries,

@@ -145,6 +145,7 @@ class Inspection:
         first_token_kl: divergence of the first token's distributions, in nats.
         stats, full_stats: figures of the two runs.
         importance_from: what the importance is; "" where there is none.
+        evicted: what became of cache entries that did not stay, as the end of a sentence; "" without a cache technique.
         last_position, full_last_position: rotary positions that the prompt reaches, with the settings and without.
     """
 
@@ -160,6 +161,7 @@ class Inspection:
     stats: GenerationStats
     full_stats: GenerationStats
     importance_from: str
+    evicted: str
     last_position: float
     full_last_position: float
 

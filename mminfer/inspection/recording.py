@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from mminfer.cache.lookm import LookM
 from mminfer.config import InferenceConfig
+from mminfer.errors import ConfigError
 from mminfer.layout import TokenLayout
 from mminfer.technique import (
     CacheEntries,
     CacheTechnique,
+    LayerView,
     LayerWork,
     MergeTechnique,
     PositionTechnique,
@@ -23,8 +24,6 @@ from mminfer.technique import (
     SkipTechnique,
     Technique,
 )
-from mminfer.tokens.fastv import FastV
-from mminfer.tokens.prune import AIMPrune
 
 if TYPE_CHECKING:
     from mminfer.models.base import ModelSpec
@@ -82,7 +81,7 @@ def recording(config: InferenceConfig) -> tuple[InferenceConfig, PassRecord]:
 
 
 @dataclass(frozen=True, eq=False)
-class _Recorded(Technique):
+class _Recorded(Technique, register=False):
     """Hands everything on.
 
     Args:
@@ -109,7 +108,7 @@ class _Recorded(Technique):
         return cost
 
 
-class RecordedPositions(_Recorded, PositionTechnique):
+class RecordedPositions(_Recorded, PositionTechnique, register=False):
     """Notes the layout before and after."""
 
     @property
@@ -117,8 +116,8 @@ class RecordedPositions(_Recorded, PositionTechnique):
         return bool(self.technique.fractional)
 
     @property
-    def wider(self) -> str:  # type: ignore[override]
-        return str(self.technique.wider)
+    def long_prompt_advice(self) -> str:  # type: ignore[override]
+        return str(self.technique.long_prompt_advice)
 
     def apply(self, layout: TokenLayout, max_positions: int) -> TokenLayout:
         self.record.see(layout)
@@ -126,15 +125,15 @@ class RecordedPositions(_Recorded, PositionTechnique):
         self.record.placed = placed
         return placed
 
-    def rescale(self, length: float, window: int, head_dim: int) -> Tensor | None:
-        factors: Tensor | None = self.technique.rescale(length, window, head_dim)
+    def frequency_factors(self, length: float, window: int, head_dim: int) -> Tensor | None:
+        factors: Tensor | None = self.technique.frequency_factors(length, window, head_dim)
         return factors
 
-    def covers(self, length: float, window: int) -> float:
-        return float(self.technique.covers(length, window))
+    def covered_positions(self, length: float, window: int) -> float:
+        return float(self.technique.covered_positions(length, window))
 
 
-class RecordedMerge(_Recorded, MergeTechnique):
+class RecordedMerge(_Recorded, MergeTechnique, register=False):
     """Notes which token each became part of."""
 
     def unit_lengths(self, layout: TokenLayout) -> tuple[int, ...]:
@@ -148,35 +147,26 @@ class RecordedMerge(_Recorded, MergeTechnique):
         return out, TokenLayout(**_columns(merged))
 
 
-class RecordedPrune(_Recorded, PruneTechnique):
+class RecordedPrune(_Recorded, PruneTechnique, register=False):
     """Notes who leaves, and what the first layer that prunes thought of everybody."""
 
     def prunes(self, layer_idx: int, num_layers: int) -> bool:
         return bool(self.technique.prunes(layer_idx, num_layers))
 
-    def apply(
-        self,
-        q: Tensor,
-        k: Tensor,
-        is_visual: Tensor,
-        origin: tuple[int, int],
-        layer_idx: int,
-        num_layers: int,
-        query_index: Tensor | None,
-        scale: float,
-    ) -> Tensor:
-        kept: Tensor = self.technique.apply(q, k, is_visual, origin, layer_idx, num_layers, query_index, scale)
-        rows = self.record.rows[layer_idx]
+    def apply(self, view: LayerView) -> Tensor:
+        kept: Tensor = self.technique.apply(view)
+        rows = self.record.rows[view.layer_idx]
         leaves = torch.ones_like(rows, dtype=torch.bool)
         leaves[kept] = False
-        self.record.left[layer_idx] = rows[leaves]
-        if self.record.importance is None and isinstance(self.technique, (AIMPrune, FastV)):
-            importance = self.technique.importance(q, k, layer_idx, query_index, scale)
-            self.record.importance = self.record.scatter(importance[-len(rows) :], rows)
+        self.record.left[view.layer_idx] = rows[leaves]
+        if self.record.importance is None:
+            importance = self.technique.importance(view)
+            if importance is not None:
+                self.record.importance = self.record.scatter(importance[-len(rows) :], rows)
         return kept
 
 
-class RecordedSkip(_Recorded, SkipTechnique):
+class RecordedSkip(_Recorded, SkipTechnique, register=False):
     """Notes which rows enter each layer; it stands in the configuration even where nothing is skipped."""
 
     technique: SkipTechnique | None
@@ -199,58 +189,61 @@ class RecordedSkip(_Recorded, SkipTechnique):
         return queries, ffn
 
     @contextmanager
-    def narrow(
+    def restrict(
         self, layer: nn.Module, ffn_modules: tuple[str, str], queries: Tensor | None, ffn: Tensor | None
     ) -> Iterator[None]:
         if self.technique is None:
             yield
             return
-        with self.technique.narrow(layer, ffn_modules, queries, ffn):
+        with self.technique.restrict(layer, ffn_modules, queries, ffn):
             yield
 
 
-class RecordedCache(_Recorded, CacheTechnique):
-    """Notes which entries each head keeps, and the attention that entries receive."""
-
-    traces: ClassVar[bool] = True
+class RecordedCache(_Recorded, CacheTechnique, register=False):
+    """Notes which entries each head keeps, and by what the technique chose among them."""
 
     @property
-    def settles(self) -> bool:  # type: ignore[override]
-        return bool(self.technique.settles)
+    def across_layers(self) -> bool:  # type: ignore[override]
+        return bool(self.technique.across_layers)
 
-    def wants_mass(self, seen: int, layer_idx: int) -> bool:
-        return bool(self.technique.wants_mass(seen, layer_idx))
+    @property
+    def columns(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The technique's, and the rows that entries came from."""
+        return tuple(dict.fromkeys([*self.technique.columns, "source"]))
 
-    def need(self, q: Tensor, entries: CacheEntries, query_index: Tensor | None, scale: float) -> float:
-        return float(self.technique.need(q, entries, query_index, scale))
+    def needs_attention_mass(self, tokens_seen: int, layer_idx: int) -> bool:
+        return bool(self.technique.needs_attention_mass(tokens_seen, layer_idx))
 
-    def settle(self, layers: Sequence[CacheEntries], needs: Sequence[float], seen: Sequence[int]) -> list[CacheEntries]:
-        out: list[CacheEntries] = self.technique.settle(layers, needs, seen)
+    def layer_demand(self, view: LayerView) -> float:
+        self._note_score(view)
+        return float(self.technique.layer_demand(view))
+
+    def compress_layers(
+        self, layers: Sequence[CacheEntries], demands: Sequence[float], tokens_seen: Sequence[int]
+    ) -> list[CacheEntries]:
+        out: list[CacheEntries] = self.technique.compress_layers(layers, demands, tokens_seen)
         for layer_idx, entries in enumerate(out):
-            self._note(layer_idx, entries)
+            self._note_held(layer_idx, entries)
         return out
 
-    def _note(self, layer_idx: int, entries: CacheEntries) -> None:
+    def apply(self, view: LayerView) -> CacheEntries:
+        out: CacheEntries = self.technique.apply(view)
+        self._note_held(view.layer_idx, out)
+        self._note_score(view)
+        return out
+
+    def _note_held(self, layer_idx: int, entries: CacheEntries) -> None:
         if entries.source is None:
-            raise ValueError(f"{type(self.technique).__name__} lost the source of its entries: use CacheEntries.kept")
+            raise ConfigError(
+                f"{type(self.technique).__name__} lost the source of its entries, so that nobody can tell which it "
+                "evicted: make what it returns by CacheEntries.select or CacheEntries.merged"
+            )
         self.record.held[layer_idx] = entries.source[0]
 
-    def apply(
-        self,
-        q: Tensor,
-        entries: CacheEntries,
-        seen: int,
-        layer_idx: int,
-        query_index: Tensor | None,
-        scale: float,
-        mass: Tensor | None = None,
-    ) -> CacheEntries:
-        out: CacheEntries = self.technique.apply(q, entries, seen, layer_idx, query_index, scale, mass)
-        self._note(layer_idx, out)
-        if isinstance(self.technique, LookM) and entries.source is not None:
-            score = mass if mass is not None else self.technique.score(q, entries.keys, layer_idx, query_index, scale)
-            self.record.scores.append(self.record.scatter(score[0].sum(0), entries.source[0, 0]))
-        return out
+    def _note_score(self, view: LayerView) -> None:
+        score = self.technique.score(view)
+        if score is not None and view.entries.source is not None:
+            self.record.scores.append(self.record.scatter(score[0].sum(0), view.entries.source[0, 0]))
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,32 +4,19 @@ from __future__ import annotations
 
 from transformers import CONFIG_MAPPING
 
-from mminfer.cache.digest import Digest
-from mminfer.cache.lookm import LookM
+from mminfer.config import TECHNIQUES
 from mminfer.errors import ConfigError
 from mminfer.models.base import ModelSpec
 from mminfer.models.registry import ADAPTERS, supported_families
-from mminfer.operators.skip import OperatorSkip
-from mminfer.positions.scaling import DynamicNTK, LinearScaling
-from mminfer.positions.v2pe import V2PE
 from mminfer.technique import Technique
-from mminfer.tokens.merge import AIMMerge
-from mminfer.tokens.prune import AIMPrune
 
 YES = "yes"
 
-TECHNIQUES: dict[str, Technique] = {
-    "V2PE": V2PE(),
-    "LinearScaling": LinearScaling(),
-    "DynamicNTK": DynamicNTK(),
-    "AIMMerge": AIMMerge(),
-    "AIMPrune": AIMPrune(),
-    "OperatorSkip ffn": OperatorSkip(ffn=[0]),
-    "OperatorSkip attention": OperatorSkip(attention=[0]),
-    "OperatorSkip block": OperatorSkip(block=[0]),
-    "LookM": LookM(),
-    "Digest": Digest(),
-}
+
+def technique_variants() -> dict[str, Technique]:
+    """What a family may take or refuse; baselines are left out."""
+    own = (technique for technique in TECHNIQUES.values() if not technique.baseline)
+    return {name: variant for technique in own for name, variant in technique.variants().items()}
 
 
 def support_table() -> dict[str, dict[str, str]]:
@@ -47,7 +34,7 @@ def default_spec(family: str) -> ModelSpec:
 
 
 def _support(spec: ModelSpec) -> dict[str, str]:
-    return {name: _answer(technique, spec) for name, technique in TECHNIQUES.items()}
+    return {name: _answer(technique, spec) for name, technique in technique_variants().items()}
 
 
 def _answer(technique: Technique, spec: ModelSpec) -> str:

@@ -106,13 +106,7 @@ def _skip(inspection: Inspection) -> str:
 def _cache(inspection: Inspection) -> str:
     held = sum(layer.entries for layer in inspection.layers)
     had = sum(layer.rows for layer in inspection.layers)
-    settings = inspection.settings["cache"]
-    if "join" in settings:
-        rest = "the rest was joined to the nearest in its picture" if settings["join"] else "the rest was dropped"
-    else:
-        how = settings.get("merge") or "none"
-        rest = "the rest was dropped" if how == "none" else f"the rest was merged into the most similar ones ({how})"
     return (
-        f"behind the prompt {percent(held, had)} of the cache entries stayed, {rest}. "
+        f"behind the prompt {percent(held, had)} of the cache entries stayed, {inspection.evicted}. "
         "The first token of the answer comes before that; only later ones can change by it."
     )

@@ -94,10 +94,8 @@ class PassFlops:
         return sum(self.by_operator.values())
 
 
-def layer_counts(
-    spec: ModelSpec, rows: int, queries: int, ffn: int, pairs: int, prune: int = 0, cache: int = 0
-) -> LayerFlops:
-    """One decoder layer.
+def layer_counts(spec: ModelSpec, rows: int, queries: int, ffn: int, pairs: int) -> LayerFlops:
+    """One decoder layer, without what techniques spend.
 
     Args:
         spec: the model's geometry.
@@ -105,14 +103,13 @@ def layer_counts(
         queries: rows that are projected to queries and out of the attention.
         ffn: rows that go through the FFN.
         pairs: query-key pairs that the attention looks at.
-        prune, cache: FLOPs of the techniques themselves.
     """
     query_size = spec.num_attention_heads * spec.head_dim
     per_query = 2 * spec.hidden_size * query_size * queries
     per_row = 2 * spec.hidden_size * spec.num_key_value_heads * spec.head_dim * rows
     looked = 2 * query_size * pairs
     ffn_flops = 6 * spec.hidden_size * spec.intermediate_size * ffn
-    return LayerFlops(per_query, per_row, per_row, per_query, looked, looked, ffn_flops, prune, cache)
+    return LayerFlops(per_query, per_row, per_row, per_query, looked, looked, ffn_flops)
 
 
 def layer_flops(spec: ModelSpec, rows: int, queries: int, ffn: int, pairs: int) -> int:
@@ -134,19 +131,12 @@ def prompt_counts(spec: ModelSpec, record: PromptRecord, dense: bool = False) ->
         dense: count the attention as if every query looked at every key there was, as papers do, and not only at
             those that causality and windows let it see.
     """
-    layers = tuple(
-        layer_counts(
-            spec,
-            sum(x.rows),
-            sum(x.queries),
-            sum(x.ffn),
-            sum(q * k for q, k in zip(x.queries, x.keys, strict=True)) if dense else sum(x.pairs),
-            sum(x.prune_flops),
-            sum(x.cache_flops),
-        )
-        for x in record.layers
-    )
-    return PassFlops(layers, record.merge_flops, head_flops(spec, len(record.prompt)))
+    layers = []
+    for x in record.layers:
+        pairs = sum(q * k for q, k in zip(x.queries, x.keys, strict=True)) if dense else sum(x.pairs)
+        own = layer_counts(spec, sum(x.rows), sum(x.queries), sum(x.ffn), pairs)
+        layers.append(dataclasses.replace(own, prune=sum(x.prune_flops), cache=sum(x.cache_flops)))
+    return PassFlops(tuple(layers), record.merge_flops, head_flops(spec, len(record.prompt)))
 
 
 def prompt_flops(spec: ModelSpec, record: PromptRecord, dense: bool = False) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import resource
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -46,7 +45,7 @@ def bytes_in_use(device: torch.device) -> int:
 def give_back_freed() -> None:
     """Hands freed memory of this process to the system where that is possible (glibc), so that a peak is its own."""
     gc.collect()
-    with suppress(OSError, AttributeError):
+    with suppress(OSError, AttributeError, TypeError):  # TypeError: Windows opens no nameless library
         ctypes.CDLL(None).malloc_trim(0)
 
 
@@ -67,8 +66,20 @@ def _resident_peak() -> int:
     peak = _of_status("VmHWM:")
     if peak:
         return peak
+    try:
+        import resource
+    except ImportError:
+        return _windows_peak()
     usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return usage if sys.platform == "darwin" else 1024 * usage
+
+
+def _windows_peak() -> int:
+    """The highest working set of the process, by psutil, which accelerate brings; elsewhere the present one."""
+    import psutil
+
+    memory = psutil.Process().memory_info()
+    return getattr(memory, "peak_wset", memory.rss)
 
 
 def full_cache_bytes(spec: ModelSpec, tokens: Sequence[int], element_size: int) -> int:

@@ -47,7 +47,8 @@ class PromptRecord:
         merged: tokens left of each sequence after merging.
         layers: one record a layer.
         merge_flops: what merging spent, over the whole batch.
-        ahead: pairs of each sequence's prompt in which a token sees a later one of its image; empty where none does.
+        pairs_ahead: pairs of each sequence's prompt in which a token sees a later one of its image; empty where none
+            does.
         vision_flops: of the vision tower and projector, for each sequence; empty where features came ready made, as
             the host's `generate` hands them to a patched model.
     """
@@ -58,7 +59,7 @@ class PromptRecord:
     merged: tuple[int, ...] = ()
     layers: list[LayerRecord] = field(default_factory=list)
     merge_flops: int = 0
-    ahead: tuple[int, ...] = ()
+    pairs_ahead: tuple[int, ...] = ()
     vision_flops: tuple[int, ...] = ()
 
 
@@ -78,7 +79,7 @@ def joined(records: Sequence[PromptRecord]) -> PromptRecord:
         merged=tuple(map(sum, zip(*(r.merged for r in records), strict=True))),
         layers=joined_layers([r.layers for r in records]),
         merge_flops=sum(r.merge_flops for r in records),
-        ahead=_some(map(sum, zip(*(r.ahead or (0,) * len(r.prompt) for r in records), strict=True))),
+        pairs_ahead=_some(map(sum, zip(*(r.pairs_ahead or (0,) * len(r.prompt) for r in records), strict=True))),
         vision_flops=_some(map(sum, zip(*(r.vision_flops or (0,) * len(r.prompt) for r in records), strict=True))),
     )
 
@@ -94,7 +95,7 @@ def stacked(records: Sequence[PromptRecord]) -> PromptRecord:
         **facts,
         layers=layers,
         merge_flops=sum(r.merge_flops for r in records),
-        ahead=_some(n for r in records for n in r.ahead or (0,)),
+        pairs_ahead=_some(n for r in records for n in r.pairs_ahead or (0,)),
         vision_flops=_some(n for r in records for n in r.vision_flops or (0,)),
     )
 

@@ -90,7 +90,7 @@ def stats_of(
         cache_bytes=sum(entries) * per_entry,
         full_cache_bytes=full_cache_bytes(spec, [tokens], element_size),
         prompt_flops=prompt_flops(spec, own),
-        full_prompt_flops=full_prompt_flops(spec, own.prompt, own.past, own.ahead),
+        full_prompt_flops=full_prompt_flops(spec, own.prompt, own.past, own.pairs_ahead),
         vision_flops=sum(own.vision_flops),
         new_tokens=new_tokens,
         **dataclasses.asdict(times),
@@ -106,7 +106,7 @@ def _own_record(record: PromptRecord, sequence: int) -> PromptRecord:
         merged=(record.merged[sequence],),
         layers=[_own_layer(layer, sequence) for layer in record.layers],
         merge_flops=shares(record.merge_flops, record.visual)[sequence],
-        ahead=record.ahead[sequence : sequence + 1],
+        pairs_ahead=record.pairs_ahead[sequence : sequence + 1],
         vision_flops=record.vision_flops[sequence : sequence + 1],
     )
 

@@ -15,6 +15,7 @@ from mminfer import nano
 from mminfer.config import InferenceConfig
 from mminfer.engine import Engine, check_before_loading
 from mminfer.errors import ConfigError, UnsupportedModelError
+from mminfer.forward.native_build import prepare_kernels
 from mminfer.inputs.media import PROGRESS
 from mminfer.models.registry import check_family
 from mminfer.needle.protocol import NeedleProtocol, Question, Sample
@@ -103,6 +104,8 @@ def run(
     asking = asking or Asking()
     for length in images:
         protocol.check(length)
+    for engine in engines.values():
+        prepare_kernels(engine.device)
     doors = dict(engines)
     if asking.blind:
         some = next(iter(engines.values()))

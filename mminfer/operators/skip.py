@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor, nn
 
@@ -78,7 +78,7 @@ class OperatorSkip(SkipTechnique):
         return (text if attention else None), (text if ffn else None)
 
     @contextmanager
-    def narrow(
+    def restrict(
         self, layer: nn.Module, ffn_modules: tuple[str, str], queries: Tensor | None, ffn: Tensor | None
     ) -> Iterator[None]:
         """Within it, the layer's query and output projections and its FFN see only the rows given ([K] int64)."""
@@ -91,6 +91,20 @@ class OperatorSkip(SkipTechnique):
                 first, last = (getattr(layer, name) for name in ffn_modules)
                 stack.enter_context(_only_rows(first, last, ffn))
             yield
+
+    def describe(self) -> str:
+        names = {"ffn": "the FFN", "attention": "their queries", "block": "whole layers"}
+        skipped = [what for name, what in names.items() if getattr(self, name)]
+        return f"Visual tokens skip {' and '.join(skipped) or 'nothing'} in chosen layers; text always completes."
+
+    @classmethod
+    def presets(cls) -> dict[str, Self]:
+        # Every other layer from an eighth of the depth on, the form that arXiv 2410.09454 tries.
+        return {"skip-ffn": cls(ffn=LayerRange(start=0.125, interval=2))}
+
+    @classmethod
+    def variants(cls) -> dict[str, Self]:
+        return {f"{cls.__name__} {name}": cls(**{name: [0]}) for name in ("ffn", "attention", "block")}
 
 
 def _indices(layers: Layers, num_layers: int) -> tuple[int, ...] | list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
@@ -56,18 +56,18 @@ class LinearScaling(_Scaling):
 
     factor: float | str = "auto"
     window: int | None = None
-    wider = "give a factor for all turns to come, for example positions=LinearScaling(factor=8.0)"
+    long_prompt_advice = "give a factor for all turns to come, for example positions=LinearScaling(factor=8.0)"
 
     def __post_init__(self) -> None:
         if self.factor != "auto":
             _check_factor("LinearScaling", self.factor, 'or "auto"')
         _check_positions("LinearScaling.window", self.window, "the model's own")
 
-    def rescale(self, length: float, window: int, head_dim: int) -> Tensor | None:
+    def frequency_factors(self, length: float, window: int, head_dim: int) -> Tensor | None:
         factor = self._factor(length, self.window or window)
         return None if factor == 1 else torch.full((head_dim // 2,), 1 / factor, dtype=torch.float64)
 
-    def covers(self, length: float, window: int) -> float:
+    def covered_positions(self, length: float, window: int) -> float:
         window = self.window or window
         return max(length, window) if self.factor == "auto" else window * self._factor(length, window)
 
@@ -77,6 +77,14 @@ class LinearScaling(_Scaling):
 
     def _factor(self, length: float, window: int) -> float:
         return max(1.0, length / window) if isinstance(self.factor, str) else self.factor
+
+    def describe(self) -> str:
+        by = "as much as the prompt asks for" if isinstance(self.factor, str) else f"{self.factor:g}"
+        return f"Every rotary frequency is divided by one factor: {by}."
+
+    @classmethod
+    def presets(cls) -> dict[str, Self]:
+        return {"linear-auto": cls("auto")}
 
 
 @dataclass(frozen=True)
@@ -109,27 +117,35 @@ class DynamicNTK(_Scaling):
     factor: float = 1.0
     length: int | None = None
     window: int | None = None
-    wider = "give the length with all turns to come, for example positions=DynamicNTK(length=270_000)"
+    long_prompt_advice = "give the length with all turns to come, for example positions=DynamicNTK(length=270_000)"
 
     def __post_init__(self) -> None:
         _check_factor("DynamicNTK", self.factor)
         _check_positions("DynamicNTK.length", self.length, "that of the first prompt")
         _check_positions("DynamicNTK.window", self.window, "the model's own")
 
-    def rescale(self, length: float, window: int, head_dim: int) -> Tensor | None:
+    def frequency_factors(self, length: float, window: int, head_dim: int) -> Tensor | None:
         # factor * L / window - (factor - 1), in the order that gives 1 exactly for L = window
-        stretch = 1 + self.factor * (self.covers(length, window) / (self.window or window) - 1)
+        stretch = 1 + self.factor * (self.covered_positions(length, window) / (self.window or window) - 1)
         if stretch == 1:
             return None
         exponent = torch.arange(0, head_dim, 2, dtype=torch.float64) / max(head_dim - 2, 1)
         return stretch**-exponent
 
-    def covers(self, length: float, window: int) -> float:
+    def covered_positions(self, length: float, window: int) -> float:
         return max(self.length or length, self.window or window)
 
     @property
     def needs_whole_prompt(self) -> str | None:
         return "DynamicNTK.length=None: give a number, such as 270_000" if self.length is None else None
+
+    def describe(self) -> str:
+        length = "the first prompt's length" if self.length is None else f"{self.length:,} positions"
+        return f"Low rotary frequencies shrink for {length}; the highest one stays."
+
+    @classmethod
+    def presets(cls) -> dict[str, Self]:
+        return {"ntk-auto": cls()}
 
 
 def _check_factor(owner: str, factor: Any, otherwise: str = "") -> None:

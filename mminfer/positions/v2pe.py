@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import torch
 
@@ -71,6 +71,14 @@ class V2PE(PositionTechnique):
             if float(position.amax()) < window:
                 break
         return position
+
+    def describe(self) -> str:
+        step = "the largest step that fits the window" if isinstance(self.delta, str) else f"{self.delta:g}"
+        return f"A visual token advances the rotary position by less than a text token does: {step}."
+
+    @classmethod
+    def presets(cls) -> dict[str, Self]:
+        return {f"v2pe-{n}": cls(delta=1 / n) for n in (4, 16, 64, 256)} | {"v2pe-auto": cls(delta="auto")}
 
 
 def _line(layout: TokenLayout, start: int, stop: int, delta: float) -> torch.Tensor:

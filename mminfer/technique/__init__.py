@@ -1,7 +1,10 @@
 """The one interface of every technique: settings in, checks before any forward pass, pure work on tensors."""
 
 from mminfer.technique.chance import draw_lot
+from mminfer.technique.registry import TechniqueRegistry
 from mminfer.technique.settings import (
+    CACHE_SHARES,
+    MERGE_SHARES,
     LayerRange,
     check_fraction,
     check_full_attention,
@@ -19,13 +22,16 @@ from mminfer.technique.stages import (
     Stage,
     Technique,
 )
-from mminfer.technique.views import COLUMNS, CacheEntries, LayerWork
+from mminfer.technique.views import COLUMNS, CacheEntries, LayerView, LayerWork
 
 __all__ = [
+    "CACHE_SHARES",
     "COLUMNS",
+    "MERGE_SHARES",
     "CacheEntries",
     "CacheTechnique",
     "LayerRange",
+    "LayerView",
     "LayerWork",
     "MergeTechnique",
     "PositionTechnique",
@@ -33,6 +39,7 @@ __all__ = [
     "SkipTechnique",
     "Stage",
     "Technique",
+    "TechniqueRegistry",
     "check_fraction",
     "check_full_attention",
     "check_layer",

@@ -8,6 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from mminfer.errors import ConfigError
 
+# Percent that stays at each step of a sweep: of a cache's entries, of an image's tokens.
+CACHE_SHARES = (50, 20, 10, 5)
+MERGE_SHARES = (50, 25, 12.5)
+
 if TYPE_CHECKING:
     from mminfer.models.base import ModelSpec
 

@@ -1,17 +1,20 @@
-"""The one interface of every technique: settings in, checks before any forward pass, pure work on tensors."""
+"""The stages of a request, and the interface of the techniques that work in each."""
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from enum import Enum
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from torch import Tensor, nn
 
 from mminfer.layout import TokenLayout
-from mminfer.technique.views import CacheEntries, LayerWork
+from mminfer.technique import registry
+from mminfer.technique.settings import check_full_attention
+from mminfer.technique.views import CacheEntries, LayerView, LayerWork
 
 if TYPE_CHECKING:
     from mminfer.models.base import ModelSpec
@@ -28,9 +31,20 @@ class Stage(Enum):
 
 
 class Technique(ABC):
-    """A frozen dataclass whose fields are its settings. It keeps no state, on itself or on the model's modules."""
+    """A frozen dataclass whose fields are its settings. It keeps no state, on itself or on the model's modules.
+
+    Defining a class is enough: it is known by its name in configurations, at both doors, in `bench` and `inspect`.
+    A subclass that is no technique of its own (a wrapper, say) is defined with `register=False`.
+    """
 
     stage: ClassVar[Stage]
+    # Whether it is there to be beaten: such techniques are left out of support tables and drawn as baselines.
+    baseline: ClassVar[bool] = False
+
+    def __init_subclass__(cls, register: bool = True, **kwargs: object) -> None:
+        super().__init_subclass__(**kwargs)
+        if register:
+            registry.register(cls)
 
     @abstractmethod
     def check(self, spec: ModelSpec) -> None:
@@ -49,13 +63,35 @@ class Technique(ABC):
         """`cost` of one sequence in one layer, for stages that work inside layers."""
         return self.cost(spec, [work.pairs])
 
+    def describe(self) -> str:
+        """What the technique does, in one sentence: the first line of its docstring unless it says more."""
+        return (inspect.getdoc(type(self)) or type(self).__name__).partition("\n")[0]
+
+    @classmethod
+    def presets(cls) -> dict[str, Self]:
+        """Settings that have a name of their own, for `InferenceConfig.from_preset`. Subclasses do not inherit them."""
+        return {}
+
+    @classmethod
+    def variants(cls) -> dict[str, Self]:
+        """Settings that a model may take or refuse one by one: the columns of a support table."""
+        return {cls.__name__: cls()}
+
+    @classmethod
+    def sweeps(cls) -> dict[str, dict[str, Self]]:
+        """For each rule the settings at several budgets, by the budget's name: what plots of `bench` are drawn of.
+
+        Subclasses do not inherit them.
+        """
+        return {}
+
 
 class PositionTechnique(Technique):
     """Places tokens on the rotary axes, or changes how fast positions turn queries and keys."""
 
     stage = Stage.POSITIONS
-    # What a warning advises when a prompt reaches farther than `covers` says; "": the stage's usual advice.
-    wider: ClassVar[str] = ""
+    # What a warning advises when a prompt is longer than `covered_positions`; "": the stage's usual advice.
+    long_prompt_advice: ClassVar[str] = ""
 
     @property
     @abstractmethod
@@ -71,7 +107,7 @@ class PositionTechnique(Technique):
             max_positions: how many positions the model was made for.
         """
 
-    def rescale(self, length: float, window: int, head_dim: int) -> Tensor | None:
+    def frequency_factors(self, length: float, window: int, head_dim: int) -> Tensor | None:
         """Factors of the rotary frequencies; None: the host's own frequencies.
 
         Args:
@@ -85,8 +121,8 @@ class PositionTechnique(Technique):
         """
         return None
 
-    def covers(self, length: float, window: int) -> float:
-        """How many positions the model then holds; arguments as for `rescale`."""
+    def covered_positions(self, length: float, window: int) -> float:
+        """How many positions the model then holds; arguments as for `frequency_factors`."""
         return window
 
 
@@ -114,32 +150,15 @@ class PruneTechnique(Technique):
         """Whether tokens may leave behind this layer."""
 
     @abstractmethod
-    def apply(
-        self,
-        q: Tensor,
-        k: Tensor,
-        is_visual: Tensor,
-        origin: tuple[int, int],
-        layer_idx: int,
-        num_layers: int,
-        query_index: Tensor | None,
-        scale: float,
-    ) -> Tensor:
-        """Which of one sequence's rows stay.
+    def apply(self, view: LayerView) -> Tensor:
+        """Which of the view's R rows stay: [K] int64, ascending."""
 
-        Args:
-            q: [1, H, S, D] rotated queries.
-            k: [1, G, N, D] rotated keys; the last of them are the sequence's rows, earlier ones are of earlier turns.
-            is_visual: [rows] bool.
-            origin: tokens and visual tokens with which the sequence entered the language model.
-            layer_idx: the layer just computed.
-            num_layers: depth of the model.
-            query_index: [S] int64, place of each query among the keys; None: the last S places.
-            scale: factor of the logits.
+    def importance(self, view: LayerView) -> Tensor | None:
+        """[N] float32, how important the technique takes each key to be; None: it does not judge.
 
-        Returns:
-            [K] int64, ascending, among the rows.
+        `mminfer inspect` shades pictures by it.
         """
+        return None
 
 
 class SkipTechnique(Technique):
@@ -152,7 +171,7 @@ class SkipTechnique(Technique):
         """Packed rows ([K] int64) that issue a query, and that go through the FFN; None: all of them."""
 
     @abstractmethod
-    def narrow(
+    def restrict(
         self, layer: nn.Module, ffn_modules: tuple[str, str], queries: Tensor | None, ffn: Tensor | None
     ) -> AbstractContextManager[None]:
         """Within it, the layer computes those rows only."""
@@ -161,60 +180,55 @@ class SkipTechnique(Technique):
 class CacheTechnique(Technique):
     """Compresses a layer's keys and values; `cost` takes query-key pairs a sequence.
 
-    Behind each layer by `apply`; or, where it `settles`, all layers together behind the last one.
+    Behind each layer by `apply`; or, where it works `across_layers`, on all of them behind the last one, by
+    `compress_layers`.
     """
 
     stage = Stage.CACHE
-    settles: ClassVar[bool] = False
+    across_layers: ClassVar[bool] = False
+    # Which columns its entries carry beside keys and values; see `CacheEntries`.
+    columns: ClassVar[tuple[str, ...]] = ("is_visual", "score", "size")
 
-    def need(self, q: Tensor, entries: CacheEntries, query_index: Tensor | None, scale: float) -> float:
-        """What `settle` must know of one layer; arguments as for `apply`. Only of those that settle."""
-        return 0.0
+    def check(self, spec: ModelSpec) -> None:
+        """Refuses models with sliding windows, in which an evicted entry would let the window see farther."""
+        check_full_attention(type(self).__name__, spec)
 
-    def settle(self, layers: Sequence[CacheEntries], needs: Sequence[float], seen: Sequence[int]) -> list[CacheEntries]:
-        """What one sequence keeps in all layers. Only of those that settle.
+    @abstractmethod
+    def apply(self, view: LayerView) -> CacheEntries:
+        """What one sequence keeps in one layer: `view.entries.select(places)`, or `.merged(...)` of them."""
 
-        Args:
-            layers: all entries of each layer, those of this pass last.
-            needs: of each layer.
-            seen: tokens that each layer has taken in over all passes.
-        """
-        return list(layers)
-
-    # Whether entries carry the rows of the prompt that they came from (`CacheEntries.source`).
-    traces: ClassVar[bool] = False
-
-    def wants_mass(self, seen: int, layer_idx: int) -> bool:
-        """Whether `apply` asks how much attention each entry receives from all queries.
-
-        It is then handed over, since the attention itself gives it at little cost.
+    def needs_attention_mass(self, tokens_seen: int, layer_idx: int) -> bool:
+        """Whether `apply` asks for `LayerView.attention_mass`, which the attention gives at little cost.
 
         Args:
-            seen: tokens the layer has taken in over all passes, this one included.
+            tokens_seen: tokens the layer has taken in over all passes, this one included.
             layer_idx: which layer.
         """
         return False
 
-    @abstractmethod
-    def apply(
-        self,
-        q: Tensor,
-        entries: CacheEntries,
-        seen: int,
-        layer_idx: int,
-        query_index: Tensor | None,
-        scale: float,
-        mass: Tensor | None = None,
-    ) -> CacheEntries:
-        """What one sequence keeps in one layer; all columns of its entries stay side by side.
+    def score(self, view: LayerView) -> Tensor | None:
+        """[1, G, N] float32, by which the technique chooses among the entries of this pass; None: by none.
+
+        `mminfer inspect` shades pictures by it.
+        """
+        return None
+
+    def layer_demand(self, view: LayerView) -> float:
+        """How much of a shared budget the layer asks for. Only of those that work across layers."""
+        return 1.0
+
+    def compress_layers(
+        self, layers: Sequence[CacheEntries], demands: Sequence[float], tokens_seen: Sequence[int]
+    ) -> list[CacheEntries]:
+        """What one sequence keeps in all layers. Only of those that work across layers.
 
         Args:
-            q: [1, H, S, D] rotated queries of this pass.
-            entries: all entries, those of this pass last.
-            seen: tokens the layer has taken in over all passes.
-            layer_idx: which layer.
-            query_index: [S] int64, place of each query among the entries; None: the last S places.
-            scale: factor of the logits.
-            mass: [1, H, N] float32, the attention each entry receives; None unless `wants_mass`, and there too where
-                a layer's attention cannot give it.
+            layers: all entries of each layer, those of this pass last.
+            demands: `layer_demand` of each layer.
+            tokens_seen: tokens that each layer has taken in over all passes.
         """
+        return list(layers)
+
+    def describe_evicted(self) -> str:
+        """What becomes of entries that do not stay, as the end of a sentence."""
+        return "the rest was dropped"

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 from mminfer_kernels import merge_rows
 from torch import Tensor
 
 from mminfer.layout import TokenLayout
-from mminfer.technique import MergeTechnique, check_fraction
+from mminfer.technique import MERGE_SHARES, MergeTechnique, check_fraction
 from mminfer.tokens.grid import image_views, patch_places
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ class Downsample(MergeTechnique):
     """
 
     ratio: float = 0.25
+
+    baseline: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_fraction("Downsample.ratio", self.ratio)
@@ -64,6 +66,14 @@ class Downsample(MergeTechnique):
         order = cell.argsort(stable=True)
         middle = counts.cumsum(0) - counts + counts // 2
         return order[middle][cell]
+
+    @classmethod
+    def presets(cls) -> dict[str, Self]:
+        return {"downsample": cls(ratio=0.25)}
+
+    @classmethod
+    def sweeps(cls) -> dict[str, dict[str, Self]]:
+        return {"down-sampling": {f"{share} %": cls(share / 100) for share in MERGE_SHARES}}
 
 
 def _smaller_grid(height: int, width: int, tokens: int) -> tuple[int, int]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 from mminfer_kernels import column_mass
 from torch import Tensor
 
 from mminfer.errors import ConfigError
-from mminfer.technique import LayerWork, PruneTechnique, check_fraction, check_layer, is_whole
+from mminfer.technique import LayerView, LayerWork, PruneTechnique, check_fraction, check_layer, is_whole
 from mminfer.tokens.prune import aim_keep
 
 if TYPE_CHECKING:
@@ -39,6 +39,8 @@ class FastV(PruneTechnique):
     layer: int = 2
     ratio: float = 0.5
 
+    baseline: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         check_fraction("FastV.ratio", self.ratio)
         if not is_whole(self.layer, least=1):
@@ -55,30 +57,20 @@ class FastV(PruneTechnique):
     def prunes(self, layer_idx: int, num_layers: int) -> bool:
         return layer_idx == self.layer - 1 and self.ratio < 1
 
-    def apply(
-        self,
-        q: Tensor,
-        k: Tensor,
-        is_visual: Tensor,
-        origin: tuple[int, int],
-        layer_idx: int,
-        num_layers: int,
-        query_index: Tensor | None,
-        scale: float,
-    ) -> Tensor:
-        rows = is_visual.shape[0]
-        is_visual = torch.cat([is_visual[:-1], is_visual.new_zeros(1)])  # the last token asks for the next one
-        if q.shape[2] == 0:
-            return torch.arange(rows, device=k.device)
-        importance = self.importance(q, k, layer_idx, query_index, scale)[-rows:]
-        return aim_keep(importance, is_visual, origin[0], self.ratio)
+    def apply(self, view: LayerView) -> Tensor:
+        rows = len(view.is_visual)
+        # The last token asks for the next one.
+        is_visual = torch.cat([view.is_visual[:-1], view.is_visual.new_zeros(1)])
+        if view.queries.shape[2] == 0:
+            return torch.arange(rows, device=is_visual.device)
+        return aim_keep(self.importance(view)[-rows:], is_visual, view.prompt_tokens, self.ratio)
 
-    def importance(self, q: Tensor, k: Tensor, layer_idx: int, query_index: Tensor | None, scale: float) -> Tensor:
+    def importance(self, view: LayerView) -> Tensor:
         """[N] float32, of every key of one sequence: what the last query looks at; zero where there is no query."""
-        if q.shape[2] == 0:
-            return torch.zeros(k.shape[2], device=k.device)
-        last = query_index[-1:] if query_index is not None else None
-        return column_mass(q[:, :, -1:], k, query_index=last, scale=scale).mean(1)[0]
+        if view.queries.shape[2] == 0:
+            return torch.zeros(len(view.entries), device=view.keys.device)
+        last = view.query_index[-1:] if view.query_index is not None else None
+        return column_mass(view.queries[:, :, -1:], view.keys, query_index=last, scale=view.scale).mean(1)[0]
 
     def cost(self, spec: ModelSpec, lengths: Sequence[int]) -> int:
         """One product for the logits, and one of a vote with the probabilities, for pairs of queries that count."""
@@ -87,3 +79,11 @@ class FastV(PruneTechnique):
     def layer_cost(self, spec: ModelSpec, work: LayerWork) -> int:
         """The last query alone counts, if there is one."""
         return self.cost(spec, [work.keys]) if work.queries else 0
+
+    @classmethod
+    def presets(cls) -> dict[str, Self]:
+        return {"fastv": cls(layer=2, ratio=0.5)}
+
+    @classmethod
+    def sweeps(cls) -> dict[str, dict[str, Self]]:
+        return {"FastV": {f"{share} %": cls(2, share / 100) for share in (50, 25, 10)}}

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import torch
 from mminfer_kernels import best_match, gather_rows, merge_rows
 
 from mminfer.errors import ConfigError
 from mminfer.layout import Modality, TokenLayout
-from mminfer.technique import MergeTechnique, check_fraction
+from mminfer.technique import MERGE_SHARES, MergeTechnique, check_fraction
 
 if TYPE_CHECKING:
     from mminfer.models.base import ModelSpec
@@ -90,6 +90,18 @@ class AIMMerge(MergeTechnique):
                 total += 2 * spec.hidden_size * (tokens - tokens // 2) * (tokens // 2)
                 tokens -= min(tokens // 2, tokens - target)
         return total
+
+    def describe(self) -> str:
+        where = "an image, or two neighbouring frames," if self.across_frames else "an image or frame"
+        return f"Similar visual tokens of {where} are averaged until {100 * self.ratio:.0f} % of them are left."
+
+    @classmethod
+    def presets(cls) -> dict[str, Self]:
+        return {"aim-merge": cls(ratio=0.25)}
+
+    @classmethod
+    def sweeps(cls) -> dict[str, dict[str, Self]]:
+        return {"AIM merge": {f"{share} %": cls(share / 100) for share in MERGE_SHARES}}
 
 
 def _paired_frames(layout: TokenLayout) -> torch.Tensor:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import torch
 from mminfer_kernels import power_iterate
 from torch import Tensor
 
 from mminfer.errors import ConfigError
-from mminfer.technique import LayerWork, PruneTechnique, check_layer, is_number, is_whole, layer_index
+from mminfer.technique import LayerView, LayerWork, PruneTechnique, check_layer, is_number, is_whole, layer_index
 
 if TYPE_CHECKING:
     from mminfer.models.base import ModelSpec
@@ -71,33 +71,23 @@ class AIMPrune(PruneTechnique):
         kept = [1.0, *self.schedule(num_layers)]
         return kept[layer_idx + 1] < kept[layer_idx]
 
-    def apply(
-        self,
-        q: Tensor,
-        k: Tensor,
-        is_visual: Tensor,
-        origin: tuple[int, int],
-        layer_idx: int,
-        num_layers: int,
-        query_index: Tensor | None,
-        scale: float,
-    ) -> Tensor:
-        rows = is_visual.shape[0]
+    def apply(self, view: LayerView) -> Tensor:
+        is_visual = view.is_visual
+        rows = len(is_visual)
         if rows and bool(is_visual[-1]):  # a prompt that ends with an image: its last token asks for the next one
             is_visual = torch.cat([is_visual[:-1], is_visual.new_zeros(1)])
-        rate = self.schedule(num_layers)[layer_idx]
+        rate = self.schedule(view.num_layers)[view.layer_idx]
         if not bool(is_visual.any()):
-            return torch.arange(rows, device=k.device)
+            return torch.arange(rows, device=is_visual.device)
         if rate == 0:
             return (~is_visual).nonzero()[:, 0]
-        importance = self.importance(q, k, layer_idx, query_index, scale)[-rows:]
-        return aim_keep(importance, is_visual, origin[0], rate)
+        return aim_keep(self.importance(view)[-rows:], is_visual, view.prompt_tokens, rate)
 
-    def importance(self, q: Tensor, k: Tensor, layer_idx: int, query_index: Tensor | None, scale: float) -> Tensor:
+    def importance(self, view: LayerView) -> Tensor:
         """[N] float32, of every key of one sequence; a row without a query casts no vote."""
-        if query_index is not None and len(query_index) == 0:
-            return torch.zeros(k.shape[2], device=k.device)
-        mass = power_iterate(q, k, self.iterations, self.temperature, query_index, scale)
+        if view.query_index is not None and len(view.query_index) == 0:
+            return torch.zeros(len(view.entries), device=view.keys.device)
+        mass = power_iterate(view.queries, view.keys, self.iterations, self.temperature, view.query_index, view.scale)
         return mass.square_().mean(1).sqrt_()[0]
 
     def cost(self, spec: ModelSpec, lengths: Sequence[int]) -> int:
@@ -108,6 +98,19 @@ class AIMPrune(PruneTechnique):
         """Where all or no visual token leaves, nobody asks for importance."""
         asks = work.visual > 0 and self.schedule(spec.num_layers)[work.layer_idx] > 0
         return self.cost(spec, [work.pairs]) if asks else 0
+
+    def describe(self) -> str:
+        start, end = (f"{x}" if isinstance(x, int) else f"{100 * x:.0f} % of the depth" for x in (self.start, self.end))
+        return f"Visual tokens leave behind the layers from {start} to {end}, the least important ones first."
+
+    @classmethod
+    def presets(cls) -> dict[str, Self]:
+        # The paper's 28 layers: pruning from layer 14 to 22 (AIM, section 4.1).
+        return {"aim-prune": cls(start=14 / 28, end=22 / 28)}
+
+    @classmethod
+    def sweeps(cls) -> dict[str, dict[str, Self]]:
+        return {"AIM prune": {"": cls(start=14 / 28, end=22 / 28)}}
 
 
 def aim_importance(q: torch.Tensor, k: torch.Tensor, temperature: float = 0.1, iterations: int = 5) -> torch.Tensor:

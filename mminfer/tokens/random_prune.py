@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from torch import Tensor
 
-from mminfer.technique import draw_lot
+from mminfer.technique import LayerView, draw_lot
 from mminfer.tokens.prune import AIMPrune
 
 if TYPE_CHECKING:
@@ -25,11 +25,24 @@ class RandomPrune(AIMPrune):
 
     seed: int = 0
 
+    baseline: ClassVar[bool] = True
+
     def check(self, spec: ModelSpec) -> None:
         self.check_layers(spec)
 
-    def importance(self, q: Tensor, k: Tensor, layer_idx: int, query_index: Tensor | None, scale: float) -> Tensor:
-        return draw_lot((k.shape[2],), self.seed, layer_idx, k)
+    def importance(self, view: LayerView) -> Tensor:
+        return draw_lot((len(view.entries),), self.seed, view.layer_idx, view.keys)
 
     def cost(self, spec: ModelSpec, lengths: Sequence[int]) -> int:
         return 0
+
+    def describe(self) -> str:
+        return f"{super().describe().partition(', the least')[0]}, drawn by lot."
+
+    @classmethod
+    def presets(cls) -> dict[str, Self]:
+        return {"random-prune": cls()}
+
+    @classmethod
+    def sweeps(cls) -> dict[str, dict[str, Self]]:
+        return {"random prune": {"": cls()}}

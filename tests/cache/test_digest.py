@@ -1,5 +1,7 @@
 """Digest: budgets shared out by need, entries spread over each picture, what is alike joined; through every door."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,6 +16,7 @@ from mminfer.forward.kv_cache import CACHE_NAME
 from mminfer.metrics.fidelity import kl_divergence
 from mminfer.technique import CacheEntries
 from tests.tiny import FAMILIES, IMAGE, LAYERS, fitting, refusal, skip_if_refused, tiny_inputs, tiny_model, tiny_rows
+from tests.views import layer_view
 
 
 def made(pattern, groups=2, size=4, seed=0):
@@ -22,7 +25,13 @@ def made(pattern, groups=2, size=4, seed=0):
     generator = torch.Generator().manual_seed(seed)
     keys, values = (torch.randn(1, groups, len(flags), size, generator=generator) for _ in range(2))
     heads = (1, groups, len(flags))
-    return CacheEntries(keys, values, flags.expand(heads), torch.zeros(heads), torch.arange(len(flags)).expand(heads))
+    return CacheEntries(
+        keys,
+        values,
+        flags.expand(heads),
+        size=torch.ones(heads),
+        source=torch.arange(len(flags)).expand(heads),
+    )
 
 
 def test_runs():
@@ -65,7 +74,7 @@ def test_what_is_alike_becomes_one_mean_by_size():
     two = torch.tensor([[1.0, 0, 0, 0], [0, 1, 0, 0]])
     keys = two[[0, 1, 0, 1]].expand(1, 2, 4, 4)
     values = keys + 0.01 * torch.arange(4.0)[:, None]
-    sized = CacheEntries(keys, values, entries.is_visual, torch.tensor([3.0, 0, 1, 1]).expand(1, 2, 4))
+    sized = CacheEntries(keys, values, entries.is_visual, size=torch.tensor([3.0, 1, 1, 1]).expand(1, 2, 4))
     place, k, v, size = cluster_runs(sized, torch.arange(4), 2)
     for head in range(2):
         by_place = {p % 2: i for i, p in enumerate(place[0, head].tolist())}
@@ -104,18 +113,18 @@ def test_what_was_digested_before_does_not_shrink_beside_what_is_new():
     for chunk in range(4):
         new = made([4, 40], seed=chunk)
         entries = new if not kept else kept[0].extend(new)
-        kept = technique.settle([entries], [1.0], [44 * (chunk + 1)])
+        kept = technique.compress_layers([entries], [1.0], [44 * (chunk + 1)])
     entries = kept[0]
     assert len(entries) == 44
     runs = runs_of(entries.is_visual[0, 0])
     assert len(runs) == 4
     assert int((runs[:, 1] - runs[:, 0]).min()) >= int((runs[:, 1] - runs[:, 0]).max()) - 1
-    assert float(entries.score[0, 0].sum()) == 4 * 44  # everything is in something
+    assert float(entries.size[0, 0].sum()) == 4 * 44  # everything is in something
 
 
 def test_layers_get_detail_where_it_is_read():
     layers = [made([6, 30, 4, 30, 6], seed=n) for n in range(3)]
-    kept = Digest(0.5).settle(layers, [0.1, 0.1, 0.8], [76] * 3)
+    kept = Digest(0.5).compress_layers(layers, [0.1, 0.1, 0.8], [76] * 3)
     visual = [int(e.is_visual[0, 0].sum()) for e in kept]
     assert sum(map(len, kept)) == 3 * 38 and visual[0] == visual[1] < visual[2]
     for entries, whole in zip(kept, layers, strict=True):
@@ -127,39 +136,39 @@ def test_layers_get_detail_where_it_is_read():
 
 def test_text_is_digested_where_it_is_too_much():
     layers = [made([60, 10, 20], seed=n) for n in range(2)]
-    kept = Digest(0.2, text_share=0.5, recent=0).settle(layers, [1.0, 1.0], [90] * 2)
+    kept = Digest(0.2, text_share=0.5, recent=0).compress_layers(layers, [1.0, 1.0], [90] * 2)
     assert [len(e) for e in kept] == [18, 18]
     assert [int((~e.is_visual[0, 0]).sum()) for e in kept] == [9, 9]
-    alone = Digest(0.2).settle([made([60])] * 2, [0.0, 0.0], [60] * 2)
+    alone = Digest(0.2).compress_layers([made([60])] * 2, [0.0, 0.0], [60] * 2)
     assert [len(e) for e in alone] == [12, 12]
 
 
 def test_no_layer_is_left_empty():
     """A chunk of a picture alone, and less to keep than there are layers."""
-    kept = Digest(0.05).settle([made([0, 10], seed=n) for n in range(4)], [1.0] * 4, [10] * 4)
+    kept = Digest(0.05).compress_layers([made([0, 10], seed=n) for n in range(4)], [1.0] * 4, [10] * 4)
     assert all(len(entries) >= 1 for entries in kept)
 
 
 def test_what_was_asked_last_stays_as_it_is():
     layers = [made([30, 40, 12], seed=n) for n in range(2)]
-    for entries, whole in zip(Digest(0.3).settle(layers, [1.0, 1.0], [82] * 2), layers, strict=True):
+    for entries, whole in zip(Digest(0.3).compress_layers(layers, [1.0, 1.0], [82] * 2), layers, strict=True):
         assert torch.equal(entries.keys[:, :, -12:], whole.keys[:, :, -12:])
-    tight = Digest(0.1).settle(layers, [1.0, 1.0], [82] * 2)  # no more of it than half of the budget
+    tight = Digest(0.1).compress_layers(layers, [1.0, 1.0], [82] * 2)  # no more of it than half of the budget
     assert [int((entries.source[0, 0] >= 70).sum()) for entries in tight] == [4, 4]
 
 
-def test_need_is_detail_that_text_reads():
+def test_demand_is_detail_that_text_reads():
     entries = made([4, 20, 4])
     q = torch.randn(1, 4, 28, 4, generator=torch.Generator().manual_seed(1))
     technique = Digest()
-    same = CacheEntries(entries.keys.clone(), entries.values.clone(), entries.is_visual, entries.score, entries.source)
+    same = replace(entries, keys=entries.keys.clone(), values=entries.values.clone())
     same.keys[:, :, 4:24], same.values[:, :, 4:24] = same.keys[:, :, 4:5], same.values[:, :, 4:5]
-    assert technique.need(q, same, None, 0.5) < 1e-6  # equal ones are their mean
-    assert technique.need(q, entries, None, 0.5) > 1e-3
-    sharper = technique.need(8 * q, entries, None, 0.5)
-    assert sharper > technique.need(q, entries, None, 0.5)
-    assert technique.need(q[:, :, :0], entries, torch.empty(0).long(), 0.5) == 0
-    assert technique.need(q, made([28]), None, 0.5) == 0
+    assert technique.layer_demand(layer_view(q, same, scale=0.5)) < 1e-6  # equal ones are their mean
+    assert technique.layer_demand(layer_view(q, entries, scale=0.5)) > 1e-3
+    sharper = technique.layer_demand(layer_view(8 * q, entries, scale=0.5))
+    assert sharper > technique.layer_demand(layer_view(q, entries, scale=0.5))
+    assert technique.layer_demand(layer_view(q[:, :, :0], entries, query_index=torch.empty(0).long(), scale=0.5)) == 0
+    assert technique.layer_demand(layer_view(q, made([28]), scale=0.5)) == 0
 
 
 @pytest.mark.parametrize("family", FAMILIES)

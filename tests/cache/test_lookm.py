@@ -9,6 +9,7 @@ from mminfer.cache import lookm_compress, lookm_keep, lookm_merge
 from mminfer.cache.lookm import LookM
 from mminfer.errors import ConfigError
 from mminfer.technique import CacheEntries
+from tests.views import layer_view
 
 
 def cache(entries, batch=1, groups=2, size=8, visual_share=0.7):
@@ -182,7 +183,7 @@ def entries_of(visual, score, size=8):
 def compress(policy, entries):
     """With a query that adds nothing to the scores that there are."""
     mass = torch.zeros(1, 1, len(entries))
-    return policy.apply(entries.keys[:, :, -1:], entries, len(entries), 0, None, 1.0, mass)
+    return policy.apply(layer_view(entries.keys[:, :, -1:], entries, attention_mass=mass))
 
 
 TEXT, SEEN = [False] * 6 + [True] * 4 + [False] * 2, [9, 1, 8, 2, 7, 3, 50, 40, 30, 20, 0, 0]

@@ -8,8 +8,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from mminfer import Engine, InferenceConfig
-from mminfer.bench.ladders import cache_ladders, token_ladders
 from mminfer.bench.plots import Panels, Point, frontier, pareto_plot
+from mminfer.bench.sweeps import cache_sweeps, token_sweeps
 from mminfer.cli.main import app
 from mminfer.needle import runner
 
@@ -98,9 +98,9 @@ def test_what_a_model_cannot_take_is_left_out_of_what_nobody_named(loaded, monke
 
 def test_a_plot_has_the_baselines(loaded, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
-    few = [ladder for ladder in cache_ladders() if ladder.rule in ("LOOK-M pivot", "H2O")]
-    monkeypatch.setattr("mminfer.bench.ladders.cache_ladders", lambda: few)
-    monkeypatch.setattr("mminfer.bench.ladders.token_ladders", lambda: ())
+    few = [sweep for sweep in cache_sweeps() if sweep.rule in ("LOOK-M pivot", "H2O")]
+    monkeypatch.setattr("mminfer.bench.sweeps.cache_sweeps", lambda: few)
+    monkeypatch.setattr("mminfer.bench.sweeps.token_sweeps", lambda: ())
     result = bench(*SMALL, "--plot", tmp_path / "p.png", "--json", "--delta", "1/4")
     assert result.exit_code == 0, (result.stderr, result.exception)
     report = json.loads(result.stdout)
@@ -113,9 +113,9 @@ def test_a_plot_has_the_baselines(loaded, tmp_path, monkeypatch):
 
 
 def test_every_rule_of_the_plots_is_there_with_its_baselines():
-    for ladders in (token_ladders(), cache_ladders()):
-        assert {ladder.baseline for ladder in ladders} == {True, False}
-        names = [name for ladder in ladders for name in ladder.settings]
+    for sweeps in (token_sweeps(), cache_sweeps()):
+        assert {sweep.baseline for sweep in sweeps} == {True, False}
+        names = [name for sweep in sweeps for name in sweep.settings]
         assert len(set(names)) == len(names)
 
 

@@ -12,7 +12,7 @@ from mminfer_kernels.prompt_attention import reference as sdpa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mminfer import InferenceConfig, patched
-from mminfer.forward.attention import NAME, causal_attention, routed_attention
+from mminfer.forward.attention import NAME, Visibility, causal_attention, routed_attention
 from mminfer.metrics.flops import causal_pairs, measured_flops
 from tests.tiny import tiny_inputs, tiny_model
 
@@ -37,7 +37,7 @@ def dense(q, k, v, scale, places=None, window=None):
 def check(q, k, v, scale=0.3, places=None, window=None):
     wanted = dense(q, k, v, scale, places, window)
     blocked = prompt_attention(q, k, v, scale, places, window, backend="reference")
-    for out in (causal_attention(q, k, v, scale, places, window), blocked):
+    for out in (causal_attention(q, k, v, scale, Visibility(places, window)), blocked):
         assert out.shape == q.shape and out.dtype == q.dtype
         torch.testing.assert_close(out.double(), wanted, rtol=1e-5, atol=2e-6)
 
@@ -97,7 +97,7 @@ def test_any_queries_and_any_blocks(keys, window, rows, elements, data):
 @pytest.mark.parametrize("keys", [1, 9])
 def test_nobody_asks(keys, window):
     q, k, v = qkv(0, keys)
-    out = causal_attention(q, k, v, 0.3, torch.empty(0, dtype=torch.int64), window)
+    out = causal_attention(q, k, v, 0.3, Visibility(torch.empty(0, dtype=torch.int64), window))
     assert out.shape == (1, 4, 0, 8)
 
 
@@ -105,7 +105,7 @@ def test_nobody_asks(keys, window):
 def test_a_sequence_without_a_row(window):
     """Pruning may leave a sequence of a batch without a row."""
     q, k, v, places = *qkv(0, 0), torch.empty(0, dtype=torch.int64)
-    assert causal_attention(q, k, v, 0.3, places, window).shape == (1, 4, 0, 8)
+    assert causal_attention(q, k, v, 0.3, Visibility(places, window)).shape == (1, 4, 0, 8)
 
 
 def test_one_token():
@@ -117,7 +117,7 @@ def test_one_token():
 def test_half_precision(dtype):
     q, k, v = qkv(40, 63, dtype=dtype)
     places = torch.arange(23, 63)
-    out, wanted = causal_attention(q, k, v, 0.3, places), dense(q, k, v, 0.3, places)
+    out, wanted = causal_attention(q, k, v, 0.3, Visibility(places)), dense(q, k, v, 0.3, places)
     assert out.dtype == dtype
     error, floor = (out.double() - wanted).abs().max(), (wanted.to(dtype).double() - wanted).abs().max()
     assert error <= 4 * floor
@@ -228,12 +228,12 @@ def stand_in(q, k, v, *, softmax_scale, causal, window_size):
 @pytest.mark.parametrize("window", [None, 1, 4, 100])
 def test_flash_attn_is_called_as_its_documentation_says(monkeypatch, queries, keys, window):
     q, k, v = torch.randn(1, 4, queries, 8), torch.randn(1, 2, keys, 8), torch.randn(1, 2, keys, 8)
-    wanted = causal_attention(q, k, v, 0.3, None, window)
+    wanted = causal_attention(q, k, v, 0.3, Visibility(None, window))
     monkeypatch.setattr("mminfer.forward.attention._flash_for", lambda q: stand_in)
     with record_backends() as backends:
-        got = causal_attention(q, k, v, 0.3, None, window)
+        got = causal_attention(q, k, v, 0.3, Visibility(None, window))
     assert backends["prompt_attention"] == "flash-attn"
     torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5)
     with measured_flops() as counter:  # which would not see it
-        causal_attention(q, k, v, 0.3, None, window)
+        causal_attention(q, k, v, 0.3, Visibility(None, window))
     assert counter.get_total_flops() == 4 * 4 * 8 * causal_pairs(queries, keys - queries, window)

@@ -16,6 +16,7 @@ from mminfer.forward.rotary import STEPS_AHEAD, RotaryAhead
 from mminfer.metrics.flops import measured_flops
 from mminfer.models.registry import adapter_for
 from tests import tiny_models
+from tests.kernels.agreement import as_double, assert_agrees
 from tests.tiny import FAMILIES, IMAGE, fitting, tiny_inputs, tiny_model
 
 native = pytest.mark.skipif(not cpu_takes(torch.empty(0)), reason="no C++ library here")
@@ -125,7 +126,7 @@ def pre_hook(layer):
 @pytest.mark.parametrize(
     "change",
     [
-        other_linear, replaced_forward, extra_module, other_activation, strided_weight, other_epsilon, half, training,
+        other_linear, replaced_forward, extra_module, other_activation, strided_weight, other_epsilon, training,
         pre_hook,
     ],
 )  # fmt: skip
@@ -136,6 +137,21 @@ def test_layers_that_somebody_changed_run_as_modules(change):
     ours, ran = run(model, inputs)
     assert ran == "host"
     assert_same(ours, host)
+
+
+def test_a_layer_in_half_precision_runs_as_modules():
+    """Its input is rounded to float16: where a sum in another order falls to the other side of a float16 number, the
+    logits move by some 3e-4, and where that is the case depends on the processor. Both are as near to the truth."""
+    model, inputs = copy.deepcopy(tiny_model("llava")), tiny_inputs("llava", BATCH)
+    exact = copy.deepcopy(model)
+    adapter_for(exact).layers[1].mlp.half()  # the same rounded weights, with which float64 then computes
+    truth = exact.double().generate(**as_double(inputs), **GREEDY)
+    half(adapter_for(model).layers[1])
+    host = model.generate(**inputs, **GREEDY)
+    ours, ran = run(model, inputs)
+    assert ran == "host"
+    assert torch.equal(ours.sequences, host.sequences)  # no step is a near tie: the first is ahead by 0.01 and more
+    assert_agrees(*(torch.stack(out.logits) for out in (ours, host, truth)))
 
 
 @native

@@ -148,6 +148,10 @@ def test_the_filler_is_no_token_of_media_or_template(engine):
             with pytest.raises(InputError, match=r"'a <\|pad\|> b' holds"):
                 engine.generate(parts, prefill_chunk_size=size)
     assert engine.generate("What is <|pad|>?", max_new_tokens=1).token_ids
+    history = [{"role": "user", "content": "a <|pad|> b"}, {"role": "assistant", "content": "7"}]
+    for content in ([part, "What?"], iter([part, "What?"])):
+        with pytest.raises(InputError, match=r"'a <\|pad\|> b' holds"):
+            engine.generate([*history, {"role": "user", "content": content}], prefill_chunk_size=100)
 
 
 def test_one_row_goes_on_in_an_open_turn(engine, features):

@@ -87,7 +87,7 @@ def test_prompts_and_answers_are_text(nano_inspection):
     found = nano_inspection("balanced")
     texts = tuple(EVIL if text else "" for text in found.texts)
     evil = dataclasses.replace(found, model=EVIL, texts=texts, answer=EVIL, full_answer=EVIL)
-    evil = dataclasses.replace(evil, settings=found.settings | {"cache": {"technique": EVIL, "merge": EVIL}})
+    evil = dataclasses.replace(evil, settings=found.settings | {"cache": {"technique": EVIL}}, evicted=EVIL)
     text = page_html(evil, EVIL)
     page = Page(text)
     assert len(page.all("script")) == 2 and asks_outside(page) == []

@@ -18,13 +18,14 @@ def error(found, truth):
     """Largest absolute difference; infinite if anything is not finite."""
     if found.numel() == 0:
         return 0.0
-    return float((found.double() - truth).abs().max().nan_to_num(torch.inf))
+    return float((found.detach().double() - truth).abs().max().nan_to_num(torch.inf))
 
 
-def assert_agrees(found, reference, truth, least_size=0.0):
+def assert_agrees(found, reference, truth, least_size=0.0, floor_steps=None):
     """`err(found) <= 2 * err(reference in the same dtype) + floor` for each tensor; integers are equal.
 
-    The floor is relative to the largest true value, or to `least_size` where that is larger.
+    The floor is relative to the largest true value, or to `least_size` where that is larger; so many steps of the
+    dtype's eps, those of `FLOOR_STEPS` unless told.
     """
     for ours, theirs, exact in zip(*map(tree_leaves, (found, reference, truth)), strict=True):
         assert ours.shape == exact.shape and ours.dtype == theirs.dtype
@@ -32,7 +33,8 @@ def assert_agrees(found, reference, truth, least_size=0.0):
             assert torch.equal(ours, exact)
             continue
         size = max(least_size, float(exact.abs().max()) if exact.numel() else 0.0)
-        floor = FLOOR_STEPS[ours.dtype] * torch.finfo(ours.dtype).eps * size
+        steps = FLOOR_STEPS[ours.dtype] if floor_steps is None else floor_steps
+        floor = steps * torch.finfo(ours.dtype).eps * size
         assert error(ours, exact) <= 2 * error(theirs, exact) + floor
     return found
 

@@ -1,11 +1,13 @@
 """How the C++ library is built, found again, and done without; each in a process of its own."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
 import threading
+import time
 import zipfile
 from pathlib import Path
 
@@ -66,11 +68,22 @@ def start(program=LOAD, folder=ROOT / "kernels", **switches):
     )
 
 
+ANNOUNCEMENTS = ("mminfer: building the native CPU kernels", "mminfer: waiting for another process")
+
+
 def finish(process):
-    """The lines on stdout and on stderr."""
+    """The lines on stdout and on stderr; without those that announce a wait, see `finish_and_tell`."""
+    out, errors, _ = finish_and_tell(process)
+    return out, errors
+
+
+def finish_and_tell(process):
+    """The lines on stdout, on stderr, and of these those that announce a wait."""
     out, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
-    return out.splitlines(), errors.splitlines()
+    lines = errors.splitlines()
+    announced = [line for line in lines if line.partition(": ")[2].startswith(ANNOUNCEMENTS)]
+    return out.splitlines(), [line for line in lines if line not in announced], announced
 
 
 @pytest.fixture
@@ -141,6 +154,109 @@ def test_two_processes_at_once_both_end_with_a_library(small, compiler, tmp_path
         assert out[0] == "native" and errors == []
     library_in(cache)
     assert calls_of(log) in (2, 4)
+
+
+def test_a_build_is_announced_and_nothing_else(small, compiler, tmp_path):
+    cache = tmp_path / "cache"
+    told = [finish_and_tell(start(folder=small, MMINFER_CACHE=cache, CXX=compiler[0]))[2] for _ in range(2)]
+    (line,), nothing = told
+    assert "C++ for baseline" in line and line.endswith(f"they are kept in {cache}") and nothing == []
+    assert re.search(r"about \d+ s once", line)
+
+
+def test_a_process_waits_for_the_one_that_builds(small, compiler, tmp_path):
+    """Whoever comes second compiles nothing, and says what it waits for."""
+    script, log = slow_compiler(tmp_path)
+    switches = {"folder": small, "MMINFER_CACHE": tmp_path / "cache", "CXX": script}
+    first = start(**switches)
+    wait_until(log.exists)
+    second = start(**switches)
+    told = [finish_and_tell(second), finish_and_tell(first)]
+    assert [out[0] for out, *_ in told] == ["native", "native"] and [errors for _, errors, _ in told] == [[], []]
+    assert "waiting for another process" in told[0][2][0] and len(told[0][2]) == 1
+    assert calls_of(log) == 2
+
+
+def test_a_crash_while_building_stops_nobody(small, native, tmp_path):
+    script, log = slow_compiler(tmp_path)
+    switches = {"folder": small, "MMINFER_CACHE": tmp_path / "cache", "CXX": script}
+    crashed = start(**switches)
+    wait_until(log.exists)
+    crashed.kill()
+    crashed.communicate()
+    out, errors = finish(start(**switches))
+    assert out[0] == "native" and errors == []
+
+
+def test_without_locks_every_process_builds(small, compiler, tmp_path):
+    """As where the module `fcntl` does not exist, and where a file system has no locks."""
+    script, log = compiler
+    lost = "import sys; sys.modules['fcntl'] = None\n"
+    locked = BUILD + "def none(*_): raise OSError('no locks')\nbuild.fcntl.flock = none\n"
+    for n, program in enumerate((lost + LOAD, locked + LOAD.removeprefix(BUILD)), 1):
+        out, errors = finish(start(program, small, MMINFER_CACHE=tmp_path / str(n), CXX=script))
+        assert out[0] == "native" and errors == [] and calls_of(log) == 2 * n
+
+
+def slow_compiler(tmp_path):
+    """A compiler that notes each call and takes a second before; also gives where it notes them."""
+    script, log = tmp_path / "slow", tmp_path / "slow calls"
+    script.write_text(f'#!/bin/sh\necho called >> "{log}"\nsleep 1\nexec {build._compiler()[0]} "$@"\n')
+    script.chmod(0o755)
+    return script, log
+
+
+def wait_until(true):
+    end = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+REPORTED = (
+    BUILD
+    + """
+torch.device = lambda name: types.SimpleNamespace(type=name)
+print(build.is_pending(), build.status())
+build.prepare("cuda", print)
+print(build.is_pending())
+build.prepare("cpu", print)
+build.prepare("cpu", print)
+print(build.is_pending())
+"""
+)
+
+
+def test_preparing_builds_once_for_the_cpu_alone_and_reports(small, native, tmp_path):
+    (small / "mminfer_kernels" / "csrc" / "cpu" / "other.cpp").write_text('extern "C" int other() { return 8; }\n')
+    out, errors = finish(start(REPORTED, small, MMINFER_CACHE=tmp_path / "cache"))
+    assert out[0].startswith("True not built yet: C++ for baseline") and errors == []
+    assert out[1:] == ["True", "0 2", "1 2", "2 2", "False"]
+    out, _ = finish(start(REPORTED, small, MMINFER_CACHE=tmp_path / "cache"))
+    assert out == [f"False baseline, {library_in(tmp_path / 'cache')}", "False", "False"]
+
+
+PENDING = """
+import logging
+logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+import mminfer_kernels
+from mminfer_kernels import build, status
+for op in mminfer_kernels.OPS:
+    print(*status.choices(op)[0], sep="; ")
+print(build.status())
+"""
+
+
+def test_what_ops_run_with_is_told_without_building(native, tmp_path):
+    """The same table before and behind the build, and where nothing can be built."""
+    switches = ({}, {"PATH": "/nowhere"}, {"MMINFER_CACHE": os.environ.get("MMINFER_CACHE", "")})
+    pending, without, built = (
+        finish(start(PENDING, **{"MMINFER_CACHE": tmp_path / "cache", **own}))[0] for own in switches
+    )
+    assert not (tmp_path / "cache").exists()
+    assert [line.replace(", not built yet", "") for line in pending[:-1]] == built[:-1] and pending[:-1] != built[:-1]
+    assert "not built yet" in pending[-1] and "no C++ compiler" in without[-1]
+    assert all("; native; " not in line for line in without)
 
 
 def damage(path, how):
@@ -232,7 +348,7 @@ def test_an_instruction_set_that_cannot_be(monkeypatch):
 def test_threads_load_once(monkeypatch):
     loads = []
 
-    def load(isa):
+    def load(isa, on_progress):
         loads.append(isa)
         arrived.wait(0.2)
 

@@ -72,7 +72,7 @@ def test_both_counts_of_a_call_agree(family, name):
     ours = prompt_flops(spec, record)
     assert ours + sum(record.vision_flops) == pytest.approx(counted, rel=EXACT)
     if name == "off":
-        assert ours == full_prompt_flops(spec, record.prompt, record.past, record.ahead)
+        assert ours == full_prompt_flops(spec, record.prompt, record.past, record.pairs_ahead)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -85,7 +85,7 @@ def test_the_unpatched_host_is_counted_alike(family):
     handle, *_ = run(family, CONFIGS["off"], prompts)
     (record,), spec = handle.records, handle.adapter.spec
     padding = 2 * max(record.prompt) - sum(record.prompt)  # the host computes its rows, as keys that nobody sees
-    ours = full_prompt_flops(spec, record.prompt, record.past, record.ahead) + sum(record.vision_flops)
+    ours = full_prompt_flops(spec, record.prompt, record.past, record.pairs_ahead) + sum(record.vision_flops)
     extra = spec.num_layers * layer_flops(spec, padding, padding, padding, 0)
     assert ours + extra == pytest.approx(counter.get_total_flops(), rel=EXACT)
 

@@ -7,7 +7,7 @@ import torch
 
 from mminfer import AIMMerge, AIMPrune, InferenceConfig
 from mminfer.forward.kv_cache import CompressedCache
-from mminfer.forward.prefill import prompt_pass
+from mminfer.forward.prefill import PassOptions, prompt_pass
 from mminfer.layout import TokenLayout
 from mminfer.models.registry import adapter_for
 from tests.tiny import IMAGE, VIDEO, tiny_inputs, tiny_model
@@ -59,7 +59,9 @@ def test_every_level_joins_behind_its_layer(level):
             deepstack_visual_embeds=list(own.unbind(1)),
         ).last_hidden_state[0]
         adapter, config = adapter_for(model), InferenceConfig()
-        ours = prompt_pass(adapter, config, embeds, replace(layout, companions=own), CompressedCache(), len(layout))
+        ours = prompt_pass(
+            adapter, config, embeds, replace(layout, companions=own), CompressedCache(), PassOptions(len(layout))
+        )
         torch.testing.assert_close(adapter.language_model.norm(ours.hidden), host, rtol=0, atol=1e-5)
 
 
@@ -72,7 +74,9 @@ def test_features_of_pruned_rows_join_nobody(start, end):
     late = layout.companions.clone()
     late[:, end:] = 1e3
     outs = [
-        prompt_pass(adapter, config, embeds, replace(layout, companions=x), CompressedCache(), len(layout)).last
+        prompt_pass(
+            adapter, config, embeds, replace(layout, companions=x), CompressedCache(), PassOptions(len(layout))
+        ).last
         for x in (layout.companions, late)
     ]
     assert torch.equal(*outs)

@@ -5,7 +5,7 @@ import torch
 from mminfer_kernels.prompt_attention import reference as sdpa
 
 from mminfer import V2PE, AIMMerge, InferenceConfig, OperatorSkip, patched
-from mminfer.forward.attention import causal_attention
+from mminfer.forward.attention import Visibility, causal_attention
 from mminfer.metrics.memory import full_cache_bytes
 from mminfer.models.registry import adapter_for
 from mminfer.operators.skip import LayerRange
@@ -34,7 +34,7 @@ def test_attention_in_blocks_is_attention_under_the_whole_mask(rows, window, pas
     reach = torch.stack([row.nonzero().max() for row in visible])
     q = torch.randn(1, 4, queries, 8, dtype=torch.float64)
     k, v = torch.randn(2, 1, 2, keys, 8, dtype=torch.float64)
-    torch.testing.assert_close(causal_attention(q, k, v, 1.0, None, window, reach), dense(q, k, v, visible))
+    torch.testing.assert_close(causal_attention(q, k, v, 1.0, Visibility(None, window, reach)), dense(q, k, v, visible))
 
 
 def test_images_see_ahead_and_the_host_agrees():
@@ -44,8 +44,8 @@ def test_images_see_ahead_and_the_host_agrees():
     blind = {k: v for k, v in inputs.items() if k != "token_type_ids"}
     with patched(model, InferenceConfig()) as handle:
         both, back_only = model(**inputs).logits[real], model(**blind).logits[real]
-        assert handle.records[0].ahead == (2 * 16 * 15 // 2, 16 * 15 // 2, 0)
-        assert handle.records[1].ahead == ()
+        assert handle.records[0].pairs_ahead == (2 * 16 * 15 // 2, 16 * 15 // 2, 0)
+        assert handle.records[1].pairs_ahead == ()
     assert not torch.allclose(both, back_only, atol=1e-3)
     torch.testing.assert_close(back_only, model(**blind).logits[real], rtol=0, atol=1e-4)
 

@@ -57,19 +57,19 @@ def inverse(head_dim, theta=10_000.0):
 @settings(deadline=None, max_examples=60)
 @given(factor=factors, window=windows, length=lengths, head_dim=head_dims)
 def test_linear_divides_every_frequency(factor, window, length, head_dim):
-    given_factor = LinearScaling(factor).rescale(length, window, head_dim)
+    given_factor = LinearScaling(factor).frequency_factors(length, window, head_dim)
     wanted = torch.full((head_dim // 2,), 1 / factor, dtype=torch.float64)
     assert given_factor is None if factor == 1 else torch.equal(given_factor, wanted)
-    auto = LinearScaling().rescale(length, window, head_dim)
+    auto = LinearScaling().frequency_factors(length, window, head_dim)
     assert auto is None if length <= window else torch.equal(auto, torch.full_like(wanted, 1 / (length / window)))
-    assert LinearScaling().covers(length, window) == max(length, window)
+    assert LinearScaling().covered_positions(length, window) == max(length, window)
 
 
 @settings(deadline=None, max_examples=60)
 @given(factor=factors, window=windows, length=lengths, head_dim=st.sampled_from([16, 64, 128]))
 def test_ntk_is_the_hosts_theta(factor, window, length, head_dim):
     """theta * s ** (D / (D - 2)), in float64."""
-    found = DynamicNTK(factor).rescale(length, window, head_dim)
+    found = DynamicNTK(factor).frequency_factors(length, window, head_dim)
     if length <= window:
         assert found is None
         return
@@ -77,7 +77,7 @@ def test_ntk_is_the_hosts_theta(factor, window, length, head_dim):
     theta = 10_000.0 * s ** (head_dim / (head_dim - 2))
     torch.testing.assert_close(inverse(head_dim) * found, inverse(head_dim, theta), rtol=1e-9, atol=0)
     assert found[0] == 1 and (found.diff() < 0).all()
-    explicit = DynamicNTK(factor, length=length, window=window).rescale(3, 1 << 30, head_dim)
+    explicit = DynamicNTK(factor, length=length, window=window).frequency_factors(3, 1 << 30, head_dim)
     assert torch.equal(found, explicit)
 
 
@@ -86,8 +86,8 @@ def test_ntk_is_the_hosts_theta(factor, window, length, head_dim):
 def test_nothing_is_scaled_inside_the_window(factor, window, length, head_dim):
     length = min(length, window)
     for technique in (LinearScaling(), LinearScaling(1), DynamicNTK(factor), DynamicNTK(factor, length=length)):
-        assert technique.rescale(length, window, head_dim) is None
-        assert technique.covers(length, window) == window
+        assert technique.frequency_factors(length, window, head_dim) is None
+        assert technique.covered_positions(length, window) == window
 
 
 @settings(deadline=None, max_examples=40)
@@ -95,7 +95,7 @@ def test_nothing_is_scaled_inside_the_window(factor, window, length, head_dim):
 def test_longer_prompts_turn_no_faster(shorter, more, factor):
     one = torch.ones(32, dtype=torch.float64)
     for technique in (LinearScaling(window=4096), DynamicNTK(factor, window=4096)):
-        short, long = (technique.rescale(n, 1, 64) for n in (shorter, shorter + more))
+        short, long = (technique.frequency_factors(n, 1, 64) for n in (shorter, shorter + more))
         assert ((one if long is None else long) <= (one if short is None else short)).all()
 
 
@@ -106,10 +106,10 @@ def test_frequencies_are_the_host_librarys(theta, head_dim):
     config = LlamaConfig(head_dim=head_dim, max_position_embeddings=2048, rope_parameters=rope)
     own = 1 / theta ** (torch.arange(0, head_dim, 2).float() / head_dim)
     linear, _ = ROPE_INIT_FUNCTIONS["linear"](config)
-    found = own * LinearScaling(4.0).rescale(0, 2048, head_dim)
+    found = own * LinearScaling(4.0).frequency_factors(0, 2048, head_dim)
     torch.testing.assert_close(found.float(), linear, rtol=1e-6, atol=0)
     dynamic, _ = ROPE_INIT_FUNCTIONS["dynamic"](config, seq_len=9000)
-    found = own * DynamicNTK(4.0).rescale(9000, 2048, head_dim)
+    found = own * DynamicNTK(4.0).frequency_factors(9000, 2048, head_dim)
     torch.testing.assert_close(found.float(), dynamic, rtol=2e-6, atol=0)  # its powers are taken in float32
 
 
@@ -202,7 +202,7 @@ def test_it_works_on_top_of_llama_3s_frequencies():
 def test_gemmas_windows_stay_as_trained():
     adapter, hidden = adapter_for(tiny_model("gemma3")), torch.zeros(1, 30, 64)
     position = torch.arange(30).double()[None, None]
-    scale = LinearScaling(2.0).rescale(0, 1, 16)
+    scale = LinearScaling(2.0).frequency_factors(0, 1, 16)
     scaled, own = adapter.rotary(hidden, position, False, scale), adapter.rotary(hidden, position, False)
     assert all(map(torch.equal, scaled["sliding_attention"], own["sliding_attention"]))
     assert not torch.allclose(scaled["full_attention"][0], own["full_attention"][0], atol=1e-2)

@@ -1,35 +1,17 @@
-"""What the options of one request mean: its settings and its chat."""
+"""The chat that the options of a request describe."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mminfer.cli.options import read_config, read_delta
 from mminfer.errors import InputError
 
 if TYPE_CHECKING:
-    from mminfer.config import InferenceConfig
-
-
-def request_settings(preset: str | None, config: Path | None, delta: str | None) -> InferenceConfig:
-    """The settings of a request: a preset (default: balanced) or a file, with a V2PE step put in.
-
-    Raises:
-        InputError: both were passed, or one cannot be read.
-        ConfigError: there is no such preset, or the file holds no settings.
-    """
-    from mminfer.config import InferenceConfig
-    from mminfer.positions.v2pe import V2PE
-
-    if config is not None and preset is not None:
-        raise InputError(f"--preset {preset} and --config {config}: pass one of them")
-    settings = read_config(config) if config is not None else InferenceConfig.from_preset(preset or "balanced")
-    return settings if delta is None else replace(settings, positions=V2PE(read_delta(delta)))
+    from mminfer.inputs.content import MediaOptions
 
 
 def request_messages(
@@ -64,6 +46,25 @@ def request_messages(
     if bundled:
         return nano.sample_messages(prompt, frames)
     return [{"role": "user", "content": [*media, {"type": "text", "text": prompt}]}]
+
+
+def checked_chat(messages: list[dict[str, Any]], media: MediaOptions, lazy: bool = False) -> Any:
+    """The chat, checked before the weights of a model are loaded, which may take minutes.
+
+    Args:
+        messages: the chat.
+        media: how images and videos are taken.
+        lazy: the parts of the last message are opened while they are read, not now.
+
+    Returns:
+        What an engine takes in place of the messages; it does not check or open again what was.
+
+    Raises:
+        InputError: a part or a file of it is wrong.
+    """
+    from mminfer.inputs.messages import normalise_messages, parse_chat
+
+    return parse_chat(messages, media) if lazy else normalise_messages(messages, media)
 
 
 class ListedPaths:

@@ -16,6 +16,7 @@ from mminfer.tokens.downsample import Downsample, _smaller_grid
 from mminfer.tokens.fastv import FastV
 from mminfer.tokens.random_prune import RandomPrune
 from tests.tiny import FAMILIES, IMAGE, LAYERS, VIDEO, skip_if_refused, tiny_inputs, tiny_model
+from tests.views import layer_view
 
 PROMPTS = [[3, IMAGE, 5, IMAGE, 4], [8], [2, IMAGE, 9]]
 
@@ -83,12 +84,12 @@ def test_random_eviction_keeps_as_many_entries(family, budget):
 def test_every_layer_and_head_draws_its_own_lot():
     q, k = torch.zeros(1, 4, 30, 8), torch.zeros(1, 2, 30, 8)
     evict, prune = RandomEvict(seed=3), RandomPrune(seed=3)
-    lots = [evict.score(q, k, layer, None, 1.0) for layer in (0, 1)]
+    lots = [evict.score(layer_view(q, k, layer_idx=layer)) for layer in (0, 1)]
     assert lots[0].shape == (1, 2, 30)
     assert len({tuple(head.tolist()) for lot in lots for head in lot[0]}) == 4
-    first, second = (prune.importance(q, k, layer, None, 1.0) for layer in (0, 1))
+    first, second = (prune.importance(layer_view(q, k, layer_idx=layer)) for layer in (0, 1))
     assert first.shape == (30,) and not torch.equal(first, second)
-    assert torch.equal(first, prune.importance(q + 1, k + 1, 0, None, 1.0))
+    assert torch.equal(first, prune.importance(layer_view(q + 1, k + 1)))
 
 
 def test_random_draws_leave_the_global_generator_alone():
@@ -144,11 +145,10 @@ def passes(monkeypatch):
     """Every call of LOOK-M, by (layer, sequence), in order of time."""
     found, apply = defaultdict(list), LookM.apply
 
-    def recorded(self, q, entries, seen, layer_idx, query_index, scale, mass=None):
-        out = apply(self, q, entries, seen, layer_idx, query_index, scale, mass)
-        last = torch.arange(len(entries) - q.shape[2], len(entries))
-        asked = last if query_index is None else query_index
-        found[layer_idx].append(Pass(q, entries, seen, asked, scale, out))
+    def recorded(self, view):
+        out = apply(self, view)
+        call = Pass(view.queries, view.entries, view.tokens_seen, view.query_places, view.scale, out)
+        found[view.layer_idx].append(call)
         return out
 
     monkeypatch.setattr(LookM, "apply", recorded)
@@ -361,7 +361,7 @@ def test_fastv_keeps_what_the_last_query_sees():
     generator = torch.Generator().manual_seed(5)
     q, k = (torch.randn(1, heads, 12, 8, generator=generator) for heads in (4, 2))
     is_visual = torch.tensor([False, *[True] * 10, False])
-    kept = FastV(1, 0.3).apply(q, k, is_visual, (12, 10), 0, LAYERS, None, 8**-0.5)
+    kept = FastV(1, 0.3).apply(layer_view(q, k, is_visual=is_visual, num_layers=LAYERS, scale=8**-0.5))
     attention = (q[:, :, -1:] @ k.repeat_interleave(2, 1).mT * 8**-0.5).softmax(-1).mean(1)[0, 0]
     best = attention[1:11].topk(3).indices + 1
     assert kept.tolist() == [0, *sorted(best.tolist()), 11]
@@ -381,7 +381,7 @@ def test_snapkv_is_what_its_paper_says():
     v = torch.randn(1, 2, 40, 8, generator=generator)
     heads = torch.zeros(1, 2, 40)
     technique = SnapKV(0.3, 0.2, window=6, pool=3)
-    kept = technique.apply(q, CacheEntries(k, v, heads.bool(), heads), 40, 0, None, 8**-0.5)
+    kept = technique.apply(layer_view(q, CacheEntries(k, v, heads.bool(), heads), scale=8**-0.5))
     logits = (q @ k.repeat_interleave(2, 1).mT * 8**-0.5).masked_fill(torch.ones(40, 40).triu(1).bool(), -torch.inf)
     score = logits.softmax(-1)[:, :, -6:].sum(2).view(1, 2, 2, 40).sum(2)
     score = torch.nn.functional.avg_pool1d(score[..., :-6], 3, 1, 1)  # the window is not pooled with what is before it
@@ -430,7 +430,7 @@ def test_chance_draws_one_lot_for_each_entry():
         new = torch.full((1, 1, 50, 2), float(chunk))
         fresh = CacheEntries(new, new, torch.ones(1, 1, 50).bool(), torch.zeros(1, 1, 50))
         entries = fresh if kept is None else kept.extend(fresh)
-        kept = technique.apply(new, entries, 50 * (chunk + 1), 0, None, 1.0)
+        kept = technique.apply(layer_view(new, entries, tokens_seen=50 * (chunk + 1)))
     counts = torch.bincount(kept.keys[0, 0, 4:, 0].long(), minlength=16)
     assert len(kept) == 100 and 25 < counts[:8].sum() < 75
 
