@@ -39,7 +39,7 @@ from transformers import (
     SmolVLMForConditionalGeneration,
 )
 
-from mminfer.nano.build import CHAT_TEMPLATE, build_tokenizer
+from training.nano.build import CHAT_TEMPLATE, build_tokenizer
 
 IMAGE_ID, VIDEO_ID, START_ID, END_ID, BREAK_ID, PAD_ID, EOS_ID = 490, 491, 492, 493, 494, 0, 1
 LAYERS = 4

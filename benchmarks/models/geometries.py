@@ -15,8 +15,8 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from mminfer import Engine, InferenceConfig
-from mminfer.nano.build import CHAT_TEMPLATE, build_tokenizer
 from mminfer.nano.data import draw_images, sample_context, to_content
+from training.nano.build import CHAT_TEMPLATE, build_tokenizer
 
 TOKENS_PER_FRAME = 196
 

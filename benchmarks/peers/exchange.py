@@ -16,7 +16,7 @@ from torch import Tensor
 from benchmarks.peers.workers.wire import Prompt
 from benchmarks.quality.needle import contexts
 from mminfer.metrics.fidelity import kl_divergence
-from mminfer.nano import build
+from training.nano import build
 from training.nano.evaluate import TASKS, chat_inputs
 
 WORKERS = Path(__file__).parent / "workers"

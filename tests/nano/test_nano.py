@@ -154,7 +154,7 @@ def test_missing_scikit_learn_names_the_extra(monkeypatch):
 
 
 def test_checkpoint_is_what_the_code_builds(model, processor):
-    from mminfer.nano import build
+    from training.nano import build
 
     built = build.build_processor()
     assert built.chat_template == processor.chat_template

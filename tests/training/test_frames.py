@@ -13,9 +13,9 @@ from mminfer import nano
 
 pytest.importorskip("sklearn")
 
-from mminfer.nano import build, data
+from mminfer.nano import data
 from mminfer.positions.v2pe import v2pe_positions as paper_positions
-from training.nano import batches, owners
+from training.nano import batches, build, owners
 
 TASKS = ["q1"] * 4 + ["q1_none"] * 2 + ["q2"] * 4 + ["q3"] * 2
 

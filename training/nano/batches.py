@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from mminfer.nano import build, data
+from mminfer.nano import data
 from mminfer.positions.v2pe import v2pe_positions as paper_positions
+from training.nano import build
 
 WINDOW = build.WINDOW  # positions that training may use
 MAX_FRAMES = 8192  # frames that a training context may stand for

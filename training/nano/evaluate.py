@@ -30,7 +30,8 @@ from transformers import (
 
 from mminfer import V2PE, Engine, InferenceConfig
 from mminfer.forward.kv_cache import CACHE_NAME
-from mminfer.nano import build, checkpoint_path, data
+from mminfer.nano import checkpoint_path, data
+from training.nano import build
 from training.nano.batches import v2pe_positions
 
 TASKS = {"Q1": ("q1", "q1_none"), "Q2": ("q2_digit", "q2_colour"), "Q3": ("q3",)}

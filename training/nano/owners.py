@@ -24,7 +24,8 @@ from torch import nn
 from transformers import InternVLForConditionalGeneration, PreTrainedTokenizerBase
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2Model, apply_rotary_pos_emb
 
-from mminfer.nano import build, data
+from mminfer.nano import data
+from training.nano import build
 from training.nano.batches import DELTAS, WINDOW, Batch, Batches
 from training.nano.retrieval import HEAD_DIM, WIDTH, quieten, views
 

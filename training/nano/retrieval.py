@@ -22,7 +22,8 @@ from transformers.models.internvl.modeling_internvl import InternVLMultiModalPro
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2DecoderLayer
 
 from mminfer.errors import ConfigError
-from mminfer.nano import build, data
+from mminfer.nano import data
+from training.nano import build
 
 WIDTH, HEADS, GROUPS, HEAD_DIM = 192, 6, 2, 32
 CLASS, NAME = slice(0, 16), slice(16, 92)

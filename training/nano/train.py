@@ -33,7 +33,8 @@ from transformers import (
     InternVLProcessor,
 )
 
-from mminfer.nano import build, data
+from mminfer.nano import data
+from training.nano import build
 from training.nano.batches import Batch, Batches, Encoder
 from training.nano.loop import CURRICULUM, Log, Optimizer, Progress
 from training.nano.owners import insert_owner_layer

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import InternVLForConditionalGeneration, InternVLProcessor, PreTrainedTokenizerBase
 
-from mminfer.nano import build, data
+from mminfer.nano import data
+from training.nano import build
 
 
 def normalise(pixels: torch.Tensor, processor: InternVLProcessor) -> torch.Tensor:
