@@ -19,7 +19,8 @@ import torch
 
 from benchmarks.common import interleaved, write_rows
 from benchmarks.models.geometries import llava_onevision_05b, nano_prompt, video_prompt
-from mminfer import AIMMerge, AIMPrune, Digest, InferenceConfig, LookM, patched, prefill
+from mminfer import AIMMerge, AIMPrune, Digest, InferenceConfig, LookM, patched
+from mminfer.forward import prefill
 from mminfer.metrics.flops import measured_flops
 
 PRESETS = ("off", "aim", "aim-merge", "aim-prune", "lookm-20", "digest-20", "skip-ffn", "balanced", "fast")
