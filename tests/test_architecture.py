@@ -220,6 +220,7 @@ def test_sources_are_there():
     assert len(SOURCES) > 40
 
 
+@pytest.mark.slow
 def test_importing_changes_nothing_and_needs_no_optional_package():
     """In a process of its own: the host's attention functions stay, and nothing optional has to be there."""
     program = """

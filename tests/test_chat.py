@@ -156,6 +156,7 @@ def test_files_that_do_not_fit_are_refused(engine, content, tmp_path):
         engine.load_chat(nano.checkpoint_path() / "model.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:LookM")
 @pytest.mark.parametrize("text_prior", [True, False])
 def test_fifty_turns_stay_within_the_budget(engine, content, text_prior):

@@ -51,7 +51,13 @@ def test_the_engine_equals_the_host(engine, chats):
         torch.testing.assert_close(ours.logits, torch.cat(host.logits), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize(
+    "preset",
+    [
+        preset if preset in ("off", "v2pe-auto", "fastv", "lookm-20") else pytest.param(preset, marks=pytest.mark.slow)
+        for preset in PRESETS
+    ],
+)
 def test_a_batch_gives_each_chat_what_it_gets_alone(engine, chats, preset):
     engine = Engine(engine.model, engine.processor, InferenceConfig.from_preset(preset))
     together = engine.generate(chats, output_logits=True, max_new_tokens=4)

@@ -16,7 +16,7 @@ from mminfer.models.registry import adapter_for
 from tests import tiny_models
 from tests.tiny_models import BREAK_ID, END_ID, EOS_ID, IMAGE_ID, LAYERS, PAD_ID, START_ID, VIDEO_ID
 
-__all__ = ["FAMILIES", "IMAGE", "LAYERS", "VIDEO"]
+__all__ = ["FAMILIES", "IMAGE", "LAYERS", "MARKED_FAMILIES", "VIDEO"]
 
 IMAGE, VIDEO = "image", "video"
 TEXT_IDS = (10, 400)
@@ -133,6 +133,12 @@ FAMILIES = {
     "qwen2_5_vl": Family(tiny_models.qwen2_5_vl, **QWEN),
     "qwen3_vl": Family(tiny_models.qwen3_vl, **QWEN | {"video": (TIME_ID, START_ID, *[VIDEO_ID] * 8, END_ID) * 2}),
 }
+
+# For tests of many settings a family, as parameters: each family, of which `pytest -m "not slow"` takes three.
+MARKED_FAMILIES = [
+    family if family in ("llava", "gemma3", "qwen2_5_vl") else pytest.param(family, marks=pytest.mark.slow)
+    for family in FAMILIES
+]
 
 
 @cache

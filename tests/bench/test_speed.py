@@ -21,6 +21,7 @@ def chats(count=1):
     return [c.chat(c.questions[0]) for c in made_contexts(3, count, 1, 0, None)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["nano_engine", "tiny_engine"])
 def test_host_and_settings_side_by_side(engine, request):
     engine = request.getfixturevalue(engine)

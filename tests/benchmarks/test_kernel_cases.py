@@ -118,6 +118,7 @@ def compiler(monkeypatch, tmp_path):
     return put
 
 
+@pytest.mark.slow
 def test_a_compilation_is_given_up_after_its_limit(compiler, tmp_path):
     """With what it started."""
     compiler(f"sleep 600 & echo $! > {tmp_path}/pid; wait")

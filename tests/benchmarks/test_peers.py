@@ -104,6 +104,7 @@ def test_an_answer_is_right_if_all_its_tokens_are():
     assert score(asked, [other], [logits])["kl"] == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_workers_errors_and_end_are_told(tmp_path):
     with started(tmp_path) as worker:
         with pytest.raises(PeerError, match=r"^export: ValueError: no such architecture$"):

@@ -214,6 +214,7 @@ def answer(family, seed, cache):
     return out.logits[:, -1]
 
 
+@pytest.mark.slow
 def test_it_stays_nearer_to_the_whole_cache_than_chance():
     """Over all families; on random weights, of which none has learned to look anything up."""
 

@@ -96,6 +96,7 @@ def test_what_a_model_cannot_take_is_left_out_of_what_nobody_named(loaded, monke
     assert "takes none of the default settings" in refused(*SMALL)
 
 
+@pytest.mark.slow
 def test_a_plot_has_the_baselines(loaded, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     few = [sweep for sweep in cache_sweeps() if sweep.rule in ("LOOK-M pivot", "H2O")]

@@ -113,6 +113,7 @@ def test_nano_gets_frames_as_a_video(nano_engine, monkeypatch):
     assert kinds == [["video", "text"]] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("next_turn", [False, True])
 def test_contexts_in_chunks_give_the_same_answers(nano_engine, next_turn):
     whole, chunked = (

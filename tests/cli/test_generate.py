@@ -122,6 +122,7 @@ def test_a_config_file_takes_the_presets_place(tmp_path):
     assert report["stats"]["layer_entries"] == [200] * 6
 
 
+@pytest.mark.slow
 def test_the_installed_entry_prints_one_json_object():
     """In a process of its own, as the console script calls it: standard output is JSON and nothing else."""
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
@@ -296,6 +297,7 @@ def test_frames_go_between_the_bundled_images():
     assert whole["stats"]["prompt_tokens"] == pieces["stats"]["prompt_tokens"]
 
 
+@pytest.mark.slow
 def test_images_come_from_a_list(tmp_path):
     folder = nano.samples_path()
     paths = [str(path) for path in sorted(folder.glob("*.png"))]
@@ -321,6 +323,7 @@ def test_wrong_long_requests_are_refused():
     assert "prefill_chunk_size=40" in refused("generate", "--frames", 3, "--preset", "off", "--prefill-chunk-size", 40)
 
 
+@pytest.mark.slow
 def test_a_long_reading_shows_a_bar_and_ends_plainly_on_ctrl_c():
     """Tokens a second and the time left are shown; then a stop gives one line and exit code 130."""
     command = [sys.executable, "-c", "from mminfer.cli.main import main; main()", "generate", "--frames", "100000"]

@@ -55,6 +55,7 @@ def test_images_settings_and_a_question_of_ones_own(tmp_path):
     assert "<b>What" not in page and "V2PE: visual tokens stand closer together" in page
 
 
+@pytest.mark.slow
 def test_frames_and_videos_go_in(tmp_path):
     assert inspect("--frames", 3, "--out", tmp_path / "a", "--max-new-tokens", 1).exit_code == 0
     assert len(list((tmp_path / "a").glob("*.png"))) == 11

@@ -17,7 +17,7 @@ from mminfer.metrics.flops import measured_flops
 from mminfer.models.registry import adapter_for
 from tests import tiny_models
 from tests.kernels.agreement import as_double, assert_agrees
-from tests.tiny import FAMILIES, IMAGE, fitting, tiny_inputs, tiny_model
+from tests.tiny import FAMILIES, IMAGE, MARKED_FAMILIES, fitting, tiny_inputs, tiny_model
 
 native = pytest.mark.skipif(not cpu_takes(torch.empty(0)), reason="no C++ library here")
 STANDARD = [family for family in FAMILIES if family != "gemma3"]  # which has norms, windows and GELU of its own
@@ -52,7 +52,7 @@ def assert_same(ours, host):
 
 @native
 @pytest.mark.parametrize("config", [OFF, COMPRESSED], ids=["off", "compressed"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MARKED_FAMILIES)
 def test_the_fused_step_equals_the_hosts_modules(family, config):
     """Rows of different lengths, and under compression layers of different lengths too."""
     model, inputs, config = tiny_model(family), tiny_inputs(family, BATCH), fitting(family, config)
@@ -67,7 +67,12 @@ def test_the_fused_step_equals_the_hosts_modules(family, config):
 
 @native
 @pytest.mark.parametrize(
-    "kwargs", [{"num_beams": 3}, {"num_return_sequences": 3, "do_sample": True}, {"num_beams": 2, "max_new_tokens": 90}]
+    "kwargs",
+    [
+        {"num_beams": 3},
+        {"num_return_sequences": 3, "do_sample": True},
+        pytest.param({"num_beams": 2, "max_new_tokens": 90}, marks=pytest.mark.slow),
+    ],
 )
 def test_beams_and_samples_by_the_fused_step(kwargs):
     """The longest grows the cache on the way."""
@@ -260,7 +265,9 @@ def traced(monkeypatch):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("family", ["internvl", "gemma3", "qwen3_vl", "mistral3"])
+@pytest.mark.parametrize(
+    "family", ["mistral3", *(pytest.param(f, marks=pytest.mark.slow) for f in ("internvl", "gemma3", "qwen3_vl"))]
+)
 def test_one_graph_serves_all_steps_and_lengths(traced, family):
     model = tiny_model(family)
     for batch in (BATCH, [[40, IMAGE], [2], [5]]):
@@ -275,6 +282,7 @@ def test_one_graph_serves_all_steps_and_lengths(traced, family):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.slow
 @native
 def test_one_layer_truly_compiled():
     """By the real compiler, which takes long: so one layer, and no batch."""

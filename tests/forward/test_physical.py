@@ -11,7 +11,18 @@ from mminfer.forward.call_state import CallState
 from mminfer.models.registry import adapter_for
 from mminfer.technique import LayerRange
 from mminfer.tokens import aim_schedule
-from tests.tiny import FAMILIES, IMAGE, LAYERS, VIDEO, fitting, skip_if_refused, tiny_inputs, tiny_model, tiny_rows
+from tests.tiny import (
+    FAMILIES,
+    IMAGE,
+    LAYERS,
+    MARKED_FAMILIES,
+    VIDEO,
+    fitting,
+    skip_if_refused,
+    tiny_inputs,
+    tiny_model,
+    tiny_rows,
+)
 
 PROMPTS = [[3, IMAGE, 5, IMAGE, 4], [2, IMAGE, 9]]
 EVERYTHING = InferenceConfig(
@@ -145,7 +156,7 @@ def test_cache_bytes_are_the_budget_and_the_text(family, important, recent):
         *(InferenceConfig(**{n: getattr(EVERYTHING, n)}) for n in ("merge", "prune", "skip", "cache")),
     ],
 )
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MARKED_FAMILIES)
 def test_a_batch_gives_what_each_chat_gives_alone(family, config):
     model, config = tiny_model(family), fitting(family, config)
     prompts = [[3, IMAGE, 5, IMAGE, 4], [8], [2, IMAGE, 9]]

@@ -180,6 +180,7 @@ def test_embeddings_go_with_beams(engine, content, features):
     assert [o.token_ids for o in ours] == [o.token_ids for o in theirs]
 
 
+@pytest.mark.slow
 def test_many_embeddings_come_piece_by_piece(engine, features):
     """An iterator of them is not drained at once, and nothing changes."""
     config = InferenceConfig(V2PE(1 / 16))

@@ -341,6 +341,7 @@ def test_bad_videos_are_named_and_refused(tmp_path):
         load_video(tmp_path)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_damaged_videos_load_or_are_refused(tmp_path, data):

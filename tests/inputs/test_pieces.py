@@ -39,7 +39,7 @@ def chat_of(content):
     return [{"role": "user", "content": content}]
 
 
-@pytest.mark.parametrize("size", [70, 140, 333, 10_000])
+@pytest.mark.parametrize("size", [70, *(pytest.param(n, marks=pytest.mark.slow) for n in (140, 333)), 10_000])
 @pytest.mark.parametrize(
     "config", [InferenceConfig(), InferenceConfig(V2PE(1 / 16), AIMMerge(0.5)), InferenceConfig(cache=LookM(1.0))]
 )
@@ -72,6 +72,7 @@ def test_images_of_an_iterator_stand_one_after_the_other(engine, content):
     assert pieces.stats.prompt_tokens == whole.stats.prompt_tokens
 
 
+@pytest.mark.slow
 def test_history_batches_beams_and_streams(engine, content):
     history = [
         {"role": "system", "content": "Look."},
@@ -106,6 +107,7 @@ def test_a_chat_reads_from_an_iterator(engine, content):
     assert chat.send("What is the code of nest?").text == "66"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:LookM")
 def test_memory_is_bounded_by_chunk_and_budget(engine, content):
     """Pictures are asked for when their piece comes, and the cache is back at its budget."""
@@ -232,6 +234,7 @@ def test_an_image_in_a_piece_is_encoded_as_in_the_whole_prompt(content, count):
     torch.testing.assert_close(pieces.logits, whole.logits, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_what_was_read_is_let_go_of_after_a_stop(engine, content):
     """No layer of a cache outlives the call that was stopped, and memory is back where it was."""
 

@@ -60,6 +60,7 @@ def test_a_cap_below_one_frame_is_refused(engine):
         engine.generate(ask(CLIP), max_video_tokens=63)
 
 
+@pytest.mark.slow
 def test_webm_and_mp4_give_the_same_prompt(engine, tmp_path):
     pictures = [Image.new("RGB", (32, 32), (30 * n, 200 - 20 * n, 90)) for n in range(8)]
     for name in ("clip.webm", "clip.mp4"):
@@ -79,6 +80,7 @@ def test_merging_a_video_and_turns_about_it(engine):
     assert chat.send("What?", max_new_tokens=1).stats.prompt_tokens < 20
 
 
+@pytest.mark.slow
 def test_ten_thousand_frames_stay_in_bounded_memory(tmp_path):
     """10,000 frames of 128 x 128 are 469 MiB of pixels; only the sampled ones are kept."""
     path = tmp_path / "long.mp4"

@@ -39,6 +39,7 @@ def compile_in_a_process(*arguments, **env):
     return (json.loads(process.stdout) if process.stdout else []), process
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("subset", SUBSETS)
 def test_nothing_spills_and_little_is_moved_twice(subset):
     rows, process = compile_in_a_process(*SUBSETS[subset])
@@ -67,6 +68,7 @@ def test_every_op_is_compiled():
     assert all(sizes.values())
 
 
+@pytest.mark.slow
 def test_interpreted_kernels_cannot_be_compiled():
     rows, process = compile_in_a_process(TRITON_INTERPRET="1")
     assert (rows, process.returncode) == ([], 2) and "unset it" in process.stderr

@@ -271,6 +271,7 @@ def damage(path, how):
         path.write_bytes(code[:5000] + bytes([code[5000] ^ 1]) + code[5001:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["empty", "cut short", "text", "a bit"])
 def test_a_damaged_library_is_built_again(small, compiler, tmp_path, how):
     script, log = compiler
@@ -321,6 +322,7 @@ def test_one_log_line_and_no_library(small, tmp_path, name):
     assert not list(tmp_path.glob("cache/*"))
 
 
+@pytest.mark.slow
 def test_the_reference_runs_instead(tmp_path):
     names = ("compiler fails", "off")
     processes = [start(WHOLE, MMINFER_CACHE=tmp_path / "cache", **FAILURES[name][0](tmp_path)) for name in names]
@@ -399,6 +401,7 @@ def distributions(tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_the_wheel_has_the_sources(distributions):
     (wheel,) = distributions.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
@@ -406,6 +409,7 @@ def test_the_wheel_has_the_sources(distributions):
     assert WANTED and not [n for n in names if n.startswith(("csrc", "kernels", "tests", "benchmarks"))]
 
 
+@pytest.mark.slow
 def test_the_wheel_has_the_bundled_model_and_nothing_that_made_it(distributions):
     (wheel,) = distributions.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
@@ -414,6 +418,7 @@ def test_the_wheel_has_the_bundled_model_and_nothing_that_made_it(distributions)
     assert not [n for n in names if n.startswith("training") or n.endswith((".jsonl", "results.json", "curves.png"))]
 
 
+@pytest.mark.slow
 def test_an_installed_wheel_finds_its_sources(distributions, tmp_path):
     """Also where the folder above has C++ sources of somebody else."""
     (wheel,) = distributions.glob("*.whl")
@@ -427,6 +432,7 @@ def test_an_installed_wheel_finds_its_sources(distributions, tmp_path):
     assert out[1] == build.cached_path("baseline").name  # the same sources: the same library
 
 
+@pytest.mark.slow
 def test_the_sdist_has_the_sources(distributions):
     (sdist,) = distributions.glob("*.tar.gz")
     with tarfile.open(sdist) as tar:

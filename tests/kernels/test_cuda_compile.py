@@ -37,6 +37,7 @@ def resources(cubin, folder):
     return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", text)}
 
 
+@pytest.mark.slow
 @needs_nvrtc
 @pytest.mark.parametrize("arch", [80, 90])
 def test_nothing_spills(arch, cache, tmp_path):
@@ -84,6 +85,7 @@ def test_a_refused_source_shows_the_compilers_log(cache):
         cuda.cubin_of(variant, 80)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 @pytest.mark.parametrize("source", ["decode_attention", "decode_attention_combine", "merge_rows"])
 def test_nvcc_takes_the_sources_too(source, tmp_path):
@@ -211,6 +213,7 @@ def test_wheels_hold_the_sources():
     assert '"csrc/**/*.cu"' in (ROOT / "pyproject.toml").read_text("utf-8")
 
 
+@pytest.mark.slow
 def test_importing_loads_no_compiler_and_touches_no_driver():
     program = """
 import sys

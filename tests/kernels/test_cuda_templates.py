@@ -108,6 +108,7 @@ ROWS = [  # dtype, query heads of a group, new tokens: each number of rows is an
 ]
 
 
+@pytest.mark.slow
 @settings(SHARED_EMULATOR, max_examples=150)
 @given(
     kind=st.sampled_from(ROWS),
@@ -124,6 +125,7 @@ def test_decode_attention(emulator, kind, groups, entries, size, seed):
     check_decode(dtype, batch, groups, repeat, queries, entries, size, starts, 0.3 if seed % 5 == 0 else None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "size"),
     [
@@ -208,6 +210,7 @@ def check_merge(dtype, batch, targets, sources, size, weighted, contiguous=True)
     assert close(weight, usual_weight, wanted_weight, torch.float32)
 
 
+@pytest.mark.slow
 @settings(SHARED_EMULATOR, max_examples=200)
 @given(
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
@@ -268,6 +271,7 @@ BARRIERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BARRIERS)
 def test_a_missing_barrier_is_found(compiled_so_far, name, tmp_path, monkeypatch):
     shutil.copytree(ROOT / "csrc" / "include", tmp_path / "include")

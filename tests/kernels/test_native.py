@@ -265,6 +265,7 @@ def test_in_place_on_any_layout(how):
     torch.testing.assert_close((q, k), turned, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_large():
     """Many blocks, tiles and stretches, the last ones in part."""
     q, k, v = qkv(14, 2, 3000, 3000, 64, batch=1)

@@ -22,7 +22,7 @@ from mminfer_kernels import (
 
 from tests.kernels.agreement import agree, assert_agrees
 
-pytestmark = pytest.mark.usefixtures("native")
+pytestmark = [pytest.mark.usefixtures("native"), pytest.mark.slow]
 
 drawn = settings(deadline=None, max_examples=200)
 dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])

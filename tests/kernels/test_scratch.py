@@ -109,10 +109,12 @@ def mebibytes(native):
     return json.loads(run.stdout)
 
 
+@pytest.mark.slow
 def test_memory_is_measured(mebibytes):
     assert mebibytes["dense"] > 850
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["column_mass", "prompt_attention_mass", "power_iterate", "best_match", "merge_rows"])
 def test_native_kernels_take_little_memory(mebibytes, name):
     """The whole attention matrix would be 896 MiB, one head of it 64."""

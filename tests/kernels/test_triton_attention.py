@@ -15,7 +15,7 @@ SHAPES = [  # H, G, S, N, D
     (2, 2, 1, 1, 64),
     (3, 1, 17, 17, 16),
     (4, 2, 63, 63, 24),
-    (6, 2, 33, 100, 80),
+    pytest.param((6, 2, 33, 100, 80), marks=pytest.mark.slow),
 ]
 
 
@@ -38,6 +38,7 @@ def test_column_mass(shape, dtype):
     torch.testing.assert_close(found.sum(-1), torch.full(q.shape[:2], float(q.shape[2])))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("per_head", [True, False])
 def test_column_mass_of_weighted_places(per_head, causal):
@@ -59,7 +60,7 @@ def test_votes_of_unit_size_in_a_strided_view():
 
 
 @pytest.mark.parametrize("settled_rows", [4096, 32])
-@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (63, 63), (65, 100)])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (63, 63), pytest.param(65, 100, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("chosen", [True, False])
 def test_power_iterate(monkeypatch, chosen, queries, keys, settled_rows):
     """Both ways: all iterations as passes, and rows settled in several blocks."""
@@ -69,6 +70,7 @@ def test_power_iterate(monkeypatch, chosen, queries, keys, settled_rows):
     meets_the_bar(power_iterate, q, k, iterations=3, temperature=0.5, query_index=index, floor=1e-7)
 
 
+@pytest.mark.slow
 def test_power_iterate_with_more_votes_than_a_pass_casts(monkeypatch):
     monkeypatch.setattr(column_kernel, "SETTLED_ROWS", 32)
     q, k, _ = tensors((1, 1, 50, 50, 16))
@@ -90,7 +92,7 @@ def test_prompt_attention(shape, dtype):
     meets_the_bar(prompt_attention, *tensors(shape, dtype))
 
 
-@pytest.mark.parametrize("window", [None, 1, 40, 200])
+@pytest.mark.parametrize("window", [None, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 200)), 40])
 @pytest.mark.parametrize("chosen", [True, False])
 def test_prompt_attention_of_windows_and_places(chosen, window):
     q, k, v = tensors((6, 2, 45, 90, 16))
@@ -113,7 +115,13 @@ def test_large_logits_overflow_nothing():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(2, 2, 1, 1, 80), (4, 2, 1, 130, 64), (6, 2, 5, 100, 24), (40, 1, 2, 70, 16)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (2, 2, 1, 1, 80), (4, 2, 1, 130, 64), (6, 2, 5, 100, 24),
+        pytest.param((40, 1, 2, 70, 16), marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("padded", [True, False])
 def test_decode_attention(monkeypatch, padded, shape, dtype):
     monkeypatch.setattr(decode_kernel, "PART_KEYS", 32)
@@ -137,6 +145,7 @@ def test_decode_attention_reads_nothing_before_a_row_starts(monkeypatch):
     torch.testing.assert_close(decode_attention(q, k, v, starts, backend="triton"), wanted)
 
 
+@pytest.mark.slow
 def test_non_contiguous_input():
     q = torch.randn(2, 40, 4, 16).transpose(1, 2)
     k, v = torch.randn(2, 2, 100, 16)[:, :, 60:], torch.randn(2, 40, 2, 16).transpose(1, 2)
@@ -149,6 +158,7 @@ def test_non_contiguous_input():
     meets_the_bar(power_iterate, q, k, iterations=2, temperature=1.0)
 
 
+@pytest.mark.slow
 def test_bfloat16():
     """Interpreted it is float32 inside, so one shape tells all there is to tell."""
     q, k, v = tensors((6, 2, 33, 70, 24), torch.bfloat16)

@@ -36,7 +36,9 @@ def calls(layout):
     }
 
 
-@pytest.mark.parametrize("layout", ["dense", "by tokens", "by columns"])
+@pytest.mark.parametrize(
+    "layout", ["dense", *(pytest.param(f"by {what}", marks=pytest.mark.slow) for what in ("tokens", "columns"))]
+)
 @pytest.mark.parametrize("op", calls("dense"))
 def test_fakes(op, layout):
     overload = getattr(torch.ops.mminfer, op).default

@@ -23,7 +23,7 @@ from mminfer_kernels import (
 
 from tests.kernels.triton_bar import dirty_memory, meets_the_bar
 
-pytestmark = pytest.mark.usefixtures(dirty_memory.__name__)
+pytestmark = [pytest.mark.usefixtures(dirty_memory.__name__), pytest.mark.slow]
 
 EXAMPLES = 20  # an op; the interpreter takes 50 to 200 ms for one
 

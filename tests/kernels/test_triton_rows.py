@@ -20,7 +20,7 @@ from tests.kernels.triton_bar import dirty_memory, meets_the_bar
 
 pytestmark = pytest.mark.usefixtures(dirty_memory.__name__)
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.slow)]
 COPIED = [*DTYPES, torch.bool, torch.uint8, torch.int16, torch.int64]
 
 

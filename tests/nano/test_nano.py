@@ -164,6 +164,7 @@ def test_checkpoint_is_what_the_code_builds(model, processor):
     assert shapes == saved
 
 
+@pytest.mark.slow
 def test_training_runs_from_stage_to_stage(tmp_path, monkeypatch):
     pytest.importorskip("sklearn")
     from training.nano import train

@@ -49,6 +49,7 @@ def test_no_answer(text):
     assert parse_places(text) is None
 
 
+@pytest.mark.slow
 @given(st.text())
 def test_any_text_is_read_or_refused(text):
     for needles in (1, 2):

@@ -15,7 +15,7 @@ from mminfer import ConfigError, Engine, InferenceConfig, nano, patched
 from mminfer.forward.rotary import STEPS_AHEAD, RotaryAhead, frequency_factors
 from mminfer.models.registry import adapter_for
 from mminfer.positions import DynamicNTK, LinearScaling
-from tests.tiny import FAMILIES, IMAGE, tiny_inputs, tiny_model, tiny_rows
+from tests.tiny import IMAGE, MARKED_FAMILIES, tiny_inputs, tiny_model, tiny_rows
 
 BATCH = [[3, IMAGE, 5, IMAGE, 4], [2, IMAGE, 9], [6]]
 GREEDY = {"max_new_tokens": 10, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
@@ -138,7 +138,7 @@ def test_tables_are_the_host_librarys(family, technique, rope):
         torch.testing.assert_close(mine, wanted, rtol=0, atol=4e-6)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MARKED_FAMILIES)
 def test_linear_is_the_host_with_a_linear_rope(family):
     """The whole prompt, then decoding, a padded batch."""
     host, inputs = host_with(family, rope_type="linear", factor=2.0), tiny_inputs(family, BATCH)

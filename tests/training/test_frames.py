@@ -141,6 +141,7 @@ def test_some_frames_are_condensed_and_some_are_not():
     assert 1000 < max(totals) <= batches.MAX_FRAMES
 
 
+@pytest.mark.slow
 def test_scores_single_out_the_latest_start_of_a_picture():
     frequency = 1e5 ** -(torch.arange(16) / 16)
     cosines, sines = owners.fit_distances(frequency)
@@ -162,6 +163,7 @@ def test_checkpoint_has_the_window_it_was_trained_on():
     assert text.rope_parameters == build.ROPE
 
 
+@pytest.mark.slow
 def test_questions_are_answered_among_frames(processor):
     from training.nano.evaluate import evaluate, table
 
