@@ -26,7 +26,7 @@ from mminfer.inputs.transcript import Transcript
 from mminfer.output import GenerationOutput
 from mminfer.running import Runner, RunOptions
 
-FILE_FORMAT = 2
+FILE_FORMAT = 3  # since entries keep their size apart from their score
 MAX_NEW_TOKENS = 64
 ONE_ANSWER = "a chat goes on from one answer; use generate()"
 
@@ -110,8 +110,8 @@ class Chat:
         Raises:
             InputError: the content is wrong; the chat is as it was.
         """
-        prepare_kernels(self._reader.device)
         reading = self._reading(content, closes=False)
+        prepare_kernels(self._reader.device)
         with self._kept_on_errors():
             self._runner.read([reading], [self.cache], self._options.run)
         self._transcript = reading.transcript
@@ -128,13 +128,13 @@ class Chat:
         Raises:
             InputError: the content or an argument is wrong; the chat is as it was.
         """
-        prepare_kernels(self._reader.device)
         start = time.perf_counter()
         kwargs = {"max_new_tokens": MAX_NEW_TOKENS, **self._options.generation, **generation_kwargs}
         if max_new_tokens is not None:
             kwargs["max_new_tokens"] = max_new_tokens
         self._runner.check_arguments(kwargs, one_answer_for=ONE_ANSWER)
         reading = self._reading(content, closes=True)
+        start += prepare_kernels(self._reader.device)
         with self._kept_on_errors():
             (output,) = self._runner.answer([reading], [self.cache], start, self._options.run, **kwargs)
         self._transcript = reading.transcript.answered(output.token_ids)

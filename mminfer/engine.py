@@ -214,13 +214,18 @@ class Engine:
             raise InputError("system: a saved chat has kept its own system prompt: leave it out")
         return self.chat(**kwargs).restore(path)
 
-    def check(self, messages: Any, media: MediaOptions | None = None) -> list[Message]:
-        """One chat, checked, its media loaded: typed messages, which can be asked about any number of times."""
-        return self.reader.check(messages, media or MediaOptions())
+    def check(self, messages: Any, **media: Any) -> list[Message]:
+        """One chat, checked, its media loaded: typed messages, which can be asked about any number of times.
 
-    def prepare(self, chats: Sequence[Any], media: MediaOptions | None = None) -> dict[str, Any]:
-        """Checks chats and turns them into the model's inputs, left-padded to one batch."""
-        return self.reader.inputs(chats, media or MediaOptions())
+        Args:
+            messages: as for `generate`.
+            media: `allow_remote`, `num_frames`, `fps` and `max_video_tokens` of `generate`.
+        """
+        return self.reader.check(messages, MediaOptions(**media))
+
+    def prepare(self, chats: Sequence[Any], **media: Any) -> dict[str, Any]:
+        """Checks chats and turns them into the model's inputs, left-padded to one batch; arguments as for `check`."""
+        return self.reader.inputs(chats, MediaOptions(**media))
 
     def prepare_request(
         self, messages: Any, media: MediaOptions | None = None, prefill_chunk_size: int | None = None
@@ -229,7 +234,6 @@ class Engine:
 
         `answer` takes it any number of times, also that of another engine of the same model, with other settings.
         """
-        prepare_kernels(self.device)
         start = time.perf_counter()
         media = media or MediaOptions()
         batch = is_batch(messages)

@@ -14,7 +14,6 @@ from torch import Tensor
 from mminfer.config import InferenceConfig
 from mminfer.errors import InputError
 from mminfer.forward.native_build import prepare_kernels
-from mminfer.inputs.content import MediaOptions
 from mminfer.inputs.parts import ImagePart, VideoPart
 from mminfer.inspection.facts import Floats, ImageFacts, Inspection, LayerFacts, Mask, Rows, TokenFacts
 from mminfer.inspection.pictures import Pictures, frame_pictures, image_pictures
@@ -46,7 +45,7 @@ def inspect_chat(
     Raises:
         InputError: the request is wrong.
     """
-    chat = engine.check(messages, MediaOptions(**media))
+    chat = engine.check(messages, **media)
     parts = [part for message in chat for part in message.parts]
     inputs = engine.prepare([chat])
     return inspect_inputs(

@@ -59,7 +59,7 @@ def test_typed_messages_pass_through_untouched(engine):
     chat = [Message("system", (TextPart("Look."),)), Message("user", (image, rows, VideoPart(FRAMES), TextPart("a")))]
     for checked in (engine.check(chat), normalise_messages(chat), normalise_messages(parse_chat(chat, MediaOptions()))):
         assert all(new is old for new, old in zip(checked, chat, strict=True))
-    limited = engine.check(chat, MediaOptions(max_video_tokens=130))
+    limited = engine.check(chat, max_video_tokens=130)
     assert limited[0] is chat[0] and len(limited[1].parts[2].frames) == 2 and len(chat[1].parts[2].frames) == 4
 
 

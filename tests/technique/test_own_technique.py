@@ -158,59 +158,60 @@ assert "own-20" in PRESETS and "OwnRule" in technique_variants()
     assert run.returncode == 0, run.stderr
 
 
-@dataclass(frozen=True)
-class DropEverySecond(PruneTechnique):
-    """Every second visual token leaves behind the first layer."""
+@pytest.fixture
+def own():
+    """Techniques of other stages, defined when a test asks for them."""
 
-    def check(self, spec):
-        """Any model will do."""
+    @dataclass(frozen=True)
+    class DropEverySecond(PruneTechnique):
+        """Every second visual token leaves behind the first layer."""
 
-    def prunes(self, layer_idx, num_layers):
-        return layer_idx == 0
+        def check(self, spec):
+            """Any model will do."""
 
-    def apply(self, view: LayerView) -> torch.Tensor:
-        visual = view.is_visual.nonzero()[:, 0]
-        stays = torch.ones(len(view.is_visual), dtype=torch.bool)
-        stays[visual[1::2]] = False
-        return stays.nonzero()[:, 0]
+        def prunes(self, layer_idx, num_layers):
+            return layer_idx == 0
+
+        def apply(self, view: LayerView) -> torch.Tensor:
+            visual = view.is_visual.nonzero()[:, 0]
+            stays = torch.ones(len(view.is_visual), dtype=torch.bool)
+            stays[visual[1::2]] = False
+            return stays.nonzero()[:, 0]
+
+    @dataclass(frozen=True)
+    class DropTheLastHalf(MergeTechnique):
+        """Of each image only the first half enters the language model; nothing is merged."""
+
+        def check(self, spec):
+            """Any model will do."""
+
+        def apply(self, inputs_embeds: torch.Tensor, layout: TokenLayout) -> tuple[torch.Tensor, TokenLayout]:
+            place = torch.arange(len(layout))
+            for image in layout.image_id[layout.is_visual].unique():
+                rows = (layout.image_id == image).nonzero()[:, 0]
+                place[rows[len(rows) // 2 :]] = -1
+            index = (place >= 0).nonzero()[:, 0]
+            return inputs_embeds[index], layout.select(index)
+
+    @dataclass(frozen=True)
+    class HalfSpeed(PositionTechnique):
+        """Every token advances the position by a half."""
+
+        @property
+        def fractional(self):
+            return True
+
+        def check(self, spec):
+            """Any model will do."""
+
+        def apply(self, layout: TokenLayout, max_positions: int) -> TokenLayout:
+            return layout.at(layout.position / 2, layout.next_position / 2)
+
+    return InferenceConfig.of(DropEverySecond(), DropTheLastHalf(), HalfSpeed())
 
 
-@dataclass(frozen=True)
-class DropTheLastHalf(MergeTechnique):
-    """Of each image only the first half enters the language model; nothing is merged."""
-
-    def check(self, spec):
-        """Any model will do."""
-
-    def apply(self, inputs_embeds: torch.Tensor, layout: TokenLayout) -> tuple[torch.Tensor, TokenLayout]:
-        place = torch.arange(len(layout))
-        for image in layout.image_id[layout.is_visual].unique():
-            rows = (layout.image_id == image).nonzero()[:, 0]
-            place[rows[len(rows) // 2 :]] = -1
-        index = (place >= 0).nonzero()[:, 0]
-        return inputs_embeds[index], layout.select(index)
-
-
-@dataclass(frozen=True)
-class HalfSpeed(PositionTechnique):
-    """Every token advances the position by a half."""
-
-    @property
-    def fractional(self):
-        return True
-
-    def check(self, spec):
-        """Any model will do."""
-
-    def apply(self, layout: TokenLayout, max_positions: int) -> TokenLayout:
-        return layout.at(layout.position / 2, layout.next_position / 2)
-
-
-OWN = InferenceConfig.of(DropEverySecond(), DropTheLastHalf(), HalfSpeed())
-
-
-def test_own_techniques_of_other_stages_work_too(plain):
-    engine = Engine(plain.model, plain.processor, OWN)
+def test_own_techniques_of_other_stages_work_too(plain, own):
+    engine = Engine(plain.model, plain.processor, own)
     stats = engine.generate(sample_messages(), 2).stats
     removed = stats.visual_tokens // 2
     assert stats.merged_tokens == stats.prompt_tokens - removed
@@ -221,9 +222,9 @@ def test_own_techniques_of_other_stages_work_too(plain):
     assert found.last_position == pytest.approx(found.full_last_position / 2, abs=1)
 
 
-def test_two_techniques_of_a_stage_are_refused():
+def test_two_techniques_of_a_stage_are_refused(own):
     with pytest.raises(ConfigError, match="both work in prune"):
-        InferenceConfig.of(DropEverySecond(), DropEverySecond())
+        InferenceConfig.of(own.prune, own.prune)
 
 
 def test_classes_that_cannot_be_saved_are_refused():
