@@ -3,6 +3,7 @@
 Every figure comes from a row in benchmarks/results, which says what made it: commit, machine, versions, seed.
 """
 
+import argparse
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -89,7 +90,7 @@ def render() -> str:
     parts = [
         "# Report",
         "Made by `python -m benchmarks.report` from the rows in `benchmarks/results`, each of which names its commit, "
-        "machine, versions and seed. The scripts that make the rows are listed at the end of the README.",
+        "machine, versions and seed. The scripts that make the rows are listed at the end of `docs/results.md`.",
     ]
     for heading, told, tables in SECTIONS:
         parts += [f"## {heading}", *filter(None, [told]), *(table() for table in tables)]
@@ -100,6 +101,7 @@ def render() -> str:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     from benchmarks.quality import plots
 
     plots.main()

@@ -1,5 +1,7 @@
 """Published counts and ours, from geometry alone: `python -m benchmarks.paper.counts`."""
 
+import argparse
+
 from rich.console import Console
 from rich.table import Table
 
@@ -28,6 +30,7 @@ def table_of(found: list[Figure]) -> Table:
 
 def main() -> None:
     """Prints the table and stores the rows."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
     found = figures()
     Console(width=170).print(table_of(found))
     path = write_rows("paper", [x.row() for x in found])

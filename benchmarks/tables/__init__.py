@@ -1,1 +1,1 @@
-"""Stored rows as Markdown tables: what the report and the README show."""
+"""Stored rows as Markdown tables: what report, README and docs show."""

@@ -107,7 +107,7 @@ class Digest(CacheTechnique):
         change = exact - pooled
         change = (change - change.mean(1, keepdim=True)).square().sum((0, 2)).sqrt()
         whole = exact.square().sum((0, 2)).sqrt().clamp_min(1e-12)
-        return float((change / whole).quantile(0.25))
+        return float((change / whole).float().quantile(0.25))
 
     def compress_layers(
         self, layers: Sequence[CacheEntries], demands: Sequence[float], tokens_seen: Sequence[int]

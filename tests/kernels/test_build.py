@@ -389,7 +389,7 @@ def distributions(tmp_path_factory):
     """A wheel and an sdist of a copy of the tree, as setuptools makes them; nothing is downloaded."""
     pytest.importorskip("setuptools", minversion="77")
     tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("dist")
-    for name in ("pyproject.toml", "README.md", "mminfer", "kernels", "csrc"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "mminfer", "kernels", "csrc", "training"):
         subprocess.run(["cp", "-r", "-P", str(ROOT / name), str(tree)], check=True)
     program = "import sys; from setuptools import build_meta; getattr(build_meta, sys.argv[1])(sys.argv[2])"
     for what in ("build_wheel", "build_sdist"):
@@ -404,6 +404,14 @@ def test_the_wheel_has_the_sources(distributions):
     names = zipfile.ZipFile(wheel).namelist()
     assert sorted(n for n in names if "/csrc/" in n) == [f"mminfer_kernels/{n}" for n in WANTED]
     assert WANTED and not [n for n in names if n.startswith(("csrc", "kernels", "tests", "benchmarks"))]
+
+
+def test_the_wheel_has_the_bundled_model_and_nothing_that_made_it(distributions):
+    (wheel,) = distributions.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {"mminfer/nano/checkpoint/model.safetensors", "mminfer/nano/README.md"} <= set(names)
+    assert any(n.endswith(".dist-info/licenses/LICENSE") for n in names)
+    assert not [n for n in names if n.startswith("training") or n.endswith((".jsonl", "results.json", "curves.png"))]
 
 
 def test_an_installed_wheel_finds_its_sources(distributions, tmp_path):
