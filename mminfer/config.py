@@ -28,7 +28,7 @@ from mminfer.tokens.merge import AIMMerge
 from mminfer.tokens.prune import AIMPrune
 
 if TYPE_CHECKING:
-    from mminfer.models.base import ModelSpec
+    from mminfer.models.spec import ModelSpec
 
 # A technique registers itself when its module is loaded; whatever lies in a room is found.
 for _room in (positions, tokens, operators, cache):

@@ -23,7 +23,7 @@ from mminfer.forward.native_build import prepare_kernels
 from mminfer.forward.prefill import PassOptions, PromptOutput, prompt_pass
 from mminfer.metrics.records import PromptRecord
 from mminfer.metrics.vision import vision_shares
-from mminfer.models.base import ModelAdapter
+from mminfer.models.adapter import ModelAdapter
 from mminfer.models.registry import adapter_for
 
 _REFUSED = {

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from mminfer import V2PE, AIMMerge, AIMPrune, ConfigError, InferenceConfig, LookM, OperatorSkip
 from mminfer.cache.random_evict import RandomEvict
 from mminfer.config import PRESETS, TECHNIQUES
-from mminfer.models.base import ModelSpec
+from mminfer.models.spec import ModelSpec
 from mminfer.positions import DynamicNTK, LinearScaling
 from mminfer.technique import LayerRange, Stage, layer_index
 from mminfer.tokens.random_prune import RandomPrune

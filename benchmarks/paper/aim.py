@@ -12,7 +12,7 @@ from benchmarks.paper.figure import Figure
 from benchmarks.paper.geometries import QWEN2_7B, VICUNA_7B, record_of
 from mminfer import AIMMerge, AIMPrune
 from mminfer.metrics.flops import causal_pairs, prompt_flops
-from mminfer.models.base import ModelSpec
+from mminfer.models.spec import ModelSpec
 from mminfer.tokens.prune import aim_schedule
 
 PAPER = "AIM (arXiv 2412.03248)"

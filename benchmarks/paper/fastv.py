@@ -10,7 +10,7 @@ from dataclasses import replace
 from benchmarks.paper.figure import Figure
 from benchmarks.paper.geometries import VICUNA_7B, VICUNA_13B, record_of
 from mminfer.metrics.flops import prompt_flops
-from mminfer.models.base import ModelSpec
+from mminfer.models.spec import ModelSpec
 
 PAPER = "FastV (arXiv 2403.06764)"
 IMAGE_TOKENS, VIDEO_TOKENS = 576, 2048

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from mminfer.metrics.flops import causal_pairs
 from mminfer.metrics.records import LayerRecord, PromptRecord
-from mminfer.models.base import ModelSpec
+from mminfer.models.spec import ModelSpec
 
 QWEN2_7B = ModelSpec(
     "llava_onevision", num_layers=28, hidden_size=3584, num_attention_heads=28, num_key_value_heads=4, head_dim=128,

@@ -16,7 +16,7 @@ from mminfer.errors import ConfigError
 from mminfer.technique import CACHE_SHARES, CacheEntries, CacheTechnique, LayerView, LayerWork, check_fraction, is_whole
 
 if TYPE_CHECKING:
-    from mminfer.models.base import ModelSpec
+    from mminfer.models.spec import ModelSpec
 
 QUERIES = ("all", "strided", "last")
 OVERFLOWS = ("evict", "keep")

@@ -12,7 +12,7 @@ from mminfer.cache.lookm import LookM
 from mminfer.technique import LayerView, draw_lot
 
 if TYPE_CHECKING:
-    from mminfer.models.base import ModelSpec
+    from mminfer.models.spec import ModelSpec
 
 
 @dataclass(frozen=True)

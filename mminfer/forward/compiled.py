@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from mminfer.forward.attention import routed_attention
 from mminfer.forward.kv_cache import CompressedCache
 from mminfer.forward.rotary import Tables
-from mminfer.models.base import ModelAdapter
+from mminfer.models.adapter import ModelAdapter
 
 logger = logging.getLogger(__name__)
 

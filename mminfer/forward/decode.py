@@ -19,7 +19,7 @@ from mminfer.forward.fused import fused_weights, hook_dictionaries
 from mminfer.forward.kv_cache import CompressedCache
 from mminfer.forward.kv_layer import CompressedLayer
 from mminfer.forward.rotary import RotaryAhead, Tables, fractional, frequency_factors
-from mminfer.models.base import ModelAdapter
+from mminfer.models.adapter import ModelAdapter
 
 
 class Decoder:

@@ -8,7 +8,7 @@ from mminfer_kernels import DecoderWeights, LayerWeights
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
 
-from mminfer.models.base import ModelAdapter
+from mminfer.models.adapter import ModelAdapter
 
 # Layers whose forward is that of `mminfer_kernels.decode_step`; their attention, FFN and norms stand in the same file.
 STANDARD_LAYERS = frozenset(

@@ -15,7 +15,7 @@ from mminfer.forward.kv_layer import CompressedLayer
 from mminfer.layout import TokenLayout
 from mminfer.metrics.flops import causal_pairs
 from mminfer.metrics.records import LayerRecord
-from mminfer.models.base import ModelAdapter
+from mminfer.models.adapter import ModelAdapter
 from mminfer.technique import CacheEntries, LayerView, LayerWork
 
 

@@ -18,7 +18,8 @@ from mminfer.forward.layer_attention import LayerAttention, PassSettings
 from mminfer.forward.rotary import Tables, fractional, frequency_factors
 from mminfer.layout import TokenLayout
 from mminfer.metrics.records import LayerRecord, PromptRecord, joined_layers
-from mminfer.models.base import ModelAdapter, ModelSpec
+from mminfer.models.adapter import ModelAdapter
+from mminfer.models.spec import ModelSpec
 
 
 @dataclass(frozen=True)

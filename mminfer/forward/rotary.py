@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from mminfer.config import InferenceConfig
-from mminfer.models.base import ModelAdapter, ModelSpec
+from mminfer.models.adapter import ModelAdapter
+from mminfer.models.spec import ModelSpec
 
 Tables = dict[str, tuple[Tensor, Tensor]]  # for each kind of layer cos and sin, [..., T, D] each
 

@@ -13,7 +13,7 @@ from mminfer.inputs.cutting import Piece
 from mminfer.inputs.model_inputs import InputBuilder
 from mminfer.inputs.transcript import Transcript
 from mminfer.layout import GIVEN_ROWS
-from mminfer.models.base import ModelAdapter
+from mminfer.models.adapter import ModelAdapter
 
 TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")
 

@@ -22,7 +22,7 @@ from mminfer.inputs.rendering import GroupwiseRendering, Rendering, Turn, WholeR
 from mminfer.inputs.template import Template
 from mminfer.inputs.transcript import Transcript
 from mminfer.inputs.video_limit import VideoLimit
-from mminfer.models.base import ModelAdapter
+from mminfer.models.adapter import ModelAdapter
 
 
 class RequestReader:

@@ -20,8 +20,8 @@ from mminfer.inspection.pictures import Pictures, frame_pictures, image_pictures
 from mminfer.inspection.recording import PassRecord, recording
 from mminfer.layout import Modality, TokenLayout
 from mminfer.metrics.fidelity import kl_divergence
-from mminfer.models.base import ModelSpec, attention_mask
 from mminfer.models.registry import adapter_for
+from mminfer.models.spec import ModelSpec, attention_mask
 from mminfer.output import GenerationOutput
 from mminfer.running import Runner
 from mminfer.tokens.grid import image_views, patch_places

@@ -26,7 +26,7 @@ from mminfer.technique import (
 )
 
 if TYPE_CHECKING:
-    from mminfer.models.base import ModelSpec
+    from mminfer.models.spec import ModelSpec
 
 
 @dataclass

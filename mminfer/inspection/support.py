@@ -6,8 +6,8 @@ from transformers import CONFIG_MAPPING
 
 from mminfer.config import TECHNIQUES
 from mminfer.errors import ConfigError
-from mminfer.models.base import ModelSpec
 from mminfer.models.registry import ADAPTERS, supported_families
+from mminfer.models.spec import ModelSpec
 from mminfer.technique import Technique
 
 YES = "yes"

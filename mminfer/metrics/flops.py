@@ -14,7 +14,7 @@ from mminfer.metrics.measured import measured_flops
 from mminfer.metrics.records import PromptRecord
 
 if TYPE_CHECKING:
-    from mminfer.models.base import ModelSpec
+    from mminfer.models.spec import ModelSpec
 
 __all__ = [
     "LayerFlops",

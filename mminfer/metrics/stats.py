@@ -11,7 +11,7 @@ from mminfer.metrics.memory import full_cache_bytes
 from mminfer.metrics.records import PER_SEQUENCE, LayerRecord, PromptRecord, shares
 
 if TYPE_CHECKING:
-    from mminfer.models.base import ModelSpec
+    from mminfer.models.spec import ModelSpec
 
 
 @dataclass(frozen=True)

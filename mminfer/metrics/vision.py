@@ -12,7 +12,7 @@ from mminfer.errors import UnsupportedModelError
 from mminfer.metrics.records import shares
 
 if TYPE_CHECKING:
-    from mminfer.models.base import ModelAdapter
+    from mminfer.models.adapter import ModelAdapter
     from mminfer.models.vision import VisionTower, VisionWork
 
 

@@ -10,7 +10,8 @@ from mminfer_kernels import rotary_table
 from torch import Tensor
 
 from mminfer.layout import GivenRows, TokenLayout
-from mminfer.models.base import ModelAdapter, attention_mask, rescaled
+from mminfer.models.adapter import ModelAdapter
+from mminfer.models.spec import attention_mask, rescaled
 from mminfer.models.vision import VisionTower
 
 

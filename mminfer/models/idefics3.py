@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from mminfer.layout import Modality
-from mminfer.models.base import ModelAdapter, VisualUnit
+from mminfer.models.adapter import ModelAdapter
+from mminfer.models.spec import VisualUnit
 from mminfer.models.vision import VisionTower, VisionWork
 
 

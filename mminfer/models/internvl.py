@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mminfer.models.base import ModelAdapter
+from mminfer.models.adapter import ModelAdapter
 from mminfer.models.vision import VisionTower
 
 

@@ -9,7 +9,8 @@ from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from mminfer.layout import Modality
-from mminfer.models.base import ModelAdapter, VisualUnit
+from mminfer.models.adapter import ModelAdapter
+from mminfer.models.spec import VisualUnit
 from mminfer.models.vision import PIXEL_INPUTS, VisionTower
 
 

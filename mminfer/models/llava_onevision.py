@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from mminfer.layout import Modality
-from mminfer.models.base import VisualUnit
 from mminfer.models.llava_next import LlavaNextAdapter, LlavaNextTower
+from mminfer.models.spec import VisualUnit
 from mminfer.models.vision import VisionTower
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from mminfer.layout import Modality
-from mminfer.models.base import ModelAdapter
+from mminfer.models.adapter import ModelAdapter
 from mminfer.models.vision import VisionTower, VisionWork, grids
 
 

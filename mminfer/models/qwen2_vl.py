@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from mminfer.layout import GivenRows, Modality, TokenLayout
-from mminfer.models.base import ModelAdapter
+from mminfer.models.adapter import ModelAdapter
 from mminfer.models.vision import PIXEL_INPUTS, VisionTower, VisionWork
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from mminfer.layout import Modality, TokenLayout
-from mminfer.models.base import VisualUnit
 from mminfer.models.qwen2_vl import Qwen2VLAdapter, Qwen2VLTower
+from mminfer.models.spec import VisualUnit
 from mminfer.models.vision import linear_weights
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mminfer.errors import UnsupportedModelError
-from mminfer.models.base import ModelAdapter
+from mminfer.models.adapter import ModelAdapter
 from mminfer.models.gemma3 import Gemma3Adapter
 from mminfer.models.idefics3 import Idefics3Adapter
 from mminfer.models.internvl import InternVLAdapter

@@ -14,7 +14,7 @@ from mminfer.layout import TokenLayout
 from mminfer.technique import LayerRange, SkipTechnique, check_layer
 
 if TYPE_CHECKING:
-    from mminfer.models.base import ModelSpec
+    from mminfer.models.spec import ModelSpec
 
 Layers = tuple[int, ...] | list[int] | LayerRange
 

@@ -13,7 +13,7 @@ from mminfer.layout import TokenLayout
 from mminfer.technique import PositionTechnique, is_number, is_whole
 
 if TYPE_CHECKING:
-    from mminfer.models.base import ModelSpec
+    from mminfer.models.spec import ModelSpec
 
 
 class _Scaling(PositionTechnique):

@@ -12,7 +12,7 @@ from mminfer.layout import TokenLayout
 from mminfer.technique import PositionTechnique, is_number, is_whole
 
 if TYPE_CHECKING:
-    from mminfer.models.base import ModelSpec
+    from mminfer.models.spec import ModelSpec
 
 DELTAS = tuple(2.0**-k for k in range(9))  # 1, 1/2, ..., 1/256: what training drew from
 ROUNDING = 1e-9  # 70 * 0.1 is 7.000000000000001: a step that is no power of two must not cost text a position

@@ -19,7 +19,7 @@ from mminfer.metrics.memory import peak_memory
 from mminfer.metrics.records import PromptRecord, stacked
 from mminfer.metrics.stats import stats_of
 from mminfer.metrics.vision import vision_shares
-from mminfer.models.base import ModelAdapter
+from mminfer.models.adapter import ModelAdapter
 from mminfer.output import GenerationOutput
 from mminfer.patching import patched
 from mminfer.running.call import GenerationCall

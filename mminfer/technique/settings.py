@@ -13,7 +13,7 @@ CACHE_SHARES = (50, 20, 10, 5)
 MERGE_SHARES = (50, 25, 12.5)
 
 if TYPE_CHECKING:
-    from mminfer.models.base import ModelSpec
+    from mminfer.models.spec import ModelSpec
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from mminfer.technique.settings import check_full_attention
 from mminfer.technique.views import CacheEntries, LayerView, LayerWork
 
 if TYPE_CHECKING:
-    from mminfer.models.base import ModelSpec
+    from mminfer.models.spec import ModelSpec
 
 
 class Stage(Enum):

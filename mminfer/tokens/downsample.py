@@ -15,7 +15,7 @@ from mminfer.technique import MERGE_SHARES, MergeTechnique, check_fraction
 from mminfer.tokens.grid import image_views, patch_places
 
 if TYPE_CHECKING:
-    from mminfer.models.base import ModelSpec
+    from mminfer.models.spec import ModelSpec
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from mminfer.technique import LayerView, LayerWork, PruneTechnique, check_fracti
 from mminfer.tokens.prune import aim_keep
 
 if TYPE_CHECKING:
-    from mminfer.models.base import ModelSpec
+    from mminfer.models.spec import ModelSpec
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from mminfer.layout import Modality, TokenLayout
 from mminfer.technique import MERGE_SHARES, MergeTechnique, check_fraction
 
 if TYPE_CHECKING:
-    from mminfer.models.base import ModelSpec
+    from mminfer.models.spec import ModelSpec
 
 
 @dataclass(frozen=True)

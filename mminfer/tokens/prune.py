@@ -14,7 +14,7 @@ from mminfer.errors import ConfigError
 from mminfer.technique import LayerView, LayerWork, PruneTechnique, check_layer, is_number, is_whole, layer_index
 
 if TYPE_CHECKING:
-    from mminfer.models.base import ModelSpec
+    from mminfer.models.spec import ModelSpec
 
 
 @dataclass(frozen=True)

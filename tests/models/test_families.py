@@ -7,7 +7,7 @@ import torch
 from transformers import MistralConfig
 
 from mminfer import V2PE, AIMMerge, AIMPrune, ConfigError, Engine, InferenceConfig, LookM, OperatorSkip, patched
-from mminfer.models.base import ModelAdapter
+from mminfer.models.adapter import ModelAdapter
 from mminfer.models.registry import adapter_for, supported_families
 from tests.tiny import FAMILIES, IMAGE, VIDEO, fitting, refusal, tiny_inputs, tiny_model
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -14,46 +13,8 @@ from torch import Tensor
 from mminfer.errors import InputError, UnsupportedModelError
 from mminfer.layout import GivenRows, Modality, TokenLayout
 from mminfer.models.packing import PackedRows
+from mminfer.models.spec import ModelSpec, VisualUnit, attention_mask, layer_kinds, rescaled
 from mminfer.models.vision import PIXEL_INPUTS, VisionTower, VisionWork
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """Geometry of the language model: all that checks and cost formulas need."""
-
-    family: str
-    num_layers: int
-    hidden_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    intermediate_size: int
-    vocab_size: int
-    max_position_embeddings: int
-    position_axes: int = 1
-    sliding_layers: tuple[int, ...] = ()
-    sliding_window: int | None = None
-    bidirectional_images: bool = False
-
-
-@dataclass(frozen=True)
-class VisualUnit:
-    """One image, tile or frame as the language model will see it.
-
-    Args:
-        features: [n, C].
-        size: [n] float32, patches that each stands for.
-        companions: [n, K, C], what joins the hidden states behind the first K layers, if anything does.
-    """
-
-    features: Tensor
-    size: Tensor
-    companions: Tensor | None = None
-
-    @classmethod
-    def of_patches(cls, features: Tensor) -> VisualUnit:
-        """A unit of which every token stands for one patch."""
-        return cls(features, features.new_ones(features.shape[0], dtype=torch.float32))
 
 
 class ModelAdapter:
@@ -85,7 +46,7 @@ class ModelAdapter:
         self.language_model: Any = getattr(self.base, self.language_model_name)
         self.layers: Sequence[Any] = self.language_model.layers
         self.text_config: Any = self.layers[0].self_attn.config
-        self.layer_kinds = _layer_kinds(self.text_config)
+        self.layer_kinds = layer_kinds(self.text_config)
         self.spec = self.spec_of(model.config.model_type, self.text_config)
 
     @classmethod
@@ -96,7 +57,7 @@ class ModelAdapter:
             UnsupportedModelError: layers that are neither of full nor of sliding attention.
         """
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        kinds = _layer_kinds(config)
+        kinds = layer_kinds(config)
         other = sorted(set(kinds) - {"full_attention", "sliding_attention"})
         if other:
             raise UnsupportedModelError(f"layers of type {', '.join(other)} are not supported, only full attention")
@@ -288,37 +249,3 @@ class ModelAdapter:
                 f"pass the {name}s of exactly the placeholders in the prompt, as the processor prepares them"
             )
         return rows
-
-
-def rescaled(inv_freq: Tensor, factors: Tensor | None) -> Tensor:
-    """[D / 2]: frequencies times factors, multiplied in float64; None: as they are."""
-    return inv_freq if factors is None else (inv_freq.double() * factors.to(inv_freq.device)).to(inv_freq.dtype)
-
-
-def _layer_kinds(config: Any) -> list[str]:
-    """The attention of each layer; where the host names no kinds, a window is that of every layer."""
-    kinds = getattr(config, "layer_types", None)
-    window = getattr(config, "sliding_window", None)
-    return list(kinds or ["full_attention" if window is None else "sliding_attention"] * config.num_hidden_layers)
-
-
-def attention_mask(inputs: Mapping[str, Any]) -> Tensor:
-    """[B, N] bool."""
-    ids = inputs.get("input_ids")
-    like = ids if ids is not None else inputs.get("inputs_embeds")
-    if like is None or like.shape[1] == 0:
-        raise InputError("the prompt is empty: pass input_ids or inputs_embeds of at least one token")
-    mask = inputs.get("attention_mask")
-    if mask is None:
-        return torch.ones(like.shape[:2], dtype=torch.bool, device=like.device)
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
-        shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise InputError(f"attention_mask of shape {shape}: only a 2D padding mask [batch, tokens] is supported")
-    mask = mask[:, -like.shape[1] :].bool()
-    if mask.shape != like.shape[:2]:
-        raise InputError(
-            f"attention_mask {list(mask.shape)} does not fit the tokens {list(like.shape[:2])}: one value each"
-        )
-    if not bool(mask.any(-1).all()):
-        raise InputError("a row of the batch has no token at all (its attention_mask is all zero): drop that row")
-    return mask
