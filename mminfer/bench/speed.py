@@ -22,7 +22,7 @@ from mminfer.inputs.media import PROGRESS
 from mminfer.metrics.flops import full_prompt_flops, prompt_flops
 from mminfer.metrics.memory import bytes_in_use, full_cache_bytes, give_back_freed, peak_memory
 from mminfer.metrics.records import PromptRecord
-from mminfer.models.adapter import PIXEL_INPUTS
+from mminfer.models.vision import PIXEL_INPUTS
 from mminfer.patching import patched
 
 HOST = "host"
