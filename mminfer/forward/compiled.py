@@ -73,7 +73,19 @@ class CompiledStep:
 
 @functools.cache
 def _compiled() -> Callable[..., Tensor]:
-    return torch.compile(_step, fullgraph=True)
+    return torch.compile(_step, fullgraph=True, backend=_inductor)
+
+
+def _inductor(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
+    """torch's compiler, with what it stores for this processor kept apart from what it stored for others.
+
+    It stores C++ that is written for one vector width, and does not ask which one when it builds it again: where two
+    processors share the folder, or one instruction set is forced, that fails or, worse, computes something else.
+    """
+    tag = f"{torch.compiler.config.cache_key_tag}{torch.backends.cpu.get_cpu_capability()}"
+    with torch.compiler.config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
+        compiled: Callable[..., object] = torch._dynamo.lookup_backend("inductor")(graph, inputs)
+        return compiled
 
 
 def _graphs() -> int:

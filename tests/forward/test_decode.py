@@ -300,6 +300,24 @@ def test_one_layer_truly_compiled():
     assert backends["decode_step"] == "compiled"
 
 
+def test_what_the_compiler_stores_is_kept_apart_by_instruction_set(monkeypatch):
+    """torch would build C++ of one vector width for another; the user's own tag stays part of the key."""
+    tags = []
+
+    def backend(graph, inputs):
+        tags.append(torch.compiler.config.cache_key_tag)
+        return graph
+
+    monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda name: backend)
+    monkeypatch.setattr(torch.compiler.config, "cache_key_tag", "mine ")
+    for capability in ("AVX2", "AVX512"):
+        torch._dynamo.reset()
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        torch.compile(lambda x: x + 1, backend=compiled._inductor)(torch.ones(3))
+    torch._dynamo.reset()
+    assert tags == ["mine AVX2", "mine AVX512"] and torch.compiler.config.cache_key_tag == "mine "
+
+
 def test_a_compiler_that_fails_is_done_without(monkeypatch, caplog):
     def broken():
         raise RuntimeError("no compiler\nat all")
