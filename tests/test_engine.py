@@ -99,6 +99,7 @@ def test_off_counts_the_full_models_flops(engine):
     assert stats.cache_bytes == stats.full_cache_bytes
 
 
+@pytest.mark.slow
 def test_the_vision_tower_is_counted_apart(engine, chats):
     """The same by every door: a chat alone, in a batch, in chunks, with beams; none where there is nothing to see."""
 

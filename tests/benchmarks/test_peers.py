@@ -142,6 +142,7 @@ def test_the_patched_forward_answers_as_a_chat_does(engine, prompts):
     torch.testing.assert_close(held.logits[0, 0], plain, atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_a_peer_that_is_not_installed_is_a_row(monkeypatch, capsys, tmp_path):
     pytest.importorskip("sklearn")
     with pytest.raises(PeerError, match=r"^not installed: .*python3 -m venv .* -m pip install -q kvpress"):

@@ -52,6 +52,7 @@ def test_tables_of_time_memory_and_fidelity(loaded):
     assert "next-turn" not in result.stdout
 
 
+@pytest.mark.slow
 def test_one_json_object_and_a_csv_of_the_same_rows(loaded, tmp_path):
     path = tmp_path / "rows.csv"
     result = bench(*SMALL, "--repeats", 1, "--preset", "aim", "--json", "--csv", path)

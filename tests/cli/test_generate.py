@@ -285,6 +285,7 @@ def test_a_checkpoint_without_weights_is_refused(tmp_path):
     assert message.startswith("InputError: ") and "safetensors" in message
 
 
+@pytest.mark.slow
 def test_frames_go_between_the_bundled_images():
     """In chunks or at once, the question is answered over them."""
     whole, pieces = (

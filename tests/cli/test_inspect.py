@@ -117,6 +117,7 @@ def _options(command):
     return [word for word in text.replace("│", " ").split() if word.startswith("--")]
 
 
+@pytest.mark.slow
 def test_the_bundled_pictures_are_drawn_from_the_files(tmp_path):
     """Without marks to hide it, a picture is the file, enlarged."""
     assert inspect("--preset", "off", "--out", tmp_path, "--max-new-tokens", 1).exit_code == 0

@@ -10,7 +10,7 @@ from torch import nn
 from mminfer import V2PE, AIMMerge, AIMPrune, InferenceConfig, LookM, OperatorSkip, patched
 from mminfer.models.registry import adapter_for
 from tests.kernels.agreement import as_double, assert_agrees
-from tests.tiny import FAMILIES, IMAGE, fitting, tiny_inputs, tiny_model
+from tests.tiny import IMAGE, MARKED_FAMILIES, fitting, tiny_inputs, tiny_model
 
 PROMPTS = [[3, IMAGE, 5, IMAGE, 4], [2, IMAGE, 9]]
 GREEDY = {"max_new_tokens": 5, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
@@ -49,7 +49,7 @@ def same(model, inputs, config, atol):
         torch.testing.assert_close(a, b, rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MARKED_FAMILIES)
 def test_quantised_linear_modules(family):
     model, inputs = quantised(tiny_model(family)), tiny_inputs(family, PROMPTS)
     same(model, inputs, InferenceConfig(), 1e-4)
@@ -71,7 +71,7 @@ def test_accelerates_hooks(place):
     torch.testing.assert_close(ours, want, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MARKED_FAMILIES)
 def test_bfloat16(family):
     """Rounding differs with the order of sums, which every instruction set has its own of: truth is in float64."""
     model, inputs = copy.deepcopy(tiny_model(family)).bfloat16(), tiny_inputs(family, PROMPTS)

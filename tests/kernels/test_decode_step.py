@@ -87,7 +87,15 @@ def cast(weights, caches, dtype):
     ("heads", "groups", "size", "biased", "normed"),
     [(4, 4, 16, False, False), (6, 2, 32, True, False), (3, 1, 64, False, True), (2, 1, 80, True, True)],
 )
-@pytest.mark.parametrize(("batch", "entries"), [(1, 0), (1, 63), (2, 300), (5, 129), (7, 1000), (16, 64)])
+@pytest.mark.parametrize(
+    ("batch", "entries"),
+    [
+        (1, 0),
+        (1, 63),
+        (2, 300),
+        *(pytest.param(*shape, marks=pytest.mark.slow) for shape in ((5, 129), (7, 1000), (16, 64))),
+    ],
+)
 def test_native_is_as_right_as_pytorch_in_float32(isa, threads, batch, entries, heads, groups, size, biased, normed):
     weights, caches = (
         weights_of(heads, groups, size, biased, normed),

@@ -10,7 +10,7 @@ from tests.kernels.triton_bar import dirty_memory, meets_the_bar
 
 pytestmark = pytest.mark.usefixtures(dirty_memory.__name__)
 
-DTYPES = [torch.float32, torch.float16]
+DTYPES = [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow)]
 SHAPES = [  # H, G, S, N, D
     (2, 2, 1, 1, 64),
     (3, 1, 17, 17, 16),
