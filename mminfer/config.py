@@ -6,7 +6,7 @@ import dataclasses
 import importlib
 import json
 import pkgutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,8 @@ from mminfer.technique import (
     Stage,
     Technique,
     TechniqueRegistry,
+    check_columns,
+    check_declared,
 )
 from mminfer.tokens.merge import AIMMerge
 from mminfer.tokens.prune import AIMPrune
@@ -67,12 +69,10 @@ class InferenceConfig:
                     f"{stage.value}={technique!r} is no {stage.value} technique: "
                     f"use {', '.join(n for n, c in TECHNIQUES.items() if c.stage is stage)} or None"
                 )
-            parameters = getattr(technique, "__dataclass_params__", None)
-            if technique is not None and (parameters is None or not parameters.frozen):
-                raise ConfigError(
-                    f"{type(technique).__name__} is no frozen dataclass, so its settings cannot be compared or saved: "
-                    "put @dataclass(frozen=True) above the class"
-                )
+            if technique is not None:
+                check_declared(technique)
+            if isinstance(technique, CacheTechnique):
+                check_columns(technique)
 
     @property
     def techniques(self) -> tuple[Technique, ...]:
@@ -101,6 +101,10 @@ class InferenceConfig:
         """
         stages: dict[str, Any] = {}
         for technique in techniques:
+            if not isinstance(technique, Technique):
+                raise ConfigError(
+                    f"{technique!r} is no technique: pass one such as LookM(), or use from_preset for a preset's name"
+                )
             name = technique.stage.value
             if name in stages:
                 raise ConfigError(f"{stages[name]!r} and {technique!r} both work in {name}: wanted one a stage")
@@ -171,10 +175,13 @@ def _from_data(stage: str, data: Any) -> Technique | None:
         raise ConfigError(f"{stage}: {error}") from error
 
 
+_LAYER_RANGE = {field.name for field in dataclasses.fields(LayerRange)}
+
+
 def _field_from_data(value: Any) -> Any:
-    if isinstance(value, dict):
+    if isinstance(value, dict) and value.keys() == _LAYER_RANGE:
         return LayerRange(**value)
-    return tuple(value) if isinstance(value, list) else value
+    return tuple(map(_field_from_data, value)) if isinstance(value, list) else value
 
 
 class Presets(Mapping[str, InferenceConfig]):
@@ -184,8 +191,17 @@ class Presets(Mapping[str, InferenceConfig]):
     """
 
     def _all(self) -> dict[str, InferenceConfig]:
-        alone = {baseline: _presets_of_techniques(baseline) for baseline in (False, True)}
-        return {"off": InferenceConfig(), **alone[False], **_combinations(alone[False]), **alone[True]}
+        named = {"off": InferenceConfig(), **_presets_of(_own(False)), **_combinations(), **_presets_of(_own(True))}
+        for technique in TECHNIQUES.values():
+            if not _is_own(technique):
+                for name, config in _presets_of([technique]).items():
+                    if name in named:
+                        raise ConfigError(
+                            f"{technique.__name__}.presets() names {name!r}, which is a preset already: give it "
+                            "another name"
+                        )
+                    named[name] = config
+        return named
 
     def __getitem__(self, name: str) -> InferenceConfig:
         return self._all()[name]
@@ -200,21 +216,33 @@ class Presets(Mapping[str, InferenceConfig]):
 PRESETS = Presets()
 
 
-def _presets_of_techniques(baseline: bool) -> dict[str, InferenceConfig]:
-    """What techniques of this kind bring."""
-    return {
-        name: InferenceConfig.of(own)
-        for technique in TECHNIQUES.values()
-        if technique.baseline is baseline and "presets" in vars(technique)
-        for name, own in technique.presets().items()
-    }
+def _is_own(technique: type[Technique]) -> bool:
+    """Whether a technique is the library's."""
+    return technique.__module__.startswith("mminfer.")
 
 
-def _combinations(alone: Mapping[str, InferenceConfig]) -> dict[str, InferenceConfig]:
-    """Settings of several techniques; `alone`: presets of single ones."""
-    aim_prune = alone["aim-prune"].prune
+def _own(baseline: bool) -> list[type[Technique]]:
+    """The library's techniques of this kind."""
+    return [technique for technique in TECHNIQUES.values() if _is_own(technique) and technique.baseline is baseline]
+
+
+def _presets_of(techniques: Iterable[type[Technique]]) -> dict[str, InferenceConfig]:
+    """What techniques bring."""
+    named: dict[str, InferenceConfig] = {}
+    for technique in techniques:
+        if "presets" in vars(technique):
+            try:
+                named |= {name: InferenceConfig.of(own) for name, own in technique.presets().items()}
+            except Exception as error:  # a user's code raises anything
+                raise ConfigError(f"{technique.__name__}.presets() failed: {error}") from error
+    return named
+
+
+def _combinations() -> dict[str, InferenceConfig]:
+    """Settings of several techniques."""
+    aim_prune = AIMPrune.presets()["aim-prune"]
     return {
-        "aim": InferenceConfig(merge=alone["aim-merge"].merge, prune=aim_prune),
+        "aim": InferenceConfig(merge=AIMMerge.presets()["aim-merge"], prune=aim_prune),
         # Our own, chosen by needle accuracy on the bundled model: the best that a third and a sixth of the FLOPs gave.
         "balanced": InferenceConfig(
             merge=AIMMerge(ratio=1 / 3), prune=aim_prune, skip=OperatorSkip(ffn=LayerRange(start=0.5))

@@ -16,7 +16,7 @@ from mminfer.layout import TokenLayout
 from mminfer.metrics.flops import causal_pairs
 from mminfer.metrics.records import LayerRecord
 from mminfer.models.adapter import ModelAdapter
-from mminfer.technique import CacheEntries, LayerView, LayerWork
+from mminfer.technique import CacheEntries, LayerView, LayerWork, checked_entries, kept_rows
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ class LayerAttention:
         attended = self._attend(sequence, view, window)
         view = replace(view, attention_mass=attended.mass)
         if self._prune is not None:
-            self.kept.append(self._prune.apply(view) + self.layout.spans[sequence][0])
+            self.kept.append(kept_rows(self._prune, view) + self.layout.spans[sequence][0])
         keys = len(view.entries)
         if window is not None:  # a later query sees no more, itself included
             view = replace(view, entries=view.entries.last(window - 1))
@@ -216,7 +216,7 @@ class LayerAttention:
         if cache.across_layers:
             self.demands.append(cache.layer_demand(view))
             return view.entries
-        return cache.apply(view)
+        return checked_entries(cache, cache.apply(view), view.entries)
 
     @property
     def tokens_seen(self) -> list[int]:

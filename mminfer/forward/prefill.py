@@ -20,6 +20,7 @@ from mminfer.layout import TokenLayout
 from mminfer.metrics.records import LayerRecord, PromptRecord, joined_layers
 from mminfer.models.adapter import ModelAdapter
 from mminfer.models.spec import ModelSpec
+from mminfer.technique import compressed_layers
 
 
 @dataclass(frozen=True)
@@ -194,7 +195,7 @@ def _compress_together(config: InferenceConfig, layers: Sequence[LayerAttention]
         return
     for b in range(layers[0].layout.num_sequences):
         held, demands, seen = ([getattr(a, name)[b] for a in layers] for name in ("entries", "demands", "tokens_seen"))
-        for attend, entries in zip(layers, config.cache.compress_layers(held, demands, seen), strict=True):
+        for attend, entries in zip(layers, compressed_layers(config.cache, held, demands, seen), strict=True):
             attend.replace_entries(b, entries)
 
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from mminfer.config import InferenceConfig
-from mminfer.errors import ConfigError
 from mminfer.layout import TokenLayout
 from mminfer.technique import (
     CacheEntries,
@@ -23,6 +22,9 @@ from mminfer.technique import (
     PruneTechnique,
     SkipTechnique,
     Technique,
+    checked_entries,
+    compressed_layers,
+    kept_rows,
 )
 
 if TYPE_CHECKING:
@@ -154,7 +156,7 @@ class RecordedPrune(_Recorded, PruneTechnique, register=False):
         return bool(self.technique.prunes(layer_idx, num_layers))
 
     def apply(self, view: LayerView) -> Tensor:
-        kept: Tensor = self.technique.apply(view)
+        kept = kept_rows(self.technique, view)
         rows = self.record.rows[view.layer_idx]
         leaves = torch.ones_like(rows, dtype=torch.bool)
         leaves[kept] = False
@@ -221,23 +223,20 @@ class RecordedCache(_Recorded, CacheTechnique, register=False):
     def compress_layers(
         self, layers: Sequence[CacheEntries], demands: Sequence[float], tokens_seen: Sequence[int]
     ) -> list[CacheEntries]:
-        out: list[CacheEntries] = self.technique.compress_layers(layers, demands, tokens_seen)
+        out = compressed_layers(self.technique, layers, demands, tokens_seen)
         for layer_idx, entries in enumerate(out):
             self._note_held(layer_idx, entries)
         return out
 
     def apply(self, view: LayerView) -> CacheEntries:
-        out: CacheEntries = self.technique.apply(view)
+        out = checked_entries(self.technique, self.technique.apply(view), view.entries)
         self._note_held(view.layer_idx, out)
         self._note_score(view)
         return out
 
     def _note_held(self, layer_idx: int, entries: CacheEntries) -> None:
         if entries.source is None:
-            raise ConfigError(
-                f"{type(self.technique).__name__} lost the source of its entries, so that nobody can tell which it "
-                "evicted: make what it returns by CacheEntries.select or CacheEntries.merged"
-            )
+            raise ValueError("entries without their source")
         self.record.held[layer_idx] = entries.source[0]
 
     def _note_score(self, view: LayerView) -> None:

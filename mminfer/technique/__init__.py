@@ -1,6 +1,7 @@
 """The one interface of every technique: settings in, checks before any forward pass, pure work on tensors."""
 
 from mminfer.technique.chance import draw_lot
+from mminfer.technique.checks import check_columns, check_declared, checked_entries, compressed_layers, kept_rows
 from mminfer.technique.registry import TechniqueRegistry
 from mminfer.technique.settings import (
     CACHE_SHARES,
@@ -40,11 +41,16 @@ __all__ = [
     "Stage",
     "Technique",
     "TechniqueRegistry",
+    "check_columns",
+    "check_declared",
     "check_fraction",
     "check_full_attention",
     "check_layer",
+    "checked_entries",
+    "compressed_layers",
     "draw_lot",
     "is_number",
     "is_whole",
+    "kept_rows",
     "layer_index",
 ]

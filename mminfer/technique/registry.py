@@ -61,6 +61,11 @@ def register(technique: type[Technique]) -> None:
     _classes[name] = technique
 
 
+def is_registered(technique: type[Technique]) -> bool:
+    """Whether configurations know this very class by its name."""
+    return _classes.get(technique.__name__) is technique
+
+
 def _rank(technique: type[Technique]) -> tuple[int, bool, bool, str]:
     """By what techniques are sorted; it does not depend on which module was loaded first."""
     module = technique.__module__

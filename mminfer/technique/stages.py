@@ -74,8 +74,14 @@ class Technique(ABC):
 
     @classmethod
     def variants(cls) -> dict[str, Self]:
-        """Settings that a model may take or refuse one by one: the columns of a support table."""
-        return {cls.__name__: cls()}
+        """Settings that a model may take or refuse one by one: the columns of a support table.
+
+        By default these are the class's defaults; a class that has none is left out.
+        """
+        try:
+            return {cls.__name__: cls()}
+        except TypeError:  # a setting without a default
+            return {}
 
     @classmethod
     def sweeps(cls) -> dict[str, dict[str, Self]]:

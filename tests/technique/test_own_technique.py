@@ -25,7 +25,15 @@ from mminfer.inspection.support import YES, support_table
 from mminfer.inspection.words import sentences
 from mminfer.layout import TokenLayout
 from mminfer.nano import sample_messages
-from mminfer.technique import CacheTechnique, LayerView, MergeTechnique, PositionTechnique, PruneTechnique, Technique
+from mminfer.technique import (
+    CacheEntries,
+    CacheTechnique,
+    LayerView,
+    MergeTechnique,
+    PositionTechnique,
+    PruneTechnique,
+    Technique,
+)
 from tests.tiny import IMAGE, tiny_inputs, tiny_model
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "add_a_technique.py"
@@ -284,3 +292,113 @@ def test_presets_and_sweeps_are_not_inherited():
     assert type(PRESETS["lookm-20"].cache) is TECHNIQUES["LookM"]
     assert [sweep.rule for sweep in cache_sweeps()].count("LOOK-M pivot") == 1
     assert QuietLookM().describe().startswith("Keeps 20 %")
+
+
+def made(**methods):
+    """A cache technique of one method or more."""
+    return dataclass(frozen=True)(
+        type("Made", (CacheTechnique,), {"apply": lambda self, view: view.entries, **methods})
+    )
+
+
+@pytest.mark.parametrize(
+    ("method", "wanted"),
+    [
+        ({"apply": lambda self, view: None}, "Made gave NoneType, wanted CacheEntries"),
+        ({"apply": lambda self, view: view.keys}, "Made gave Tensor, wanted CacheEntries"),
+        ({"apply": lambda self, view: view.entries.last(0)}, r"with S of 1 or more"),
+        ({"apply": lambda self, view: CacheEntries(view.keys, view.keys)}, "Made lost the column is_visual"),
+        ({"across_layers": True, "compress_layers": lambda self, layers, *_: layers[:2]}, "gave 2 layers of 6"),
+    ],
+)
+def test_what_a_cache_gives_back_is_checked(plain, method, wanted):
+    engine = Engine(plain.model, plain.processor, InferenceConfig(cache=made(**method)()))
+    chat = engine.chat()
+    with pytest.raises(ConfigError, match=wanted):
+        chat.send("hello", 2)
+    assert not chat.cache.layers
+    with pytest.raises(ConfigError, match=wanted):
+        inspect_chat(engine, "hello", 2)
+
+
+@pytest.mark.parametrize("columns", [("nope",), "score", ("keys",)])
+def test_columns_that_do_not_exist_are_refused(columns):
+    with pytest.raises(ConfigError, match=r"Made\.columns=.*wanted a tuple of is_visual, score, size, source"):
+        InferenceConfig(cache=made(columns=columns)())
+
+
+@pytest.mark.parametrize(
+    ("rows", "wanted"),
+    [
+        (lambda n: torch.ones(n, dtype=torch.bool), r"gave torch\.bool of shape .*mask\.nonzero"),
+        (lambda n: [0, n - 1], "gave list"),
+        (lambda n: torch.tensor([2, 1, n - 1]), "wanted them ascending"),
+        (lambda n: torch.tensor([1, 1, n - 1]), "each once"),
+        (lambda n: torch.arange(n - 1), "the last row among them"),
+        (lambda n: torch.tensor([-1, n - 1]), "wanted them ascending"),
+        (lambda n: torch.empty(0, dtype=torch.int64), "wanted them ascending"),
+    ],
+)
+def test_what_a_pruning_rule_gives_back_is_checked(plain, rows, wanted):
+    """A mask would be taken for the rows 0 and 1."""
+
+    @dataclass(frozen=True)
+    class Prunes(PruneTechnique):
+        def check(self, spec):
+            """Any model will do."""
+
+        def prunes(self, layer_idx, num_layers):
+            return layer_idx == 1
+
+        def apply(self, view):
+            return rows(len(view.is_visual))
+
+    with pytest.raises(ConfigError, match=f"Prunes.apply {wanted}" if wanted.startswith("gave") else wanted):
+        Engine(plain.model, plain.processor, InferenceConfig.of(Prunes())).generate("hello there", 2)
+
+
+def test_presets_that_are_taken_are_refused_by_name():
+    before = PRESETS["aim"]
+    made(presets=classmethod(lambda cls: {"off": cls()}))
+    with pytest.raises(ConfigError, match=r"Made\.presets\(\) names 'off', which is a preset already"):
+        InferenceConfig.from_preset("off")
+    made(presets=classmethod(lambda cls: 1 / 0))
+    with pytest.raises(ConfigError, match=r"Made\.presets\(\) failed: division by zero"):
+        InferenceConfig.from_preset("aim")
+    made()
+    assert PRESETS["aim"] == before
+
+
+def test_settings_without_a_default_are_left_out_of_tables():
+    @dataclass(frozen=True)
+    class Required(CacheTechnique):
+        share: float
+
+        def apply(self, view):
+            return view.entries
+
+    assert "Required" not in support_table()["llava"]
+    assert InferenceConfig.from_json(InferenceConfig(cache=Required(0.5)).to_json()).cache == Required(0.5)
+
+
+def test_settings_that_would_be_lost_are_refused(example):
+    class Undecorated(example.KeyNorm):
+        extra: int = 3
+
+    with pytest.raises(ConfigError, match=r"Undecorated\.extra is no setting.*@dataclass\(frozen=True\)"):
+        InferenceConfig(cache=Undecorated())
+
+    @dataclass(frozen=True)
+    class Nested(example.KeyNorm):
+        pairs: tuple = ((1, 2), (3, 4))
+
+    assert InferenceConfig.from_json(InferenceConfig(cache=Nested()).to_json()) == InferenceConfig(cache=Nested())
+
+    @dataclass(frozen=True)
+    class Taken(example.KeyNorm):
+        technique: str = "x"
+
+    with pytest.raises(ConfigError, match=r"Taken\.technique: .* rename the field"):
+        InferenceConfig(cache=Taken())
+    with pytest.raises(ConfigError, match="'aim' is no technique"):
+        InferenceConfig.of("aim")
