@@ -166,7 +166,7 @@ def _from_data(stage: str, data: Any) -> Technique | None:
     if not isinstance(name, str) or name not in TECHNIQUES:
         raise ConfigError(
             f"{stage}: unknown technique {name!r}; techniques: {', '.join(TECHNIQUES)}; import the module of one of "
-            "your own first"
+            "your own first, on the command line by --technique-file"
         )
     try:
         fields = {key: _field_from_data(value) for key, value in data.items() if key != "technique"}

@@ -17,7 +17,7 @@ from mminfer.chat import MAX_NEW_TOKENS, ONE_ANSWER, CallOptions, Chat, ChatIden
 from mminfer.config import InferenceConfig
 from mminfer.errors import ConfigError, InputError, UnsupportedModelError
 from mminfer.forward.kv_cache import CompressedCache
-from mminfer.forward.native_build import prepare_kernels
+from mminfer.forward.native_build import check_native_isa, prepare_kernels
 from mminfer.inputs.content import MediaOptions
 from mminfer.inputs.messages import is_batch
 from mminfer.inputs.parts import Message, Part
@@ -88,6 +88,7 @@ class Engine:
         shared = {k: hf_kwargs[k] for k in ("revision", "token", "cache_dir", "trust_remote_code") if k in hf_kwargs}
         device = chosen_device(device)
         dtype = chosen_dtype(dtype, device)
+        check_native_isa()
         try:
             model_config = AutoConfig.from_pretrained(path, **shared)
             check_family(model_config.model_type)

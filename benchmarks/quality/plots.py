@@ -1,5 +1,6 @@
 """Draws what the needle rows say; `python -m benchmarks.report` calls it."""
 
+import argparse
 from pathlib import Path
 
 import matplotlib
@@ -90,6 +91,7 @@ def pareto() -> Path:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     for draw in (length, pareto):
         print(draw())
 

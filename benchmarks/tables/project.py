@@ -24,7 +24,7 @@ def support() -> str:
     grid = markdown(["family", *techniques], rows).replace("---:", "---")
     return (
         f"{grid}\n\n{notes}\n\nAsked of each family's default configuration; a checkpoint whose language model slides "
-        "refuses LookM whatever its family."
+        "refuses cache compression whatever its family."
     )
 
 

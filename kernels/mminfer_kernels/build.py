@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -45,6 +45,7 @@ ISA_FLAGS = {  # the widest first
 SEAL_BYTES = 32  # a digest behind the library: a file cut short would not fail to load, but end the process later
 COMPILER_SECONDS, LONGEST_FILE_SECONDS = 30, 8  # on one core, all sources and the slowest of them
 LONGEST_WAIT_SECONDS = 300  # for another process that builds the same
+BUILD_FOLDER = "build-"  # how the names of folders begin that a build writes to
 Progress = Callable[[int, int], object]  # told (files done, files in all) while a library is built
 _loaded: dict[str, ctypes.CDLL | None] = {}
 _loading = threading.Lock()
@@ -238,7 +239,8 @@ def _build(path: Path, isa: str, on_progress: Progress | None) -> None:
     """
     start = time.perf_counter()
     flags = [*FLAGS, *ISA_FLAGS[isa], f"-I{sources() / 'include'}"]
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+    _remove_abandoned(path.parent)
+    with tempfile.TemporaryDirectory(prefix=BUILD_FOLDER, dir=path.parent) as folder:
         logger.warning(
             "mminfer: building the native CPU kernels (C++ for %s), which takes about %d s once; they are kept in %s",
             isa,
@@ -254,6 +256,14 @@ def _build(path: Path, isa: str, on_progress: Progress | None) -> None:
         whole.write_bytes(code + hashlib.sha256(code).digest())
         os.replace(whole, path)  # where folders cannot be locked the last of several processes wins, each whole
     logger.info("mminfer: built the native CPU kernels in %.1f s (%s)", time.perf_counter() - start, path)
+
+
+def _remove_abandoned(cache: Path) -> None:
+    """Removes what builds that were killed have left; one that may still run without a lock is let be."""
+    for folder in cache.glob(f"{BUILD_FOLDER}*"):
+        with suppress(OSError):
+            if time.time() - folder.stat().st_mtime > LONGEST_WAIT_SECONDS:
+                shutil.rmtree(folder)
 
 
 def _compile(commands: Sequence[list[str]], on_progress: Progress | None) -> None:

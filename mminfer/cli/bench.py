@@ -102,7 +102,9 @@ def measure(
     optional = {} if settings and plot is None else _unnamed_settings(plot, contexts, delta or [])
     protocols = _protocols(protocol or ["next-turn"]) if contexts else []
     if image or video:
-        measured = [_file_context(image or [], video or [], prompt, given)]
+        if "--contexts" in given and contexts > 1:
+            raise InputError(f"--contexts {contexts} beside files: they are one context: leave it out, or pass 0")
+        measured, questions = [_file_context(image or [], video or [], prompt, given)], 1
         facts: dict[str, Any] = {"prompt": prompt}
     else:
         count = max(contexts, batch)

@@ -10,7 +10,6 @@ import typer
 from rich.table import Table
 
 from mminfer.cli.console import ERR, OUT, reports_errors
-from mminfer.errors import InputError
 
 
 @reports_errors
@@ -20,12 +19,9 @@ def doctor(
     ] = False,
 ) -> None:
     """Show what this machine has, which backend each op takes, and which families and presets there are."""
-    from mminfer_kernels.build import native_isa
+    from mminfer.forward.native_build import check_native_isa
 
-    try:
-        native_isa()
-    except ValueError as error:
-        raise InputError(str(error)) from error
+    check_native_isa()
     if build:
         _build_kernels()
         return

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mminfer.errors import InputError
+from mminfer.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
     from mminfer.config import InferenceConfig
@@ -32,7 +32,7 @@ def load_technique_file(path: Path) -> None:
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # a user's code raises anything
+    except (Exception, SystemExit) as error:  # a user's code raises anything
         raise InputError(f"--technique-file {path}: it raised {type(error).__name__}: {error}") from error
     if not any(technique.__module__ == spec.name for technique in TECHNIQUES.values()):
         raise InputError(f"--technique-file {path}: it defines no technique: wanted a class such as CacheTechnique's")
@@ -91,6 +91,8 @@ def read_config(path: Path) -> InferenceConfig:
 
     try:
         return InferenceConfig.from_json(path.read_text())
+    except ConfigError as error:
+        raise ConfigError(f"--config {path}: {error}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--config {path}: {error}") from error
 

@@ -9,8 +9,10 @@ from typing import Any
 
 import mminfer_kernels
 import torch
-from mminfer_kernels.build import Progress
+from mminfer_kernels.build import Progress, native_isa
 from tqdm import tqdm
+
+from mminfer.errors import InputError
 
 
 def prepare_kernels(device: torch.device | str) -> float:
@@ -19,9 +21,18 @@ def prepare_kernels(device: torch.device | str) -> float:
     Whoever measures calls it before the clock starts, or moves the start by what it gives.
     """
     start = time.perf_counter()
+    check_native_isa()
     with _build_bar() as on_progress:
         mminfer_kernels.prepare(device, on_progress)
     return time.perf_counter() - start
+
+
+def check_native_isa() -> None:
+    """Raises `InputError` if the environment asks for an instruction set that this processor does not run."""
+    try:
+        native_isa()
+    except ValueError as error:
+        raise InputError(str(error)) from error
 
 
 @contextmanager

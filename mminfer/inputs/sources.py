@@ -91,7 +91,10 @@ def _unreadable(name: str, kind: str, error: Exception) -> InputError:
 
 
 def _remote_off(url: str) -> InputError:
-    return InputError(f"{url}: remote sources are off: pass allow_remote=True, or download it first")
+    return InputError(
+        f"{url}: remote sources are off: pass allow_remote=True (on the command line --allow-remote), or download it "
+        "first"
+    )
 
 
 def _decode_data_url(url: str, kind: str) -> bytes:

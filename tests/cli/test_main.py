@@ -127,6 +127,6 @@ def test_a_build_that_fails_ends_with_an_error(monkeypatch, tmp_path):
 
 def test_an_instruction_set_that_cannot_be_is_refused(monkeypatch):
     monkeypatch.setenv("MMINFER_ISA", "avx3")
-    for args in (["doctor"], ["doctor", "--build"]):
+    for args in (["doctor"], ["doctor", "--build"], ["generate"]):
         result = invoke(*args)
         assert result.exit_code == 2 and "InputError: MMINFER_ISA is 'avx3'" in " ".join(result.stderr.split())

@@ -188,6 +188,18 @@ def test_a_crash_while_building_stops_nobody(small, native, tmp_path):
     assert out[0] == "native" and errors == []
 
 
+def test_what_a_killed_build_left_is_removed(small, compiler, tmp_path):
+    """Once it is so old that nobody can still be building there."""
+    script, _ = compiler
+    for name, age in (("build-old", build.LONGEST_WAIT_SECONDS + 60), ("build-new", 0)):
+        (tmp_path / "cache" / name).mkdir(parents=True)
+        (tmp_path / "cache" / name / "unit.o").write_text("half")
+        os.utime(tmp_path / "cache" / name, (time.time() - age,) * 2)
+    out, _ = finish(start(folder=small, MMINFER_CACHE=tmp_path / "cache", CXX=script))
+    assert out[0] == "native"
+    assert [path.name for path in (tmp_path / "cache").glob("build-*")] == ["build-new"]
+
+
 def test_without_locks_every_process_builds(small, compiler, tmp_path):
     """As where the module `fcntl` does not exist, and where a file system has no locks."""
     script, log = compiler

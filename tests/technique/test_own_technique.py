@@ -131,7 +131,12 @@ def test_commands_take_the_file(tmp_path, example):
 
 @pytest.mark.parametrize(
     ("text", "wanted"),
-    [(None, "no such Python file"), ("1 / 0", "it raised ZeroDivisionError"), ("x = 1", "it defines no technique")],
+    [
+        (None, "no such Python file"),
+        ("1 / 0", "it raised ZeroDivisionError"),
+        ("raise SystemExit(3)", "it raised SystemExit"),
+        ("x = 1", "it defines no technique"),
+    ],
 )
 def test_files_without_a_technique_are_refused(tmp_path, text, wanted):
     path = tmp_path / "own.py"
