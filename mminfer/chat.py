@@ -18,7 +18,7 @@ from mminfer.errors import InputError
 from mminfer.forward.kv_cache import CompressedCache
 from mminfer.forward.native_build import prepare_kernels
 from mminfer.forward.storage import cache_facts, cache_tensors, restore_cache
-from mminfer.inputs.content import MediaOptions
+from mminfer.inputs.content import MEDIA_OPTIONS, MediaOptions
 from mminfer.inputs.parts import TextPart
 from mminfer.inputs.reader import RequestReader
 from mminfer.inputs.reading import Reading
@@ -29,6 +29,7 @@ from mminfer.running import Runner, RunOptions
 FILE_FORMAT = 3  # since entries keep their size apart from their score
 MAX_NEW_TOKENS = 64
 ONE_ANSWER = "a chat goes on from one answer; use generate()"
+OF_ALL_TURNS = (*MEDIA_OPTIONS, "prefill_chunk_size", "progress")
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class Chat:
         if system is not None:
             self._transcript = Transcript((_system_message(reader, system),))
 
-    def read(self, content: Any) -> None:
+    def read(self, content: Any, **options: Any) -> None:
         """Takes content in and compresses it without answering; the user's turn stays open for more.
 
         With `prefill_chunk_size` the content may come from an iterator and is loaded, encoded and compressed piece by
@@ -106,10 +107,14 @@ class Chat:
 
         Args:
             content: a string, or text, image and video parts from a list or any iterable.
+            options: none; `engine.chat` takes those of all turns.
 
         Raises:
-            InputError: the content is wrong; the chat is as it was.
+            InputError: the content is wrong, or there are options; the chat is as it was.
         """
+        _refuse_options_of_all_turns("read", options)
+        if options:
+            raise InputError(f"read() knows no argument {', '.join(options)}: leave it out, or give it to send()")
         reading = self._reading(content, closes=False)
         prepare_kernels(self._reader.device)
         with self._kept_on_errors():
@@ -129,6 +134,7 @@ class Chat:
             InputError: the content or an argument is wrong; the chat is as it was.
         """
         start = time.perf_counter()
+        _refuse_options_of_all_turns("send", generation_kwargs)
         kwargs = {"max_new_tokens": MAX_NEW_TOKENS, **self._options.generation, **generation_kwargs}
         if max_new_tokens is not None:
             kwargs["max_new_tokens"] = max_new_tokens
@@ -147,9 +153,16 @@ class Chat:
         return other
 
     def save(self, path: str | Path) -> None:
-        """Writes the chat to a safetensors file: cache, turns so far, and what made them. Pixels are not kept."""
+        """Writes the chat to a safetensors file: cache, turns so far, and what made them. Pixels are not kept.
+
+        Raises:
+            InputError: the file cannot be written.
+        """
         facts = {**self._identity.to_dict(), "cache": cache_facts(self.cache), **self._transcript.to_dict()}
-        save_file(cache_tensors(self.cache), path, {"mminfer_chat": json.dumps(facts)})
+        try:
+            save_file(cache_tensors(self.cache), path, {"mminfer_chat": json.dumps(facts)})
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{path}: could not be written ({error}): wanted a folder that is there") from error
 
     def restore(self, path: str | Path) -> Chat:
         """Takes up a saved chat in place of this one's turns; `engine.load_chat(path)` is the usual way in.
@@ -186,6 +199,13 @@ class Chat:
         except BaseException:
             restore()
             raise
+
+
+def _refuse_options_of_all_turns(method: str, given: dict[str, Any]) -> None:
+    names = [name for name in given if name in (*OF_ALL_TURNS, "system")]
+    if names:
+        found = ", ".join(names)
+        raise InputError(f"{found}: {method}() takes it not, for it holds for all turns: give it to engine.chat(...)")
 
 
 def _system_message(reader: RequestReader, text: str) -> dict[str, Any]:

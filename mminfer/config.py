@@ -253,3 +253,19 @@ def _combinations() -> dict[str, InferenceConfig]:
             skip=OperatorSkip(ffn=LayerRange(start=0.25)),
         ),
     }
+
+
+def checked_config(given: Any) -> InferenceConfig:
+    """What was given, if it is a config.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if isinstance(given, InferenceConfig):
+        return given
+    wanted = "pass InferenceConfig(...), InferenceConfig.of(...) or InferenceConfig.from_preset(...)"
+    if isinstance(given, Technique):
+        wanted = "pass InferenceConfig.of(...) with it"
+    elif isinstance(given, str) and given in PRESETS:
+        wanted = f"pass InferenceConfig.from_preset({given!r})"
+    raise ConfigError(f"the config is {given!r}, no InferenceConfig: {wanted}")

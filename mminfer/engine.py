@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, overload
 
@@ -13,12 +12,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from mminfer import nano
-from mminfer.chat import MAX_NEW_TOKENS, ONE_ANSWER, CallOptions, Chat, ChatIdentity
-from mminfer.config import InferenceConfig
+from mminfer.chat import MAX_NEW_TOKENS, OF_ALL_TURNS, ONE_ANSWER, CallOptions, Chat, ChatIdentity
+from mminfer.config import InferenceConfig, checked_config
 from mminfer.errors import ConfigError, InputError, UnsupportedModelError
 from mminfer.forward.kv_cache import CompressedCache
 from mminfer.forward.native_build import check_native_isa, prepare_kernels
-from mminfer.inputs.content import MediaOptions
+from mminfer.inputs.content import MEDIA_OPTIONS, MediaOptions
 from mminfer.inputs.messages import is_batch
 from mminfer.inputs.parts import Message, Part
 from mminfer.inputs.reader import RequestReader
@@ -26,11 +25,11 @@ from mminfer.inputs.request import Request
 from mminfer.models.loading import chosen_device, chosen_dtype
 from mminfer.models.registry import adapter_for, check_family
 from mminfer.output import GenerationOutput
-from mminfer.running import Runner, RunOptions
+from mminfer.running import Runner, RunOptions, check_length
 from mminfer.streaming import TextStream
 from mminfer.technique import is_whole
 
-OneChat = str | Iterable[str | Mapping[str, Any] | Part | Message]
+OneChat = str | Part | Message | Iterable[str | Mapping[str, Any] | Part | Message]
 Chats = Sequence[list[Any] | tuple[Any, ...] | str]
 
 
@@ -45,16 +44,16 @@ class Engine:
 
     Raises:
         UnsupportedModelError: the family has no adapter.
-        ConfigError: a setting does not fit the model.
+        ConfigError: a setting does not fit the model, or the config is none.
     """
 
     def __init__(
         self, model: nn.Module, processor: Any, config: InferenceConfig | None = None, compile: bool = False
     ) -> None:
+        self.config = InferenceConfig() if config is None else checked_config(config)
         self.model: Any = model.eval()
         self.processor = processor
         self.adapter = adapter_for(model)
-        self.config = config if config is not None else InferenceConfig()
         self.config.check(self.adapter.spec)
         self.runner = Runner(self.model, processor, self.adapter, self.config, compile)
         self.reader = RequestReader(self.model, processor, self.adapter)
@@ -82,8 +81,9 @@ class Engine:
         Raises:
             UnsupportedModelError: the family has no adapter; nothing was loaded.
             InputError: there is no such checkpoint.
-            ConfigError: a setting does not fit the model.
+            ConfigError: a setting does not fit the model, or the config is none.
         """
+        config = InferenceConfig() if config is None else checked_config(config)
         path = str(nano.checkpoint_path()) if name_or_path == nano.NANO else name_or_path
         shared = {k: hf_kwargs[k] for k in ("revision", "token", "cache_dir", "trust_remote_code") if k in hf_kwargs}
         device = chosen_device(device)
@@ -164,7 +164,7 @@ class Engine:
         Raises:
             InputError: the request is wrong. The engine goes on with the next one.
         """
-        self.runner.check_arguments(generation_kwargs)
+        self.runner.check_arguments({**generation_kwargs, "max_new_tokens": max_new_tokens})
         media = MediaOptions(allow_remote, num_frames, fps, max_video_tokens)
         request = self.prepare_request(messages, media, prefill_chunk_size)
         outputs = self.answer(request, max_new_tokens, progress=progress, **generation_kwargs)
@@ -177,6 +177,7 @@ class Engine:
         """
         if is_batch(messages):
             raise InputError(f"stream() takes one chat, found a list of {len(messages)}: use generate() for a batch")
+        kwargs["max_new_tokens"] = max_new_tokens
         options = self._call_options(kwargs, "a stream is of one answer; use generate()")
         generation = dict(options.generation)
         if generation.pop("streamer", None) is not None:
@@ -185,7 +186,7 @@ class Engine:
         request = self.prepare_request(messages, options.media, options.run.chunk_size)
 
         def run(**control: Any) -> GenerationOutput:
-            return self.answer(request, max_new_tokens, progress=options.run.progress, **control, **generation)[0]
+            return self.answer(request, progress=options.run.progress, **control, **generation)[0]
 
         return TextStream(self.processor.tokenizer, run, criteria)
 
@@ -222,11 +223,11 @@ class Engine:
             messages: as for `generate`.
             media: `allow_remote`, `num_frames`, `fps` and `max_video_tokens` of `generate`.
         """
-        return self.reader.check(messages, MediaOptions(**media))
+        return self.reader.check(messages, MediaOptions.of(media))
 
     def prepare(self, chats: Sequence[Any], **media: Any) -> dict[str, Any]:
         """Checks chats and turns them into the model's inputs, left-padded to one batch; arguments as for `check`."""
-        return self.reader.inputs(chats, MediaOptions(**media))
+        return self.reader.inputs(chats, MediaOptions.of(media))
 
     def prepare_request(
         self, messages: Any, media: MediaOptions | None = None, prefill_chunk_size: int | None = None
@@ -255,6 +256,7 @@ class Engine:
         **generation_kwargs: Any,
     ) -> list[GenerationOutput]:
         """Answers a prepared request: the outputs of each of its chats in turn. Arguments as for `generate`."""
+        check_length(max_new_tokens)
         prepare_kernels(self.device)
         start = time.perf_counter() - request.preparation_s
         if request.inputs is not None:
@@ -267,11 +269,9 @@ class Engine:
 
     def _call_options(self, kwargs: dict[str, Any], one_answer_for: str) -> CallOptions:
         """A call's arguments, checked and sorted by who takes them."""
-        taken = [field.name for field in fields(MediaOptions)]
-        media = MediaOptions(**{name: kwargs[name] for name in taken if name in kwargs})
+        media = MediaOptions(**{name: kwargs[name] for name in MEDIA_OPTIONS if name in kwargs})
         run = RunOptions(kwargs.get("prefill_chunk_size"), kwargs.get("progress", False))
-        taken += ["prefill_chunk_size", "progress"]
-        generation = {name: value for name, value in kwargs.items() if name not in taken}
+        generation = {name: value for name, value in kwargs.items() if name not in OF_ALL_TURNS}
         self.runner.check_arguments(generation, one_answer_for=one_answer_for)
         self.reader.check_options(media)
         self._check_chunks(run.chunk_size)
@@ -290,8 +290,8 @@ class Engine:
                 )
 
 
-def check_before_loading(model_config: Any, config: InferenceConfig | None) -> None:
+def check_before_loading(model_config: Any, config: InferenceConfig) -> None:
     """Checks the settings against a model without weights: real ones may take minutes to load."""
     with torch.device("meta"):
         skeleton = AutoModelForImageTextToText.from_config(model_config)
-    (config or InferenceConfig()).check(adapter_for(skeleton).spec)
+    config.check(adapter_for(skeleton).spec)

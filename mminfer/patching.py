@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from mminfer.config import InferenceConfig
+from mminfer.config import InferenceConfig, checked_config
 from mminfer.errors import ConfigError, InputError
 from mminfer.forward.call_state import CallState, tokens_of
 from mminfer.forward.decode import Decoder
@@ -47,12 +47,13 @@ class PatchHandle:
     def __init__(
         self, model: Any, config: InferenceConfig, compile: bool = False, prefill_chunk_size: int | None = None
     ) -> None:
+        self.config = checked_config(config)
         self._call = CallState(prefill_chunk_size)
         self._call_begun = False
         self._chunk_size = prefill_chunk_size
         if _patch_on(model) is not None:
             raise ConfigError("the model is patched already: call undo() on that patch first")
-        self.model, self.config = model, config
+        self.model = model
         self.adapter: ModelAdapter = adapter_for(model)
         config.check(self.adapter.spec)
         self.records: list[PromptRecord] = []
@@ -244,7 +245,7 @@ def patch(
 
     Raises:
         UnsupportedModelError: the family has no adapter.
-        ConfigError: a setting does not fit the model, or it is patched already.
+        ConfigError: a setting does not fit the model, it is patched already, or the config is none.
 
     Example:
         >>> handle = mminfer.patch(model, mminfer.InferenceConfig(cache=mminfer.LookM(budget=8192)))

@@ -20,6 +20,8 @@ _END = object()
 class TextStream(Iterator[str]):
     """Pieces of text while they are generated; `output` is the whole answer once the pieces are through.
 
+    The generation stops when the stream is closed, when its `with` block is left, or when nobody holds it any more.
+
     Args:
         tokenizer: the model's.
         run: generates; takes the host's `streamer` and `stopping_criteria`, and `stopped`, which tells when to give up
@@ -30,44 +32,69 @@ class TextStream(Iterator[str]):
     def __init__(
         self, tokenizer: Any, run: Callable[..., GenerationOutput], stopping_criteria: Iterable[Any] = ()
     ) -> None:
-        self.output: GenerationOutput | None = None
-        self._error: BaseException | None = None
-        self._pieces: Queue[Any] = Queue()
-        self._stop = Event()
-        self._run, self._criteria = run, [*stopping_criteria, _StopOn(self._stop)]
-        self._streamer = _QueueStreamer(tokenizer, self._pieces)
-        self._thread = Thread(target=self._work, daemon=True)
+        self._work = _Work(tokenizer, run, stopping_criteria)
+        # The thread holds its work, never the stream, which could not be let go of before the answer is there.
+        self._thread = Thread(target=self._work.do, daemon=True)
         self._thread.start()
 
-    def _work(self) -> None:
-        try:
-            self.output = self._run(
-                streamer=self._streamer, stopping_criteria=self._criteria, stopped=self._stop.is_set
-            )
-        except ReadingCancelled:
-            pass  # nobody waits for an answer
-        except BaseException as error:  # handed to the reader, whatever it is
-            self._error = error
-        finally:
-            self._pieces.put(_END)
+    @property
+    def output(self) -> GenerationOutput | None:
+        """The whole answer; None before it is there, and where the prompt was not read to its end."""
+        return self._work.output
 
     def __next__(self) -> str:
-        piece = self._pieces.get()
+        piece: Any = self._work.pieces.get()
         if piece is not _END:
-            return piece
-        self._pieces.put(_END)
+            return str(piece)
+        self._work.pieces.put(_END)
         self._thread.join()
-        if self._error is not None:
-            raise self._error
+        if self._work.error is not None:
+            raise self._work.error
         raise StopIteration
 
     def close(self) -> None:
         """Stops the generation after its current token, or the reading of a prompt after its current chunk."""
-        self._stop.set()
+        self._work.stop.set()
         self._thread.join()
 
+    def __enter__(self) -> TextStream:
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        self.close()
+
     def __del__(self) -> None:
-        self._stop.set()
+        if hasattr(self, "_work"):
+            self._work.stop.set()
+
+
+class _Work:
+    """What the thread of a stream does and leaves.
+
+    Attributes:
+        pieces: of text, and `_END` behind the last one.
+        stop: set to end the work.
+        output: the whole answer.
+        error: what was raised instead.
+    """
+
+    def __init__(self, tokenizer: Any, run: Callable[..., GenerationOutput], criteria: Iterable[Any]) -> None:
+        self.output: GenerationOutput | None = None
+        self.error: BaseException | None = None
+        self.pieces: Queue[Any] = Queue()
+        self.stop = Event()
+        self._run, self._criteria = run, [*criteria, _StopOn(self.stop)]
+        self._streamer = _QueueStreamer(tokenizer, self.pieces)
+
+    def do(self) -> None:
+        try:
+            self.output = self._run(streamer=self._streamer, stopping_criteria=self._criteria, stopped=self.stop.is_set)
+        except ReadingCancelled:
+            pass  # nobody waits for an answer
+        except BaseException as error:  # handed to the reader, whatever it is
+            self.error = error
+        finally:
+            self.pieces.put(_END)
 
 
 class _QueueStreamer(TextStreamer):

@@ -6,6 +6,7 @@ from transformers import GenerationConfig
 
 from mminfer import V2PE, AIMMerge, Engine, InferenceConfig, InputError, LookM, nano
 from mminfer.inputs.model_inputs import InputBuilder
+from mminfer.inputs.parts import Message, TextPart
 
 QUESTION = "Which image shows a blue 1?"
 
@@ -266,3 +267,49 @@ def test_wrong_arguments_are_refused_where_they_are_given(engine, content, tmp_p
         with pytest.raises(InputError, match=found):
             act()
     assert chat.send(QUESTION).text == "WB"
+
+
+def test_a_turns_length_is_a_whole_number_from_1(engine):
+    chat = engine.chat()
+    for length in (0, -1, "3", 2.5, float("nan"), [3], True):
+        with pytest.raises(InputError, match=r"max_new_tokens=.*: wanted a whole number from 1"):
+            chat.send([{"type": "image", "image": "/nowhere.png"}], length)
+    assert chat.cache.tokens == ()
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"prefill_chunk_size": 70},
+        {"num_frames": 2},
+        {"fps": 1.0},
+        {"max_video_tokens": 9},
+        {"allow_remote": True},
+        {"progress": True},
+        {"system": "Hi"},
+    ],
+)
+def test_options_of_all_turns_are_refused_in_one(engine, option):
+    chat = engine.chat()
+    for act in (chat.send, chat.read):
+        with pytest.raises(InputError, match=rf"{next(iter(option))}: .*engine.chat\(...\)"):
+            act("x", **option)
+    with pytest.raises(InputError, match=r"read\(\) knows no argument foo"):
+        chat.read("x", foo=1)
+    assert chat.cache.tokens == ()
+
+
+def test_a_chat_that_cannot_be_written_says_so(engine, tmp_path):
+    chat = engine.chat()
+    chat.read("Hi")
+    for path in (tmp_path / "nope" / "x.st", tmp_path):
+        with pytest.raises(InputError, match=r"could not be written.*: wanted a folder"):
+            chat.save(path)
+
+
+def test_a_typed_part_or_message_alone_is_a_turn(engine):
+    whole = engine.chat().send("Which code?", 3)
+    for content in (TextPart("Which code?"), Message("user", (TextPart("Which code?"),))):
+        assert engine.chat().send(content, 3).token_ids == whole.token_ids
+    with pytest.raises(InputError, match="content is Message"):
+        engine.chat().send(Message("system", (TextPart("a"),)))

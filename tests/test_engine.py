@@ -18,6 +18,8 @@ from mminfer import (
     OperatorSkip,
     UnsupportedModelError,
     nano,
+    patch,
+    patched,
 )
 from mminfer.config import PRESETS
 from mminfer.metrics.vision import vision_flops
@@ -258,3 +260,111 @@ def test_a_prepared_request_is_answered_with_any_settings(engine, chats):
     pruning = Engine(engine.model, engine.processor, InferenceConfig(V2PE("auto")))
     with pytest.raises(ConfigError, match="the whole is needed"):
         pruning.answer(request)
+
+
+WRONG_LENGTHS = [0, -1, "3", 2.5, float("nan"), [3], True, None, torch.tensor(3)]
+
+
+@pytest.mark.parametrize("size", [None, 100])
+@pytest.mark.parametrize("length", WRONG_LENGTHS)
+def test_a_length_of_the_answer_is_a_whole_number_from_1(engine, monkeypatch, length, size):
+    """Which is seen before anything is loaded."""
+    request = engine.prepare_request("Hi", prefill_chunk_size=size)
+    monkeypatch.setattr("mminfer.inputs.content.load_image", lambda *_, **__: pytest.fail("opened"))
+    monkeypatch.setattr("threading.Thread.start", lambda *_: pytest.fail("started"))
+    for ask in (
+        lambda: engine.generate(nano.sample_messages(), length, prefill_chunk_size=size),
+        lambda: engine.stream(nano.sample_messages(), length, prefill_chunk_size=size),
+        lambda: engine.chat(max_new_tokens=length, prefill_chunk_size=size),
+        lambda: engine.answer(request, length),
+    ):
+        with pytest.raises(InputError, match=r"max_new_tokens=.*: wanted a whole number from 1"):
+            ask()
+
+
+@pytest.mark.parametrize(
+    ("option", "found"),
+    [
+        ({"num_frames": 0}, "num_frames is 0: wanted a whole number from 1"),
+        ({"num_frames": 2.5}, "num_frames is 2.5"),
+        ({"num_frames": True}, "num_frames is True"),
+        ({"fps": "2"}, "fps is '2': wanted a positive number"),
+        ({"fps": 0}, "fps is 0: wanted a positive number"),
+        ({"fps": float("nan")}, "fps is nan"),
+        ({"max_video_tokens": 0}, "max_video_tokens is 0: wanted a whole number from 1"),
+        ({"max_video_tokens": "9"}, "max_video_tokens is '9'"),
+        ({"allow_remote": 1}, "allow_remote is 1: wanted True or False"),
+    ],
+)
+def test_media_options_are_checked_where_they_are_given(engine, option, found):
+    """Also where there is nothing that they would be of use for."""
+    for ask in (
+        lambda: engine.generate("Hi", **option),
+        lambda: engine.stream("Hi", **option),
+        lambda: engine.chat(**option),
+        lambda: engine.check("Hi", **option),
+        lambda: engine.prepare(["Hi"], **option),
+    ):
+        with pytest.raises(InputError, match=found):
+            ask()
+
+
+def test_unknown_media_options_are_named(engine):
+    for ask in (lambda: engine.check("x", foo=1), lambda: engine.prepare(["x"], foo=1)):
+        with pytest.raises(InputError, match=r"no option foo of media.*num_frames"):
+            ask()
+
+
+@pytest.mark.parametrize(
+    ("config", "found"),
+    [
+        (LookM(), r"LookM.*no InferenceConfig: pass InferenceConfig.of\(...\) with it"),
+        ("aim", r"'aim', no InferenceConfig: pass InferenceConfig.from_preset\('aim'\)"),
+        ("nonsense", r"'nonsense', no InferenceConfig: pass InferenceConfig\("),
+        ({}, r"\{\}, no InferenceConfig: pass"),
+        (LookM, "no InferenceConfig: pass"),
+    ],
+)
+def test_what_is_no_config_is_refused_at_once(engine, monkeypatch, config, found):
+    monkeypatch.setattr("mminfer.engine.AutoConfig.from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    for act in (
+        lambda: Engine(engine.model, engine.processor, config),
+        lambda: Engine.from_pretrained("nano", config),
+        lambda: patch(engine.model, config),
+        lambda: patched(engine.model, config).__enter__(),
+    ):
+        with pytest.raises(ConfigError, match=found):
+            act()
+    with pytest.raises(ConfigError, match="None, no InferenceConfig"):
+        patch(engine.model, None)
+    assert "forward" not in vars(engine.model)
+
+
+def steps_after_leaving(engine, leave):
+    """How many steps the model goes on once a stream of 600 tokens was left, and how many there were before."""
+    steps = []
+    hook = engine.model.get_output_embeddings().register_forward_hook(lambda *_: steps.append(1))
+    try:
+        leave(engine.stream("Which code?", max_new_tokens=600, min_new_tokens=600))
+        before = len(steps)
+        engine.generate("Hi", max_new_tokens=1)  # waits for the model
+        return len(steps) - before, before
+    finally:
+        hook.remove()
+
+
+def take_one(stream):
+    for _ in stream:
+        break
+
+
+def take_one_within(stream):
+    with stream:
+        next(stream)
+
+
+@pytest.mark.parametrize("leave", [take_one, take_one_within])
+def test_leaving_the_loop_of_a_stream_stops_it(engine, leave):
+    """Within a few steps, of those of the next call too."""
+    after, before = steps_after_leaving(engine, leave)
+    assert before < 300 and after < 20

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, TypeVar
 
 from mminfer.errors import InputError
-from mminfer.inputs.media import load_image, read_video
-from mminfer.inputs.parts import EmbeddingPart, ImagePart, Part, TextPart, VideoPart
+from mminfer.inputs.media import check_sampling, load_image, read_video
+from mminfer.inputs.parts import EmbeddingPart, ImagePart, Message, Part, TextPart, VideoPart
 from mminfer.inputs.sources import check_source
+from mminfer.technique import is_whole
 
 SOURCE_KEYS = {"image": ("image", "path", "url"), "video": ("video", "path", "url")}
 
@@ -25,12 +26,39 @@ class MediaOptions:
         num_frames: frames to take of each video file, evenly spread.
         fps: take so many frames a second of it instead.
         max_video_tokens: visual tokens of one video at most; None: all that its frames give.
+
+    Raises:
+        InputError: one is out of range.
     """
 
     allow_remote: bool = False
     num_frames: int = 8
     fps: float | None = None
     max_video_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.allow_remote, bool):
+            raise InputError(f"allow_remote is {self.allow_remote!r}: wanted True or False")
+        check_sampling(self.num_frames, self.fps)
+        if self.max_video_tokens is not None and not is_whole(self.max_video_tokens, least=1):
+            raise InputError(f"max_video_tokens is {self.max_video_tokens!r}: wanted a whole number from 1, or None")
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> MediaOptions:
+        """Those of a call that takes no others.
+
+        Raises:
+            InputError: there is no option of a name.
+        """
+        unknown = [name for name in given if name not in MEDIA_OPTIONS]
+        if unknown:
+            raise InputError(
+                f"there is no option {', '.join(unknown)} of media: leave it out, or use {', '.join(MEDIA_OPTIONS)}"
+            )
+        return cls(**given)
+
+
+MEDIA_OPTIONS = tuple(option.name for option in fields(MediaOptions))
 
 
 @dataclass(frozen=True)
@@ -64,7 +92,8 @@ class Content:
     """The content of one message. Going through it gives its entries; media are not opened by that.
 
     Args:
-        content: a string, or parts: a list or any iterable, which is gone through as often as this is.
+        content: a string, a part or a typed message of the user's, or parts: a list or any iterable, which is gone
+            through as often as this is.
         where: its place in the chat.
         options: how media are taken.
 
@@ -74,7 +103,9 @@ class Content:
     """
 
     def __init__(self, content: Any, where: str, options: MediaOptions) -> None:
-        if isinstance(content, str):
+        if isinstance(content, Message) and content.role == "user":
+            content = content.parts
+        if isinstance(content, (str, Part)):
             content = [content]
         if isinstance(content, Mapping) or not isinstance(content, Iterable):
             raise InputError(f"{where}: content is {type(content).__name__}: wanted a string or a list of parts")
@@ -115,9 +146,7 @@ class Content:
 
     def _images(self, where: str, run: ImageRun) -> Iterator[Entry]:
         for place, image in _items(run.images, f"{where}, item"):
-            typed = isinstance(image, ImagePart)
-            part = image if typed else _parse_medium({"type": "image", "image": image}, place, self._options)
-            yield Entry(place, part)
+            yield Entry(place, _parse_medium({"type": "image", "image": image}, place, self._options))
 
 
 def _count_parts(content: Iterable[Any]) -> int | None:
@@ -166,7 +195,7 @@ def _parse_part(given: Any, where: str, options: MediaOptions) -> Part | Pending
     )
 
 
-def _parse_medium(given: dict[str, Any], where: str, options: MediaOptions) -> PendingPart:
+def _parse_medium(given: dict[str, Any], where: str, options: MediaOptions) -> Part | PendingPart:
     kind = given["type"]
     keys = [key for key in SOURCE_KEYS[kind] if given.get(key) is not None]
     if len(keys) != 1:
@@ -174,6 +203,8 @@ def _parse_medium(given: dict[str, Any], where: str, options: MediaOptions) -> P
         wanted = ", ".join(SOURCE_KEYS[kind])
         raise InputError(f"{where}: {kind} part with {found} of {wanted}: wanted exactly one")
     source = given[keys[0]]
+    if isinstance(source, (ImagePart, VideoPart)) and source.kind == kind:
+        return source
     _at(where, lambda: check_source(source, kind, allow_remote=options.allow_remote))
     load: Callable[[Any, MediaOptions], ImagePart | VideoPart] = _load_image if kind == "image" else _load_video
     return PendingPart(kind, lambda: _at(where, lambda: load(source, options)))

@@ -22,27 +22,25 @@ class Piece:
         media: its images and videos.
         embeddings: its embeddings.
         text_tokens: tokens of the text, fillers among them, but without what media take.
+        is_text: whether it is text of the template and the user, up to embeddings that stand within.
     """
 
     text: str = ""
     media: list[Part | PendingPart] = field(default_factory=list)
     embeddings: list[Part | PendingPart] = field(default_factory=list)
     text_tokens: int = 0
+    is_text: bool = True
 
     @property
     def images(self) -> int:
         return sum(part.kind == "image" for part in self.media)
-
-    @property
-    def is_text(self) -> bool:
-        """Whether it is nothing but text of the template and the user."""
-        return not self.media and not self.embeddings
 
     def extend(self, other: Piece) -> None:
         self.text += other.text
         self.media += other.media
         self.embeddings += other.embeddings
         self.text_tokens += other.text_tokens
+        self.is_text &= other.is_text
 
 
 class Cutting:
@@ -131,8 +129,7 @@ class Cutting:
         for text, parts in self._rendering:
             for held in parts:
                 self._held[held.part.kind].append(held)
-            rows = [len(held.part) for held in self._held["embedding"] if isinstance(held.part, EmbeddingPart)]
-            segments = self._template.segments(text, rows)
+            segments = self._template.segments(text, self._rows_before_groups())
             for kind in ("image", "video"):
                 found = sum(segment.kind == kind for segment in segments)
                 if found > len(self._held[kind]):
@@ -142,15 +139,29 @@ class Cutting:
                     )
             yield from segments
 
+    def _rows_before_groups(self) -> list[int]:
+        """For each embedding that waits and begins a group, the rows that wait before it."""
+        rows, before = 0, []
+        for held in self._held["embedding"]:
+            if held.begins_group:
+                before.append(rows)
+            rows += _rows_of(held.part)
+        return before
+
     def _take(self, segment: Segment) -> Piece:
-        """A segment as a piece, with the part that it begins with."""
-        tokens = self._text_tokens(segment.text)
-        if segment.kind is None:
-            return Piece(segment.text, text_tokens=tokens)
-        part = self._held[segment.kind].popleft().part
-        if segment.kind == "embedding":
-            return Piece(segment.text, embeddings=[part], text_tokens=tokens)
-        return Piece(segment.text, media=[part], text_tokens=tokens)
+        """A segment as a piece, with the medium that it begins with and the embeddings that stand in it."""
+        media = [self._held[segment.kind].popleft().part] if segment.kind is not None else []
+        is_text = segment.kind is None and not self._template.begins_with_rows(segment.text)
+        embeddings = self._embeddings_in(segment.text)
+        return Piece(segment.text, media, embeddings, self._text_tokens(segment.text), is_text)
+
+    def _embeddings_in(self, text: str) -> list[Part | PendingPart]:
+        held, found = self._held["embedding"], list[Part | PendingPart]()
+        rows = self._template.rows_in(text) if held else 0
+        while rows > 0 and held:
+            found.append(held.popleft().part)
+            rows -= _rows_of(found[-1])
+        return found
 
     def _text_tokens(self, segment: str) -> int:
         """Tokens of a segment but for its medium; only of use where pieces have a size."""
@@ -160,3 +171,7 @@ class Cutting:
             text = self._template.without_placeholder(segment)
             self._counted[segment] = self._count_tokens(text) if text else 0
         return self._counted[segment]
+
+
+def _rows_of(part: Part | PendingPart) -> int:
+    return len(part) if isinstance(part, EmbeddingPart) else 0

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
+from numbers import Real
 from pathlib import Path
 from types import ModuleType
 from typing import IO, Any
@@ -17,6 +18,7 @@ from tqdm import tqdm
 
 from mminfer.errors import InputError
 from mminfer.inputs.sources import open_source
+from mminfer.technique import is_whole
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +90,7 @@ def read_video(
     Raises:
         InputError: nothing there, not a video, no frame in it, PyAV missing, or wrong numbers.
     """
-    _check_sampling(num_frames, fps)
+    check_sampling(num_frames, fps)
     if isinstance(source, (str, Path)):
         with open_source(source, "video", allow_remote=allow_remote) as (file, name):
             return _sample_file(file, name, num_frames, fps)
@@ -114,7 +116,7 @@ def frames(
             numbers.
     """
     if num_frames is not None or fps is not None:
-        _check_sampling(1 if num_frames is None else num_frames, fps)
+        check_sampling(1 if num_frames is None else num_frames, fps)
     with open_source(source, "video", allow_remote=allow_remote) as (file, name):
         av = _pyav(name)
         with _as_input_errors(name):
@@ -137,10 +139,11 @@ def frame_indices(count: int, total: int) -> list[int]:
     return [k * total // count for k in range(count)]
 
 
-def _check_sampling(num_frames: int, fps: float | None) -> None:
-    if isinstance(num_frames, bool) or not isinstance(num_frames, int) or num_frames < 1:
+def check_sampling(num_frames: int, fps: float | None) -> None:
+    """Raises `InputError` unless so many frames, or so many a second, can be taken of a video."""
+    if not is_whole(num_frames, least=1):
         raise InputError(f"num_frames is {num_frames!r}: wanted a whole number from 1")
-    if fps is not None and not 0 < fps < float("inf"):
+    if fps is not None and (not isinstance(fps, Real) or isinstance(fps, bool) or not 0 < fps < float("inf")):
         raise InputError(f"fps is {fps!r}: wanted a positive number")
 
 

@@ -45,8 +45,9 @@ def normalise_messages(messages: Any, options: MediaOptions | None = None) -> li
     """Checks one chat and loads its media; what was given is left as it is.
 
     Args:
-        messages: a list of {"role", "content"} or of typed messages, or the content of a single user message: a string
-            or parts. Parts are a list or any iterable, which is gone through once. A part is a typed one, a string or
+        messages: a list of {"role", "content"} or of typed messages, a single typed message, or the content of a single
+            user message: a string, a typed part or parts. Parts are a list or any iterable, which is gone through
+            once. A part is a typed one, a string or
             {"type": "text", "text": ...},
             {"type": "image", "image" | "path" | "url": ...},
             {"type": "images", "images": an iterable of what "image" takes},
@@ -97,7 +98,7 @@ def refuse_empty(parts: Iterable[Part | PendingPart]) -> None:
 def _as_messages(messages: Any) -> list[Any]:
     if is_batch(messages):
         raise InputError("a list of chats where one chat was wanted: pass them one by one, or to generate()")
-    if isinstance(messages, str):
+    if isinstance(messages, (str, Part, Message)):
         messages = [messages]
     if isinstance(messages, Iterable) and not isinstance(messages, (list, tuple, Mapping, str, bytes)):
         return [{"role": "user", "content": messages}]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -41,7 +42,7 @@ class ImagePart:
         image: RGB.
 
     Raises:
-        InputError: it is no image, or in another mode.
+        InputError: it is no image, without a pixel, or in another mode.
     """
 
     kind: ClassVar[str] = "image"
@@ -51,6 +52,9 @@ class ImagePart:
         if not isinstance(self.image, Image.Image) or self.image.mode != "RGB":
             found = getattr(self.image, "mode", type(self.image).__name__)
             raise InputError(f"the image is {found}: wanted an RGB image of PIL: make it by mminfer.media.load_image")
+        width, height = self.image.size
+        if not width or not height:
+            raise InputError(f"the image is {width} x {height} pixels: wanted one pixel or more a side")
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +66,7 @@ class VideoPart:
         metadata: fields of the host's `VideoMetadata`; without any, the frames are the whole video, at no known rate.
 
     Raises:
-        InputError: the frames are no such array.
+        InputError: the frames are no such array, or the metadata are no dictionary.
     """
 
     kind: ClassVar[str] = "video"
@@ -74,6 +78,9 @@ class VideoPart:
             found = type(self.frames).__name__
             raise InputError(f"the frames are {found}: wanted a uint8 array: make it by mminfer.media.read_video")
         check_pixels(self.frames, "video", ("F", "H", "W", 3))
+        if not isinstance(self.metadata, Mapping):
+            found = type(self.metadata).__name__
+            raise InputError(f"the metadata are {found}: wanted a dictionary, as mminfer.media.read_video gives")
         count = len(self.frames)
         whole = video_metadata(self.frames, list(range(count)), count, None)
         object.__setattr__(self, "metadata", {**whole, **self.metadata})
@@ -145,6 +152,9 @@ class Message:
     def __post_init__(self) -> None:
         if self.role not in ROLES:
             raise InputError(f"a message has role {self.role!r}: wanted one of {', '.join(ROLES)}")
+        if isinstance(self.parts, (Part, str)) or not isinstance(self.parts, Iterable):
+            found = type(self.parts).__name__
+            raise InputError(f"the parts of a message are {found}: wanted a tuple of typed parts, also of a single one")
         object.__setattr__(self, "parts", tuple(self.parts))
         for part in self.parts:
             if not isinstance(part, Part):

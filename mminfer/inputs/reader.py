@@ -152,7 +152,10 @@ class RequestReader:
         return {"role": message.role, "content": [self.markers.template_part(part) for part in message.parts]}
 
     def _count_tokens(self, text: str) -> int:
-        return len(self.processor.tokenizer(text, add_special_tokens=False).input_ids)
+        try:
+            return len(self.processor.tokenizer(text, add_special_tokens=False).input_ids)
+        except Exception as error:  # tokenizers raise anything, on lone surrogates for instance
+            raise InputError(f"{type(self.processor).__name__} refused the turn: {error}") from error
 
     def _known_parts(self, content: Content, media: MediaOptions) -> list[Part | PendingPart] | None:
         """The parts of a list, media not opened; None where only opening them would tell how many there are."""

@@ -9,18 +9,25 @@ from typing import Any, NamedTuple
 from mminfer.errors import InputError
 from mminfer.inputs.content import PendingPart
 from mminfer.inputs.markers import Markers
-from mminfer.inputs.parts import EmbeddingPart, Part, TextPart, VideoPart
+from mminfer.inputs.parts import EmbeddingPart, Part, TextPart
 from mminfer.inputs.template import Template
 from mminfer.inputs.transcript import Transcript
 
-GROUP = 16  # parts of an iterator that are rendered at a time
+GROUP = 16  # parts between which a piece may begin at an embedding; those of an iterator are rendered at a time
 
 
 class HeldPart(NamedTuple):
-    """A medium or embedding that waits for its piece, and how many of the new parts stand before it."""
+    """A medium or embedding that waits for its piece.
+
+    Args:
+        place: how many of the new parts stand before it.
+        part: the medium or embedding.
+        begins_group: whether a group of parts begins with it, so that the text may be cut before it.
+    """
 
     place: int
     part: Part | PendingPart
+    begins_group: bool = False
 
 
 class Stretch(NamedTuple):
@@ -65,11 +72,13 @@ class Rendering:
 
     def _take(self, parts: Iterable[Part | PendingPart]) -> list[HeldPart]:
         """Adds parts to the last message; gives back those whose place in the text matters."""
-        held = []
+        held, in_group = list[HeldPart](), 0
         for part in parts:
             self.messages[-1]["content"].append(self._markers.template_part(part))
+            begins = _begins_group(part, in_group)
             if not isinstance(part, TextPart):
-                held.append(HeldPart(self.parts_read, part))
+                held.append(HeldPart(self.parts_read, part, begins))
+            in_group = 1 if begins else in_group + 1
             self.parts_read += 1
         return held
 
@@ -141,8 +150,7 @@ class GroupwiseRendering(Rendering):
         """Groups of parts, each with the medium that the next one begins with."""
         group = list[Part]()
         for part in self._parts:
-            enough = len(group) >= GROUP or (isinstance(part, VideoPart) and group)
-            if enough and not isinstance(part, TextPart):
+            if _begins_group(part, len(group)):
                 yield group, part
                 group = []
             group.append(part)
@@ -178,6 +186,11 @@ class GroupwiseRendering(Rendering):
 
     def _whole_rest(self) -> str:
         return _added(self._so_far, self._whole())
+
+
+def _begins_group(part: Part | PendingPart, in_group: int) -> bool:
+    """Whether a part begins a new group, where so many parts are in the one before."""
+    return part.kind != "text" and (in_group >= GROUP or (part.kind == "video" and in_group > 0))
 
 
 def _added(so_far: str, rendered: str) -> str:

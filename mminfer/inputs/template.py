@@ -17,8 +17,8 @@ class Segment(NamedTuple):
     """A stretch of rendered text that begins with a medium or an embedding.
 
     Args:
-        kind: "image", "video" or "embedding"; None: it is text before the first of them.
-        text: placeholder or fillers first.
+        kind: "image" or "video"; None: it begins with an embedding, or is text before the first medium.
+        text: placeholder or fillers first; embeddings may also stand within.
     """
 
     kind: str | None
@@ -65,39 +65,36 @@ class Template:
         filler = str(self._markers.filler)
         return text.rindex(filler) + len(filler) - rows * len(filler)
 
-    def segments(self, text: str, embedding_rows: Sequence[int] = ()) -> list[Segment]:
-        """The text cut before each medium and each embedding.
+    def segments(self, text: str, rows_before: Sequence[int] = ()) -> list[Segment]:
+        """The text cut before each medium, and before some embeddings.
 
         Args:
             text: rendered.
-            embedding_rows: rows of each embedding whose fillers stand in the text, in order.
+            rows_before: for each embedding to cut before, the rows of embeddings that stand in the text before it.
         """
-        kinds: dict[int, str] = {}
+        kinds: dict[int, str | None] = {}
+        if rows_before:
+            fillers = [found.start() for found in re.finditer(re.escape(str(self._markers.filler)), text)]
+            kinds |= {fillers[rows]: None for rows in rows_before if rows < len(fillers)}
         for found in self._markers.medium.finditer(text):
             kinds[found.start()] = self._markers.kinds[found[1]]
-        kinds |= dict.fromkeys(self._embedding_places(text, embedding_rows), "embedding")
         places = sorted(kinds)
         ends = [*places, len(text)]
         head = [Segment(None, text[: ends[0]])] if ends[0] else []
         return head + [Segment(kinds[a], text[a:b]) for a, b in pairwise(ends)]
 
+    def rows_in(self, text: str) -> int:
+        """How many rows of embeddings a text without fillers of the user's holds."""
+        return text.count(self._markers.filler) if self._markers.filler else 0
+
+    def begins_with_rows(self, text: str) -> bool:
+        """Whether a text begins with an embedding."""
+        return bool(self._markers.filler) and text.startswith(str(self._markers.filler))
+
     def without_placeholder(self, segment: str) -> str:
         """A segment without the placeholder that it begins with."""
         found = self._markers.medium.match(segment)
         return segment[found.end() :] if found else segment
-
-    def _embedding_places(self, text: str, embedding_rows: Sequence[int]) -> list[int]:
-        """Where embeddings of so many rows each begin, as far as the text has fillers for them."""
-        if not embedding_rows:
-            return []
-        fillers = [found.start() for found in re.finditer(re.escape(str(self._markers.filler)), text)]
-        places, taken = [], 0
-        for rows in embedding_rows:
-            if taken + rows > len(fillers):
-                break
-            places.append(fillers[taken])
-            taken += rows
-        return places
 
     def _places(self, text: str, least: int = 1) -> list[int]:
         places = [m.start() for m in self._markers.medium.finditer(text)]

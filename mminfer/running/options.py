@@ -29,6 +29,12 @@ class RunOptions:
     progress: bool = False
 
 
+def check_length(max_new_tokens: Any) -> None:
+    """Raises `InputError` unless an answer can be of so many tokens at most."""
+    if not is_whole(max_new_tokens, least=1):
+        raise InputError(f"max_new_tokens={max_new_tokens!r}: wanted a whole number from 1")
+
+
 class GenerationArguments:
     """The arguments of one call of the host's `generate`, read as the host reads them.
 
@@ -50,9 +56,10 @@ class GenerationArguments:
             one_answer_for: what takes one answer only, if it does, and what to do instead.
 
         Raises:
-            InputError: a name that the host does not know, or wrong numbers of beams or sequences to return.
+            InputError: a name that the host does not know, or wrong numbers of tokens, beams or sequences to return.
         """
         self._check_names()
+        check_length(self.given.get("max_new_tokens", 1))
         for name in REPEATING:
             value = self.setting(name)
             if value is not None and not is_whole(value, least=1):

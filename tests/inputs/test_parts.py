@@ -26,6 +26,10 @@ def engine():
         (lambda: TextPart(3), '"text" is int: wanted a string'),
         (lambda: ImagePart("a.png"), "the image is str: wanted an RGB"),
         (lambda: ImagePart(Image.new("L", (2, 2))), "the image is L: wanted an RGB"),
+        (lambda: ImagePart(Image.new("RGB", (0, 0))), "the image is 0 x 0 pixels"),
+        (lambda: VideoPart(FRAMES, metadata=5), "the metadata are int: wanted a dictionary"),
+        (lambda: Message("user", 5), "the parts of a message are int"),
+        (lambda: Message("user", TextPart("a")), "the parts of a message are TextPart: wanted a tuple"),
         (lambda: VideoPart([1]), "the frames are list: wanted"),
         (lambda: VideoPart(FRAMES.astype(np.float32)), "float32.*wanted uint8"),
         (lambda: EmbeddingPart([[0.0]]), "list: wanted a floating-point"),
@@ -87,3 +91,21 @@ def test_typed_embeddings_of_another_width_are_refused_with_their_place(engine):
 def test_typed_chats_keep_the_order_of_roles():
     with pytest.raises(InputError, match="the last message is the assistant's"):
         normalise_messages([Message("user", (TextPart("a"),)), Message("assistant", (TextPart("b"),))])
+
+
+def test_typed_media_stand_in_dicts_and_parts_alone_are_chats(engine):
+    image = ImagePart(Image.new("RGB", (32, 32)))
+    video = VideoPart(FRAMES)
+    for given, part in (({"type": "image", "image": image}, image), ({"type": "video", "video": video}, video)):
+        assert engine.check([given, "a"])[0].parts[0] is part
+    for part in (TextPart("a"), image, video):
+        assert engine.check(part)[0].parts == (part,)
+        assert engine.check([{"role": "user", "content": part}])[0].parts == (part,)
+    message = Message("user", (TextPart("a"),))
+    assert engine.check(message)[0] is message
+    whole = engine.generate("a", 3)
+    for chat in (TextPart("a"), message):
+        for size in (None, 100):
+            assert engine.generate(chat, 3, prefill_chunk_size=size).token_ids == whole.token_ids
+    with pytest.raises(InputError, match="the image is a VideoPart"):
+        engine.check({"type": "image", "image": video} for _ in range(1))

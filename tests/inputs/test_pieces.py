@@ -7,6 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import GenerationConfig
 
 from mminfer import V2PE, AIMMerge, ConfigError, Engine, InferenceConfig, InputError, LookM, nano
@@ -347,3 +348,62 @@ def test_placeholders_in_history_are_named(engine, content):
     ]
     with pytest.raises(InputError, match=r"'what is <IMG_CONTEXT>.'.* holds"):
         engine.generate(history, prefill_chunk_size=100)
+
+
+PARTS = {
+    "i": lambda: {"type": "image", "image": Image.new("RGB", (64, 64), "red")},
+    "1": lambda: {"type": "embedding", "embedding": torch.full((1, 192), 0.1)},
+    "e": lambda: {"type": "embedding", "embedding": torch.full((4, 192), 0.1)},
+    "E": lambda: {"type": "embedding", "embedding": torch.full((40, 192), 0.1)},
+    "t": lambda: "ab cd. ",
+}
+IMAGES_FIRST = [67, *[132] * 9, 148]
+
+
+@pytest.mark.parametrize(
+    ("kinds", "size", "tokens"),
+    [
+        ("ie", 5000, [73]),
+        ("iiee", 150, [67, 76]),
+        ("eitit", 150, [76, 73]),
+        ("tete", 150, [21]),
+        ("e" * 20, 5000, [83]),
+        ("E" * 40, 150, [1281, 322]),
+        ("E" * 40, 5000, [1603]),
+        ("et" * 20, 150, [145, 38]),
+        ("ieiet" * 6, 150, [71, *[145] * 5, 77]),
+        ("ieiet" * 6, 5000, [71, 145, 286, 371]),
+        ("iE" * 12, 150, [107, *[106] * 10, 108]),
+        ("i" * 20 + "e" * 20, 150, IMAGES_FIRST),
+        ("1" * 50 + "i" + "1" * 30, 5000, [130, 19]),
+        ("i" * 5 + "E" * 30 + "t", 150, [67, 132, 66, 506, 640, 127]),
+    ],
+)
+def test_pieces_begin_at_media_and_at_every_sixteenth_part_or_so(engine, kinds, size, tokens):
+    """An embedding belongs to the piece of what stands before it, but for one that a group of parts begins with."""
+    for given in (list, iter):
+        content = given([PARTS[kind]() for kind in kinds])
+        reading = engine.reader.readings(chat_of(content), MediaOptions(), size)()
+        assert [inputs["input_ids"].shape[1] for inputs in reading] == tokens
+
+
+@pytest.mark.parametrize("size", [150, 5000])
+def test_embeddings_of_the_turns_before_make_no_pieces(engine, size):
+    history = [*chat_of(["a", *(PARTS[kind]() for kind in "ieE")]), {"role": "assistant", "content": "7"}]
+    reading = engine.reader.readings([*history, *chat_of([PARTS["i"](), PARTS["e"]()])], MediaOptions(), size)()
+    assert [inputs["input_ids"].shape[1] for inputs in reading] == [117, 72]
+
+
+def test_embeddings_behind_an_image_go_in_with_it(engine):
+    """Where the prompt fits in a chunk, evicting settings give what the prompt at once gives."""
+    engine = with_config(engine, InferenceConfig.from_preset("digest-50"))
+    rows = torch.randn(4, 192, generator=torch.Generator().manual_seed(3))
+    content = [PARTS["i"](), {"type": "embedding", "embedding": rows}, "What digit is it?"]
+    for size in (None, 5000):
+        assert engine.generate(chat_of(content), prefill_chunk_size=size).token_ids == [739, 1]
+
+
+def test_texts_that_no_tokenizer_takes_are_refused(engine):
+    for size in (None, 50):
+        with pytest.raises(InputError, match="refused the"):
+            engine.generate("\ud800", 2, prefill_chunk_size=size)
