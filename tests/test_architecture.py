@@ -165,6 +165,25 @@ def test_the_passes_know_techniques_by_their_interface_alone(wing):
     assert wrong(sources, *(f"mminfer.{room}" for room in ROOMS)) == []
 
 
+@pytest.mark.parametrize("room", ROOMS)
+def test_technique_rooms_know_their_interface_and_nothing_else(room):
+    """Neither families nor each other, nor who runs them."""
+    shared = [f"mminfer.{name}" for name in (room, "technique", "layout", "errors")]
+    assert wrong(f"mminfer/{room}", "mminfer", allowed=shared) == []
+
+
+def test_the_interface_of_techniques_knows_none():
+    assert (
+        wrong("mminfer/technique", "mminfer", allowed=[f"mminfer.{x}" for x in ("technique", "errors", "layout")]) == []
+    )
+    assert wrong("mminfer/layout.py", "mminfer", allowed=["mminfer.errors"]) == []
+    assert wrong("mminfer/errors.py", "mminfer") == []
+
+
+def test_families_know_no_technique():
+    assert wrong("mminfer/models", "mminfer.technique", *(f"mminfer.{room}" for room in ROOMS)) == []
+
+
 def test_training_stays_outside():
     assert wrong("mminfer", "training", "benchmarks", "tests") == []
 
