@@ -248,6 +248,7 @@ def test_a_stream_takes_stopping_criteria(engine):
     assert len(seen) == len(stream.output.token_ids) == 3
 
 
+@pytest.mark.slow
 def test_a_prepared_request_is_answered_with_any_settings(engine, chats):
     """At once or in chunks, the same request again and again: nothing of it is used up."""
     merging = Engine(engine.model, engine.processor, InferenceConfig(merge=AIMMerge(0.5)))

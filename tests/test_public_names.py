@@ -66,6 +66,7 @@ def test_everything_is_listed_once():
 
 
 @pytest.mark.parametrize("asked", [MODULES, MODULES[::-1]])
+@pytest.mark.slow
 def test_modules_arrive_by_their_names(asked):
     program = "import sys, mminfer\nfor name in sys.argv[1:]: print(getattr(mminfer, name).__name__)"
     assert in_a_process(program, *asked).split() == [f"mminfer.{name}" for name in asked]
@@ -77,6 +78,7 @@ def test_unknown_names_raise_as_usual(name):
         getattr(mminfer, name)
 
 
+@pytest.mark.slow
 def test_other_ways_in():
     with pytest.raises(ImportError, match="cannot import name 'nothing' from 'mminfer'"):
         from mminfer import nothing  # noqa: F401
@@ -84,6 +86,7 @@ def test_other_ways_in():
     assert in_a_process(program) == f"{sorted(mminfer.__all__)}\n"
 
 
+@pytest.mark.slow
 def test_settings_are_pickled_and_copied():
     config = mminfer.InferenceConfig(mminfer.V2PE(1 / 16), cache=mminfer.LookM(budget=100))
     assert copy.deepcopy(config) == config
@@ -92,6 +95,7 @@ def test_settings_are_pickled_and_copied():
     assert pickle.loads(pickle.dumps(mminfer.Engine)) is mminfer.Engine
 
 
+@pytest.mark.slow
 def test_without_the_modules_of_posix_everything_loads_and_runs():
     """As for our modules on Windows: every module of both packages, and an answer with its peak memory."""
     program = """

@@ -116,6 +116,7 @@ def test_a_workers_errors_and_end_are_told(tmp_path):
                 worker.ask("die")
 
 
+@pytest.mark.slow
 def test_both_sides_are_asked_and_scored_alike(engine, prompts, worker, tmp_path):
     save_prompts(prompts, tmp_path)
     ours, theirs = kvpress.Ours(engine.model, prompts), kvpress.Theirs(worker, tmp_path, 1)

@@ -44,6 +44,7 @@ def refused(*args):
     return " ".join(result.stderr.split())
 
 
+@pytest.mark.slow
 def test_tables_of_time_memory_and_fidelity(loaded):
     result = bench(*SMALL, "--repeats", 1, "--preset", "aim", "--preset", "lookm-20", "--protocol", "streamed")
     assert result.exit_code == 0, (result.stderr, result.exception)

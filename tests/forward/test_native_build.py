@@ -82,6 +82,7 @@ def test_a_patched_model_builds_before_its_prompt_pass(engine, builds):
     assert len(builds) == 1 and 0 < handle.prompt_ms[0] < BUILD_MS
 
 
+@pytest.mark.slow
 def test_no_row_of_bench_has_it(engine, builds):
     rows = speed.measure(engine, {"off": InferenceConfig()}, [nano.sample_messages()], 2, 1)
     assert len(builds) == 1

@@ -136,6 +136,7 @@ def test_a_typed_chat_is_asked_again_without_opening_anything(engine, counts, pa
 
 
 @pytest.mark.parametrize("size", [(), ("--prefill-chunk-size", "300")])
+@pytest.mark.slow
 def test_compare_prepares_the_prompt_once_for_both(counts, paths, size, monkeypatch):
     """And the time that took counts for both."""
     load = content.load_image

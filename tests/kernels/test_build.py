@@ -259,6 +259,7 @@ print(build.status())
 """
 
 
+@pytest.mark.slow
 def test_what_ops_run_with_is_told_without_building(native, tmp_path):
     """The same table before and behind the build, and where nothing can be built."""
     switches = ({}, {"PATH": "/nowhere"}, {"MMINFER_CACHE": os.environ.get("MMINFER_CACHE", "")})

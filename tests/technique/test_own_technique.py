@@ -105,6 +105,7 @@ def test_it_is_refused_where_a_window_slides(example):
     assert support_table()["llava"]["KeyNorm"] == YES and "sliding" in support_table()["gemma3"]["KeyNorm"]
 
 
+@pytest.mark.slow
 def test_it_is_measured(engine):
     content = tuple(sample_messages()[0]["content"][:-1])
     plan = Plan([Context(content, ("Which image shows a blue 1?",))], 1, 4, 1, list(Protocol), None)
@@ -152,6 +153,7 @@ def test_it_is_inspected(engine):
     assert "KeyNorm" in page_html(found, "own") and "the rest was dropped" in "".join(sentences(found))
 
 
+@pytest.mark.slow
 def test_a_file_in_a_room_is_found(tmp_path):
     """A technique added to the library is its file and its test: presets, plots and tables find it."""
     above = ("import mminfer\n", "from mminfer.inspection", "from mminfer.nano")  # which a room may not know
