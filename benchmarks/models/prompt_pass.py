@@ -47,7 +47,7 @@ def techniques_timed() -> Iterator[Stopwatch]:
     """Times what the techniques themselves do; the scores that come with an attention are in the attention's time."""
     watch = Stopwatch()
     wrapped = [(AIMMerge, "apply"), (AIMPrune, "apply"), (LookM, "apply"), (prefill, "keep_rows")]
-    wrapped += [(Digest, "need"), (Digest, "settle")]
+    wrapped += [(Digest, "layer_demand"), (Digest, "compress_layers")]
     patches = [mock.patch.object(owner, name, watch.around(getattr(owner, name))) for owner, name in wrapped]
     for patch in patches:
         patch.start()
