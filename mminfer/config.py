@@ -25,6 +25,7 @@ from mminfer.technique import (
     TechniqueRegistry,
     check_columns,
     check_declared,
+    is_bundled,
 )
 from mminfer.tokens.merge import AIMMerge
 from mminfer.tokens.prune import AIMPrune
@@ -191,9 +192,10 @@ class Presets(Mapping[str, InferenceConfig]):
     """
 
     def _all(self) -> dict[str, InferenceConfig]:
-        named = {"off": InferenceConfig(), **_presets_of(_own(False)), **_combinations(), **_presets_of(_own(True))}
+        rules, baselines = (_presets_of(_bundled(baseline)) for baseline in (False, True))
+        named = {"off": InferenceConfig(), **rules, **_combinations(), **baselines}
         for technique in TECHNIQUES.values():
-            if not _is_own(technique):
+            if not is_bundled(technique):
                 for name, config in _presets_of([technique]).items():
                     if name in named:
                         raise ConfigError(
@@ -216,14 +218,9 @@ class Presets(Mapping[str, InferenceConfig]):
 PRESETS = Presets()
 
 
-def _is_own(technique: type[Technique]) -> bool:
-    """Whether a technique is the library's."""
-    return technique.__module__.startswith("mminfer.")
-
-
-def _own(baseline: bool) -> list[type[Technique]]:
+def _bundled(baseline: bool) -> list[type[Technique]]:
     """The library's techniques of this kind."""
-    return [technique for technique in TECHNIQUES.values() if _is_own(technique) and technique.baseline is baseline]
+    return [found for found in TECHNIQUES.values() if is_bundled(found) and found.baseline is baseline]
 
 
 def _presets_of(techniques: Iterable[type[Technique]]) -> dict[str, InferenceConfig]:

@@ -10,7 +10,8 @@ from benchmarks.common import read_rows
 from benchmarks.quality.settings import GROUPS, OFF
 from benchmarks.tables.markdown import markdown, origin
 from mminfer.bench.protocols import Protocol
-from mminfer.bench.sweeps import CACHE_SHARES, cache_sweeps
+from mminfer.bench.sweeps import cache_sweeps
+from mminfer.technique import CACHE_SHARES
 
 Row = dict[str, str]
 LENGTH = 16  # pictures, where one length must do

@@ -6,11 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from mminfer.config import TECHNIQUES, InferenceConfig
-from mminfer.technique import CACHE_SHARES, MERGE_SHARES, Stage
+from mminfer.technique import Stage
 from mminfer.tokens.downsample import Downsample
 from mminfer.tokens.random_prune import RandomPrune
-
-__all__ = ["CACHE_SHARES", "MERGE_SHARES", "Sweep", "cache_sweeps", "token_sweeps"]
 
 
 @dataclass(frozen=True)

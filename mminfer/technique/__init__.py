@@ -2,7 +2,7 @@
 
 from mminfer.technique.chance import draw_lot
 from mminfer.technique.checks import check_columns, check_declared, checked_entries, compressed_layers, kept_rows
-from mminfer.technique.registry import TechniqueRegistry
+from mminfer.technique.registry import TechniqueRegistry, is_bundled
 from mminfer.technique.settings import (
     CACHE_SHARES,
     MERGE_SHARES,
@@ -49,6 +49,7 @@ __all__ = [
     "checked_entries",
     "compressed_layers",
     "draw_lot",
+    "is_bundled",
     "is_number",
     "is_whole",
     "kept_rows",

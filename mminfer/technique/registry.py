@@ -66,11 +66,15 @@ def is_registered(technique: type[Technique]) -> bool:
     return _classes.get(technique.__name__) is technique
 
 
+def is_bundled(technique: type[Technique]) -> bool:
+    """Whether a technique comes with the library."""
+    return technique.__module__.startswith("mminfer.")
+
+
 def _rank(technique: type[Technique]) -> tuple[int, bool, bool, str]:
     """By what techniques are sorted; it does not depend on which module was loaded first."""
-    module = technique.__module__
     stages = list(type(technique.stage))
-    return stages.index(technique.stage), technique.baseline, not module.startswith("mminfer."), module
+    return stages.index(technique.stage), technique.baseline, not is_bundled(technique), technique.__module__
 
 
 def _home(technique: type[Technique]) -> tuple[str, str]:
