@@ -15,6 +15,7 @@ from mminfer import nano
 from mminfer.chat import MAX_NEW_TOKENS, OF_ALL_TURNS, ONE_ANSWER, CallOptions, Chat, ChatIdentity
 from mminfer.config import InferenceConfig, checked_config
 from mminfer.errors import ConfigError, InputError, UnsupportedModelError
+from mminfer.forward.host_check import check_host
 from mminfer.forward.kv_cache import CompressedCache
 from mminfer.forward.native_build import check_native_isa, prepare_kernels
 from mminfer.inputs.content import MEDIA_OPTIONS, MediaOptions
@@ -41,20 +42,27 @@ class Engine:
         processor: its processor.
         config: the techniques; None: all off.
         compile: decode by the host's modules under torch.compile; see `mminfer.patch`.
+        verify: whether to compare our pass with the host's own first; see `mminfer.patch`.
 
     Raises:
-        UnsupportedModelError: the family has no adapter.
+        UnsupportedModelError: the family has no adapter, or our pass is not the host's own for this language model.
         ConfigError: a setting does not fit the model, or the config is none.
     """
 
     def __init__(
-        self, model: nn.Module, processor: Any, config: InferenceConfig | None = None, compile: bool = False
+        self,
+        model: nn.Module,
+        processor: Any,
+        config: InferenceConfig | None = None,
+        compile: bool = False,
+        verify: bool = True,
     ) -> None:
         self.config = InferenceConfig() if config is None else checked_config(config)
         self.model: Any = model.eval()
         self.processor = processor
         self.adapter = adapter_for(model)
         self.config.check(self.adapter.spec)
+        check_host(self.adapter, self.config, verify)
         self.runner = Runner(self.model, processor, self.adapter, self.config, compile)
         self.reader = RequestReader(self.model, processor, self.adapter)
 
@@ -66,6 +74,7 @@ class Engine:
         device: str | torch.device | None = None,
         dtype: torch.dtype | str | None = None,
         compile: bool = False,
+        verify: bool = True,
         **hf_kwargs: Any,
     ) -> Engine:
         """Loads a model and its processor by the host library; safetensors only.
@@ -76,6 +85,7 @@ class Engine:
             device: default the GPU if there is one, else the CPU.
             dtype: default float32 on the CPU, the checkpoint's own on a GPU.
             compile: decode by the host's modules under torch.compile; see `mminfer.patch`.
+            verify: whether to compare our pass with the host's own first; see `mminfer.patch`.
             hf_kwargs: passed on to the host's `from_pretrained` (`device_map`, `revision`, `trust_remote_code`, ...).
 
         Raises:
@@ -101,7 +111,8 @@ class Engine:
             raise InputError(f"no model, or no whole one, at {name_or_path!r}: {error}") from error
         except KeyError as error:
             raise UnsupportedModelError(f"{name_or_path}: {error}") from error
-        return cls(model if "device_map" in hf_kwargs else model.to(device=device), processor, config, compile)
+        model = model if "device_map" in hf_kwargs else model.to(device=device)
+        return cls(model, processor, config, compile, verify)
 
     @property
     def device(self) -> torch.device:

@@ -18,6 +18,7 @@ from mminfer.config import InferenceConfig, checked_config
 from mminfer.errors import ConfigError, InputError
 from mminfer.forward.call_state import CallState, tokens_of
 from mminfer.forward.decode import Decoder
+from mminfer.forward.host_check import check_host
 from mminfer.forward.kv_cache import CACHE_NAME, CompressedCache
 from mminfer.forward.native_build import prepare_kernels
 from mminfer.forward.prefill import PassOptions, PromptOutput, prompt_pass
@@ -25,6 +26,7 @@ from mminfer.metrics.records import PromptRecord
 from mminfer.metrics.vision import vision_shares
 from mminfer.models.adapter import ModelAdapter
 from mminfer.models.registry import adapter_for
+from mminfer.models.structure import running_device
 
 _REFUSED = {
     "labels": "a loss",
@@ -45,7 +47,12 @@ class PatchHandle:
     """
 
     def __init__(
-        self, model: Any, config: InferenceConfig, compile: bool = False, prefill_chunk_size: int | None = None
+        self,
+        model: Any,
+        config: InferenceConfig,
+        compile: bool = False,
+        prefill_chunk_size: int | None = None,
+        verify: bool = True,
     ) -> None:
         self.config = checked_config(config)
         self._call = CallState(prefill_chunk_size)
@@ -56,6 +63,7 @@ class PatchHandle:
         self.model = model
         self.adapter: ModelAdapter = adapter_for(model)
         config.check(self.adapter.spec)
+        check_host(self.adapter, config, verify)
         self.records: list[PromptRecord] = []
         self.prompt_ms: list[float] = []
         self._decoder = Decoder(self.adapter, config, compile)
@@ -126,6 +134,7 @@ class PatchHandle:
         embeds = inputs.get("inputs_embeds")
         if embeds is None:
             embeds = self.model.get_input_embeddings()(inputs["input_ids"])
+        embeds = self.adapter.entering(embeds)
         rows = self._call.drop_finished(inputs.get("input_ids"), cache)
         if rows is None:
             logits = self._decoder.step(embeds, cache)
@@ -138,7 +147,7 @@ class PatchHandle:
 
     def _prompt(self, inputs: dict[str, Any], cache: CompressedCache) -> Tensor:
         if not cache.logical_length:  # a prompt begins
-            prepare_kernels(self.model.get_input_embeddings().weight.device)
+            prepare_kernels(running_device(self.model.get_input_embeddings()))
         start = time.perf_counter()
         call = self._call if self._call_begun else CallState(self._chunk_size)
         self._decoder.refresh()
@@ -223,7 +232,11 @@ def _cache_of(inputs: dict[str, Any]) -> CompressedCache:
 
 
 def patch(
-    model: Any, config: InferenceConfig, compile: bool = False, prefill_chunk_size: int | None = None
+    model: Any,
+    config: InferenceConfig,
+    compile: bool = False,
+    prefill_chunk_size: int | None = None,
+    verify: bool = True,
 ) -> PatchHandle:
     """Makes a loaded Hugging Face vision-language model run with these techniques, in its own `generate`.
 
@@ -239,12 +252,13 @@ def patch(
         prefill_chunk_size: tokens of each chat that go through the layers at a time, images never split; the cache is
             compressed behind each chunk. None: the whole prompt at once. Pixels are encoded as they come in the call;
             `Engine.generate` also takes them piece by piece.
+        verify: whether to compare our pass with the host's own on a few tokens first, once for each loaded model.
 
     Returns:
         A handle; `undo()` gives the model back as it was.
 
     Raises:
-        UnsupportedModelError: the family has no adapter.
+        UnsupportedModelError: the family has no adapter, or our pass is not the host's own for this language model.
         ConfigError: a setting does not fit the model, it is patched already, or the config is none.
 
     Example:
@@ -253,12 +267,16 @@ def patch(
         >>> handle.records[-1].layers[0].entries  # how many entries a head each sequence's cache holds in layer 0
         >>> handle.undo()
     """
-    return PatchHandle(model, config, compile, prefill_chunk_size)
+    return PatchHandle(model, config, compile, prefill_chunk_size, verify)
 
 
 @contextmanager
 def patched(
-    model: Any, config: InferenceConfig, compile: bool = False, prefill_chunk_size: int | None = None
+    model: Any,
+    config: InferenceConfig,
+    compile: bool = False,
+    prefill_chunk_size: int | None = None,
+    verify: bool = True,
 ) -> Iterator[PatchHandle]:
     """`patch` for the time of a `with` block; arguments, errors and handle are those of `patch`.
 
@@ -266,7 +284,7 @@ def patched(
         >>> with mminfer.patched(model, mminfer.InferenceConfig(merge=mminfer.AIMMerge(ratio=0.25))):
         ...     ids = model.generate(**processor_inputs, max_new_tokens=64)
     """
-    handle = patch(model, config, compile, prefill_chunk_size)
+    handle = patch(model, config, compile, prefill_chunk_size, verify)
     try:
         yield handle
     finally:

@@ -21,7 +21,13 @@ from mminfer_kernels.tracing import watched
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from mminfer.errors import UnsupportedModelError
+
 NAME = "mminfer"
+# What attention modules may hand over beside the scale and the window: None always, these values, and what the passes
+# themselves hand to layers. All else would be left out.
+_NEUTRAL: dict[str, object] = {"dropout": 0.0, "is_causal": True, "output_attentions": False}
+_OURS = frozenset({"position_ids", "use_cache"})
 
 
 @dataclass
@@ -66,11 +72,24 @@ def _attention_forward(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    attend: Attend,
+    attend: Attend | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
-    **kwargs: Any,
+    **others: Any,
 ) -> tuple[Tensor, None]:
+    name = type(module).__name__
+    if attend is None:
+        raise UnsupportedModelError(
+            f"{name} does not hand on the keyword arguments that its layer is given, by which the passes reach its "
+            "attention"
+        )
+    for argument, found in others.items():
+        if found is not None and argument not in _OURS and (argument not in _NEUTRAL or found != _NEUTRAL[argument]):
+            shown = f"a tensor of shape {list(found.shape)}" if isinstance(found, Tensor) else repr(found)[:200]
+            raise UnsupportedModelError(
+                f"{name} hands {argument} to its attention ({shown}), which our pass would leave out; it honours a "
+                "scale and a window, and no dropout (model.eval())"
+            )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return attend(query, key, value, scale, sliding_window).transpose(1, 2), None
 

@@ -58,10 +58,11 @@ class CompiledStep:
         for buffers in layers:
             torch._dynamo.maybe_mark_dynamic(buffers.keys, 2)
             torch._dynamo.maybe_mark_dynamic(buffers.values, 2)
+        arguments = self._adapter.layer_arguments(cache.next_position.to(hidden_states.device)[:, None])
         columns = torch.tensor([layer.num_columns for layer in cache.layers], device=hidden_states.device)
         try:
             with routed_attention(self._adapter.text_config):
-                logits: Tensor = _compiled()(self._adapter, hidden_states, tables, layers, columns)
+                logits: Tensor = _compiled()(self._adapter, hidden_states, tables, layers, columns, arguments)
         except Exception as error:  # compilers raise anything, and a step that is wrong in itself fails again without
             self.failed = True
             logger.warning("mminfer: decoding goes on uncompiled: %s", str(error).strip().partition("\n")[0])
@@ -99,8 +100,18 @@ def _step(
     tables: Tables,
     layers: Sequence[LayerBuffers],
     columns: Tensor,
+    arguments: dict[str, Tensor],
 ) -> Tensor:
-    """One step over all layers; columns: [L] int64, the column into which each layer writes the new entry."""
+    """One step over all layers.
+
+    Args:
+        adapter: the host model.
+        hidden_states: [B, 1, C].
+        tables: rotary, of each kind of layer.
+        layers: what the cache holds.
+        columns: [L] int64, the column into which each layer writes the new entry.
+        arguments: what else the layers are given.
+    """
     for i, (layer, kind, buffers) in enumerate(zip(adapter.layers, adapter.layer_kinds, layers, strict=True)):
         hidden_states = layer(
             hidden_states,
@@ -108,6 +119,7 @@ def _step(
             attention_mask=None,
             use_cache=False,
             attend=partial(_attend, (buffers, columns[i : i + 1])),
+            **arguments,
         )
     return adapter.logits(hidden_states)
 

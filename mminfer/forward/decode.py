@@ -97,6 +97,7 @@ class Decoder:
     def _module_step(self, hidden_states: Tensor, tables: Tables, cache: CompressedCache) -> Tensor:
         note_backend("decode_step", "host")
         adapter = self.adapter
+        arguments = adapter.layer_arguments(cache.next_position.to(hidden_states.device)[:, None])
         with routed_attention(adapter.text_config):
             for layer, kind, layer_cache in zip(adapter.layers, adapter.layer_kinds, cache.layers, strict=True):
                 hidden_states = layer(
@@ -105,6 +106,7 @@ class Decoder:
                     attention_mask=None,
                     use_cache=False,
                     attend=partial(_attend, layer_cache),
+                    **arguments,
                 )
         return adapter.logits(hidden_states)
 

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from mminfer.config import InferenceConfig
+from mminfer.errors import UnsupportedModelError
 from mminfer.forward.attention import routed_attention
+from mminfer.forward.branches import ffn_branch
 from mminfer.forward.kv_cache import CompressedCache, Continuation
 from mminfer.forward.kv_layer import CompressedLayer
 from mminfer.forward.layer_attention import LayerAttention, PassSettings
@@ -172,7 +174,7 @@ def _run_layers(
             queries, ffn = (None, None) if config.skip is None else config.skip.apply(rows.layout, i, depth)
             past = cache.layers[i] if cache.layers else None
             attend = LayerAttention(settings, rows.layout, i, queries, past)
-            hidden = _through_layer(attend, rows.hidden[None], rows.tables[adapter.layer_kinds[i]], ffn)[0]
+            hidden = through_layer(attend, rows.hidden[None], rows.tables[adapter.layer_kinds[i]], ffn)[0]
             rows = _Rows(hidden, rows.layout, rows.tables)
             if across_layers:
                 done.append((attend, ffn))
@@ -205,17 +207,34 @@ def keep_rows(kept: Tensor, hidden: Tensor, layout: TokenLayout, tables: Tables)
     return hidden.index_select(0, kept), layout.select(kept), narrowed
 
 
-def _through_layer(
+def through_layer(
     attend: LayerAttention, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor], ffn: Tensor | None
 ) -> Tensor:
-    """[1, T, C] behind the host's layer; ffn: [K] packed rows that go through its FFN, None: all."""
+    """[1, T, C] behind the host's layer.
+
+    Args:
+        attend: the layer's attention.
+        hidden: [1, T, C].
+        position_embeddings: cos and sin of the T rows.
+        ffn: [K] int64, packed rows that go through the layer's FFN; None: all.
+
+    Raises:
+        UnsupportedModelError: the layer's attention did not come through `attend`.
+    """
     adapter, skip, companions = attend.adapter, attend.config.skip, attend.layout.companions
     layer = adapter.layers[attend.layer_idx]
-    restricted = nullcontext() if skip is None else skip.restrict(layer, adapter.ffn_modules, attend.queries, ffn)
+    restricted = nullcontext() if skip is None else skip.restrict(layer, ffn_branch(layer), attend.queries, ffn)
     with restricted:
         hidden = layer(
-            hidden, position_embeddings=position_embeddings, attention_mask=None, use_cache=False, attend=attend
+            hidden,
+            position_embeddings=position_embeddings,
+            attention_mask=None,
+            use_cache=False,
+            attend=attend,
+            **adapter.layer_arguments(attend.layout.position[0][None]),
         )
+    if not attend.entries:
+        raise UnsupportedModelError(f"{type(layer).__name__} ran without the attention that it was given")
     if companions is None or attend.layer_idx >= companions.shape[1]:
         return hidden
     return hidden.index_add(1, attend.layout.visual_rows, companions[None, :, attend.layer_idx])

@@ -23,6 +23,7 @@ from mminfer.inputs.template import Template
 from mminfer.inputs.transcript import Transcript
 from mminfer.inputs.video_limit import VideoLimit
 from mminfer.models.adapter import ModelAdapter
+from mminfer.models.structure import running_device
 
 
 class RequestReader:
@@ -40,8 +41,7 @@ class RequestReader:
     @property
     def device(self) -> torch.device:
         """Where the model's inputs go."""
-        device: torch.device = self._model.get_input_embeddings().weight.device
-        return device
+        return running_device(self._model.get_input_embeddings())
 
     @property
     def supports_video(self) -> bool:

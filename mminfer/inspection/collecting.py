@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mminfer.config import InferenceConfig
 from mminfer.errors import InputError
+from mminfer.forward.host_check import check_host
 from mminfer.forward.native_build import prepare_kernels
 from mminfer.inputs.parts import ImagePart, VideoPart
 from mminfer.inspection.facts import Floats, ImageFacts, Inspection, LayerFacts, Mask, Rows, TokenFacts
@@ -92,6 +93,8 @@ def inspect_inputs(
         found = "none" if ids is None else f"{len(ids)} rows"
         raise InputError(f"input_ids: {found}; an inspection takes one chat: wanted one row of token ids")
     adapter = adapter_for(model)
+    config.check(adapter.spec)
+    check_host(adapter, config)  # the recording ones stand for techniques that were checked
     recorded, record = recording(config)
     runs = _both_answers(model, processor, (recorded, config), inputs, max_new_tokens)
     if record.host is None or record.placed is None:

@@ -94,6 +94,9 @@ class _Recorded(Technique, register=False):
     technique: Any
     record: PassRecord
 
+    def __repr__(self) -> str:
+        return repr(self.technique)  # whoever found the technique fit for a model found this so
+
     def check(self, spec: ModelSpec) -> None:
         self.technique.check(spec)
 
@@ -192,7 +195,7 @@ class RecordedSkip(_Recorded, SkipTechnique, register=False):
 
     @contextmanager
     def restrict(
-        self, layer: nn.Module, ffn_modules: tuple[str, str], queries: Tensor | None, ffn: Tensor | None
+        self, layer: nn.Module, ffn_modules: tuple[str, str] | None, queries: Tensor | None, ffn: Tensor | None
     ) -> Iterator[None]:
         if self.technique is None:
             yield

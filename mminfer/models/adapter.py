@@ -12,8 +12,10 @@ from torch import Tensor
 
 from mminfer.errors import InputError, UnsupportedModelError
 from mminfer.layout import GivenRows, Modality, TokenLayout
+from mminfer.models.entry import embedding_scale
 from mminfer.models.packing import PackedRows
 from mminfer.models.spec import ModelSpec, VisualUnit, attention_mask, layer_kinds, rescaled
+from mminfer.models.structure import check_structure, parameters_of, wants_positions
 from mminfer.models.vision import PIXEL_INPUTS, VisionTower, VisionWork
 
 
@@ -21,8 +23,11 @@ class ModelAdapter:
     """A family's names and rules. It reads the host model and calls its modules; it never changes them.
 
     Args:
-        model: a Hugging Face `...ForConditionalGeneration` whose language model is a stack of pre-norm decoder
-            layers with `self_attn`, `mlp`, `input_layernorm` and `post_attention_layernorm`.
+        model: a Hugging Face `...ForConditionalGeneration` whose language model is a stack of decoder layers with
+            `self_attn`, between a rotary embedding and a norm.
+
+    Raises:
+        UnsupportedModelError: the language model is built in another way.
     """
 
     language_model_name: ClassVar[str] = "language_model"
@@ -33,8 +38,6 @@ class ModelAdapter:
     bidirectional_images: ClassVar[bool] = False
     # Images that a call of the processor must hold so that each is encoded as in a prompt of many.
     least_images_in_a_call: ClassVar[int] = 1
-    # First and last module of a layer's FFN branch: rows are gathered before the one, scattered after the other.
-    ffn_modules: ClassVar[tuple[str, str]] = ("post_attention_layernorm", "mlp")
     # What the host keeps on the model between calls; an undone patch puts it back.
     host_state: ClassVar[tuple[str, ...]] = ()
     # How the vision tower is built.
@@ -44,9 +47,12 @@ class ModelAdapter:
         self.model = model
         self.base: Any = model.base_model
         self.language_model: Any = getattr(self.base, self.language_model_name)
+        check_structure(self.language_model)
         self.layers: Sequence[Any] = self.language_model.layers
         self.text_config: Any = self.layers[0].self_attn.config
         self.layer_kinds = layer_kinds(self.text_config)
+        self._positions_wanted = wants_positions(self.layers[0].self_attn)
+        self._rotary_by_kind = "layer_type" in parameters_of(self.language_model.rotary_emb)
         self.spec = self.spec_of(model.config.model_type, self.text_config)
 
     @classmethod
@@ -146,25 +152,45 @@ class ModelAdapter:
     ) -> dict[str, tuple[Tensor, Tensor]]:
         """For each kind of layer cos and sin, [..., D] each, for positions [A, ...] float64.
 
+        Where kinds of layers have frequencies of their own, factors are for full attention alone: a sliding layer sees
+        no farther than its window, however long the prompt.
+
         Args:
             hidden_states: gives dtype and device.
             precise: form angles in float64, as fractional positions far out need; else the host's own rounding, so
                 that nothing differs from the host by a bit.
             factors: [D / 2], of the host's frequencies; angles are then formed in float64. None: 1.
+
+        Reference:
+            Gemma 3 (arXiv 2503.19786): its own linear factor of 8 stands on the layers of full attention only.
         """
+        if not self._rotary_by_kind:
+            return dict.fromkeys(self.layer_kinds, self._table(hidden_states, position, precise, factors))
+        return {
+            kind: self._table(hidden_states, position, precise, factors if kind == "full_attention" else None, kind)
+            for kind in set(self.layer_kinds)
+        }
+
+    def _table(
+        self, hidden_states: Tensor, position: Tensor, precise: bool, factors: Tensor | None, kind: str | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Cos and sin; kind: of the layers, where they have frequencies of their own."""
+        rotary: Any = self.language_model.rotary_emb
+        of_kind = () if kind is None else (kind,)
         if not precise and factors is None:
-            table = self.language_model.rotary_emb(hidden_states, self._host_axes(position))
-            return dict.fromkeys(self.layer_kinds, table)
-        rotary = self._current_rotary(hidden_states, position)
-        table = rotary_table(
+            cos, sin = rotary(hidden_states, self._host_axes(position), *of_kind)
+            return cos, sin
+        if self.rotary_follows_length:  # brings the frequencies up to date
+            rotary(hidden_states[:1, :1], self._host_axes(position.amax().expand(self.position_axes, 1, 1)), *of_kind)
+        prefix = "" if kind is None else f"{kind}_"
+        return rotary_table(
             self._host_axes(position),
-            rescaled(rotary.inv_freq, factors),
-            rotary.attention_scaling,
+            rescaled(getattr(rotary, f"{prefix}inv_freq"), factors),
+            getattr(rotary, f"{prefix}attention_scaling"),
             sections=self.rotary_sections(rotary),
             dtype=hidden_states.dtype,
             interleaved=self.interleaved_axes,
         )
-        return dict.fromkeys(self.layer_kinds, table)
 
     @property
     def rotary_follows_length(self) -> bool:
@@ -176,13 +202,6 @@ class ModelAdapter:
     def _host_axes(self, position: Tensor) -> Tensor:
         return position if self.position_axes > 1 else position[0]
 
-    def _current_rotary(self, hidden_states: Tensor, position: Tensor) -> Any:
-        """The host's rotary module, its frequencies brought up to date if they depend on the length."""
-        rotary: Any = self.language_model.rotary_emb
-        if self.rotary_follows_length:
-            rotary(hidden_states[:1, :1], self._host_axes(position.amax().expand(self.position_axes, 1, 1)))
-        return rotary
-
     def rotary_sections(self, rotary: Any) -> list[int] | None:
         """M-RoPE's split of the frequencies over the axes; None for one axis.
 
@@ -190,6 +209,21 @@ class ModelAdapter:
             rotary: the host's rotary module.
         """
         return None
+
+    def entering(self, embeds: Tensor) -> Tensor:
+        """Embeddings as the first layer takes them; see `embedding_scale`."""
+        scale = embedding_scale(self.language_model, self.spec.hidden_size)
+        return embeds if scale == 1.0 else embeds * scale
+
+    def layer_arguments(self, position: Tensor) -> dict[str, Tensor]:
+        """What the layers' attention must be told of rows at these positions ([..., T] float64), beside the rotary.
+
+        Ministral 3 scales its queries by the position. Whole positions go as integers, as the host counts them.
+        """
+        if not self._positions_wanted:
+            return {}
+        whole = position.long()
+        return {"position_ids": whole if torch.equal(whole.to(position), position) else position.float()}
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """Final norm and head: [..., C] -> [..., vocabulary]."""
@@ -232,7 +266,7 @@ class ModelAdapter:
         position = self.host_positions(inputs, mask)
         last = position.new_full((mask.shape[0],), -1.0)
         last = last.scatter_reduce(0, sequence, position.amax(0), "amax", include_self=True)
-        return packed.embeds, packed.layout(sequence, position, last + 1)
+        return self.entering(packed.embeds), packed.layout(sequence, position, last + 1)
 
     def _placeholder_rows(self, kind: Modality, ids: Tensor | None, units: list[VisualUnit]) -> Tensor:
         token = self.placeholder_id(kind)

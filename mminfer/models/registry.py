@@ -48,11 +48,17 @@ def adapter_for(model: Any) -> ModelAdapter:
     """The adapter of a loaded host model.
 
     Raises:
-        UnsupportedModelError: the family has no adapter, or the object is not a generating vision-language model.
+        UnsupportedModelError: the family has no adapter, the object is not a generating vision-language model, or its
+            language model is built in another way than the passes run it.
     """
     check_family(getattr(getattr(model, "config", None), "model_type", None))
     if not hasattr(model, "lm_head") or not hasattr(model, "generate"):
         raise UnsupportedModelError(
             f"{type(model).__name__} has no language-model head: pass the ...ForConditionalGeneration model"
         )
-    return ADAPTERS[model.config.model_type](model)
+    try:
+        return ADAPTERS[model.config.model_type](model)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:  # a language model that nobody thought of
+        raise UnsupportedModelError(
+            f"the language model of this {type(model).__name__} cannot be read: {str(error)[:200]}"
+        ) from error

@@ -79,7 +79,7 @@ class OperatorSkip(SkipTechnique):
 
     @contextmanager
     def restrict(
-        self, layer: nn.Module, ffn_modules: tuple[str, str], queries: Tensor | None, ffn: Tensor | None
+        self, layer: nn.Module, ffn_modules: tuple[str, str] | None, queries: Tensor | None, ffn: Tensor | None
     ) -> Iterator[None]:
         """Within it, the layer's query and output projections and its FFN see only the rows given ([K] int64)."""
         with ExitStack() as stack:
@@ -88,6 +88,8 @@ class OperatorSkip(SkipTechnique):
                 stack.enter_context(_only_rows(attention.q_proj, attention.q_proj, queries))
                 stack.enter_context(_only_rows(attention.o_proj, attention.o_proj, queries))
             if ffn is not None:
+                if ffn_modules is None:
+                    raise ConfigError(f"{type(layer).__name__} has no FFN that rows could leave out")
                 first, last = (getattr(layer, name) for name in ffn_modules)
                 stack.enter_context(_only_rows(first, last, ffn))
             yield

@@ -20,6 +20,7 @@ from mminfer.metrics.records import PromptRecord, stacked
 from mminfer.metrics.stats import stats_of
 from mminfer.metrics.vision import vision_shares
 from mminfer.models.adapter import ModelAdapter
+from mminfer.models.structure import running_device
 from mminfer.output import GenerationOutput
 from mminfer.patching import patched
 from mminfer.running.call import GenerationCall
@@ -48,8 +49,7 @@ class Runner:
 
     @property
     def device(self) -> torch.device:
-        device: torch.device = self._model.get_input_embeddings().weight.device
-        return device
+        return running_device(self._model.get_input_embeddings())
 
     def run(
         self,

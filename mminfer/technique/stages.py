@@ -178,9 +178,16 @@ class SkipTechnique(Technique):
 
     @abstractmethod
     def restrict(
-        self, layer: nn.Module, ffn_modules: tuple[str, str], queries: Tensor | None, ffn: Tensor | None
+        self, layer: nn.Module, ffn_modules: tuple[str, str] | None, queries: Tensor | None, ffn: Tensor | None
     ) -> AbstractContextManager[None]:
-        """Within it, the layer computes those rows only."""
+        """Within it, the layer computes those rows only.
+
+        Args:
+            layer: of the host.
+            ffn_modules: names of the first and the last module of its FFN branch; None: nobody has looked for them.
+            queries: [K] int64, packed rows that issue a query; None: all.
+            ffn: [K] int64, packed rows that go through the FFN; None: all.
+        """
 
 
 class CacheTechnique(Technique):

@@ -1,6 +1,7 @@
 """Prompt attention against the whole score matrix in float64, and the seam to the host's modules."""
 
 import threading
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -164,10 +165,12 @@ def test_routing_in_a_failing_pass_leaves_the_model_as_it_was():
     def fail(*args):
         raise RuntimeError("a failing layer")
 
-    hook = layer.register_forward_pre_hook(fail)
-    with patched(model, InferenceConfig()), pytest.raises(RuntimeError, match="a failing layer"):
+    hooked, raises = (
+        partial(layer.register_forward_pre_hook, fail),
+        pytest.raises(RuntimeError, match="a failing layer"),
+    )
+    with patched(model, InferenceConfig()), hooked(), raises:
         model(**inputs)
-    hook.remove()
     assert NAME not in ALL_ATTENTION_FUNCTIONS
     assert torch.equal(model(**inputs).logits, host)
 

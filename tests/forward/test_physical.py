@@ -64,7 +64,7 @@ def test_pruned_rows_enter_no_later_layer(family):
     rates = [1.0, *aim_schedule(LAYERS, 1, 3)]
     config = InferenceConfig(prune=AIMPrune(start=1, end=3))
     skip_if_refused(family, config)
-    with rows_seen(model) as seen, patched(model, config) as handle:
+    with patched(model, config) as handle, rows_seen(model) as seen:
         out = model(**inputs, use_cache=True)
     for layer in range(LAYERS):
         want = [n - v + int(v * rates[layer]) for n, v in zip(tokens, visual, strict=True)]
@@ -81,7 +81,7 @@ def test_skipped_operators_see_only_text(family):
     text = total - 3 * FAMILIES[family].image_tokens
     config = InferenceConfig(skip=OperatorSkip(ffn=[0], attention=[1], block=LayerRange(0.5, 0.75)))
     skip_if_refused(family, config)
-    with rows_seen(model) as seen, patched(model, config):
+    with patched(model, config), rows_seen(model) as seen:
         model(**inputs)
     for layer, (attention, ffn) in enumerate([(total, text), (text, total), (text, text), (total, total)]):
         assert seen[f"layers.{layer}.self_attn.q_proj"] == seen[f"layers.{layer}.self_attn.o_proj"] == [attention]
@@ -123,7 +123,7 @@ def test_merged_rows_never_enter(family):
     model, inputs = tiny_model(family), tiny_inputs(family, PROMPTS)
     text = int(inputs["attention_mask"].sum()) - 3 * FAMILIES[family].image_tokens
     kept = FAMILIES[family].patches // 4 + FAMILIES[family].newlines
-    with rows_seen(model) as seen, patched(model, InferenceConfig(merge=AIMMerge(ratio=0.25))):
+    with patched(model, InferenceConfig(merge=AIMMerge(ratio=0.25))), rows_seen(model) as seen:
         model(**inputs)
     assert [seen[f"layers.{i}"] for i in range(LAYERS)] == [[text + 3 * kept]] * LAYERS
 

@@ -1,0 +1,301 @@
+"""Whether our pass through a model's layers is the host's own: compared once for each model, on a short prompt.
+
+The host's own `forward` runs two short rows, one of them at the last positions that the model was made for, and every
+layer's input and output is kept. Our pass then runs each layer on the host's input, so that one layer's rounding is
+all there is between the two, whatever the numbers are kept in. What the host does before its first layer, between
+layers and behind the last is held against ours in the same way, and so is a decoding step.
+
+Two rows of so few tokens see no sliding window; those are compared by what the host's attention asks for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from threading import get_ident
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from mminfer.config import InferenceConfig
+from mminfer.errors import ConfigError, UnsupportedModelError
+from mminfer.forward.attention import routed_attention
+from mminfer.forward.branches import ffn_branch
+from mminfer.forward.decode import Decoder
+from mminfer.forward.kv_cache import CompressedCache
+from mminfer.forward.layer_attention import LayerAttention, PassSettings
+from mminfer.forward.native_build import prepare_kernels
+from mminfer.forward.prefill import PassOptions, prompt_pass, through_layer
+from mminfer.forward.rotary import fractional, frequency_factors
+from mminfer.layout import TokenLayout
+from mminfer.models.adapter import ModelAdapter
+from mminfer.models.structure import running_device
+
+ROWS, TOKENS = 2, 12
+# How far one layer may be from the host's, as a part of what it adds to the stream; and the logits of a whole pass.
+LAYER_BAR, HALF_LAYER_BAR = 1e-3, 0.06
+LOGITS_BAR, HALF_LOGITS_BAR = 1e-2, 0.4
+WAY_OUT = "verify=False turns this comparison off, at your own risk"
+
+_checked: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()  # of each model, what was found right
+
+
+@dataclass
+class _Trace:
+    """What the host's own pass did.
+
+    Args:
+        entered: [B, N, C] in front of each layer.
+        left: [B, N, C] behind each layer.
+        logits: [B, N, vocabulary].
+    """
+
+    entered: list[Tensor] = field(default_factory=list)
+    left: list[Tensor] = field(default_factory=list)
+    logits: Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+def check_host(adapter: ModelAdapter, config: InferenceConfig, verify: bool = True) -> None:
+    """Refuses a model whose own pass is not ours, and techniques that its layers do not carry.
+
+    Args:
+        adapter: the host model, which nothing is patched on.
+        config: the techniques.
+        verify: whether to compare passes, if that was not done for this model yet; a few tokens go through it twice.
+
+    Raises:
+        UnsupportedModelError: the passes differ, or one of them fails.
+        ConfigError: a technique does not go with the way the layers are built.
+    """
+    done = _checked.setdefault(adapter.model, {repr(None)})
+    due = [(verify, str(adapter.model.dtype), partial(_compare, adapter))]
+    due += [(config.positions is not None, f"{config.positions!r}", partial(_check_positions, adapter, config))]
+    due += [(config.skip is not None, f"{config.skip!r}", partial(_check_skip, adapter, config))]
+    due = [check for check in due if check[0] and check[1] not in done]
+    if not due:
+        return
+    with torch.no_grad(), _evaluating(adapter.model), _rotary_kept(adapter):
+        for _, name, check in due:
+            check()
+            done.add(name)
+
+
+def _compare(adapter: ModelAdapter) -> None:
+    prepare_kernels(running_device(adapter.model.get_input_embeddings()))
+    inputs = _probe(adapter)
+    trace = _host_pass(adapter, inputs)
+    try:
+        embeds, layout = adapter.embed(inputs)
+        _check_stream(adapter, trace, embeds)
+        _check_layers(adapter, trace, layout)
+        _check_logits("the norm and the head", adapter, adapter.logits(trace.left[-1]), trace.logits, HALF_LAYER_BAR)
+        _check_decoding(adapter, inputs, trace)
+    except (UnsupportedModelError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # layers that nobody thought of raise anything
+        raise UnsupportedModelError(
+            f"{_name(adapter)} does not go through our pass: {type(error).__name__}: {str(error)[:200]}; {WAY_OUT}"
+        ) from error
+
+
+def _probe(adapter: ModelAdapter) -> dict[str, Tensor]:
+    """Two rows of text, the second at the last positions that the model was made for."""
+    device, config, spec = running_device(adapter.model.get_input_embeddings()), adapter.model.config, adapter.spec
+    special = {value for part in (config, adapter.text_config) for value in vars(part).values() if type(value) is int}
+    plain = [i for i in range(min(spec.vocab_size, 2000)) if i not in special] or [0]
+    ids = torch.tensor([plain[(i * 7919 + 13) % len(plain)] for i in range(ROWS * TOKENS)], device=device)
+    first = torch.tensor([0, max(0, spec.max_position_embeddings - TOKENS)], device=device)
+    positions = first[:, None] + torch.arange(TOKENS, device=device)
+    if spec.position_axes > 1:
+        positions = positions.expand(spec.position_axes, -1, -1)
+    ids = ids.view(ROWS, TOKENS)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": positions}
+
+
+def _host_pass(adapter: ModelAdapter, inputs: dict[str, Tensor]) -> _Trace:
+    trace, thread = _Trace(), get_ident()
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if get_ident() == thread:
+            trace.entered.append((args[0] if args else kwargs["hidden_states"]).clone())
+
+    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if get_ident() == thread:
+            trace.left.append((output if isinstance(output, Tensor) else output[0]).clone())
+
+    handles = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in adapter.layers]
+    handles += [layer.register_forward_hook(after) for layer in adapter.layers]
+    try:
+        trace.logits = adapter.model(**inputs, use_cache=False, return_dict=True).logits
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"{_name(adapter)} cannot be compared with our pass, since its own pass of a short text fails: "
+            f"{type(error).__name__}: {str(error)[:200]}; {WAY_OUT}"
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    return trace
+
+
+def _check_stream(adapter: ModelAdapter, trace: _Trace, embeds: Tensor) -> None:
+    """Whether the host does between layers what we do: nothing."""
+    depth = len(adapter.layers)
+    if len(trace.entered) != depth:
+        raise _differs(adapter, f"it runs {len(trace.entered)} layers, but has {depth}")
+    steps = [("before its first layer", embeds.view_as(trace.entered[0]), trace.entered[0])]
+    steps += [(f"between layers {i} and {i + 1}", trace.left[i], trace.entered[i + 1]) for i in range(depth - 1)]
+    for where, ours, host in steps:
+        if not _close(ours, host, 1e-5, 0.02):
+            raise _differs(adapter, f"it changes the hidden states {where}")
+
+
+def _check_layers(adapter: ModelAdapter, trace: _Trace, layout: TokenLayout) -> None:
+    """Each layer of ours behind the host's input of it."""
+    half = _is_half(trace.logits)
+    settings = PassSettings(adapter, InferenceConfig(), layout.lengths)
+    tables = adapter.rotary(trace.entered[0].flatten(0, 1)[None], layout.position[:, None], False)
+    with routed_attention(adapter.text_config):
+        for i, (entered, left) in enumerate(zip(trace.entered, trace.left, strict=True)):
+            attend = LayerAttention(settings, layout, i, None, None)
+            ours = through_layer(attend, entered.flatten(0, 1)[None], tables[adapter.layer_kinds[i]], None)
+            off = (ours.view_as(left) - left).double().norm(dim=-1)
+            added = (left - entered).double().norm(dim=-1)
+            rounding = torch.finfo(left.dtype).eps * left.double().norm(dim=-1)
+            # The median of each row: an expert chosen otherwise by a rounding is no fault, a rule left out is in all.
+            apart = ((off - rounding).clamp_min(0) / added.clamp_min(1e-30)).median(dim=-1).values.max()
+            if not float(apart) <= (HALF_LAYER_BAR if half else LAYER_BAR):
+                raise _differs(
+                    adapter,
+                    f"layer {i} is {float(apart):.2g} of what it adds away from the host's; its attention "
+                    "takes something into account that ours does not",
+                )
+
+
+def _check_decoding(adapter: ModelAdapter, inputs: dict[str, Tensor], trace: _Trace) -> None:
+    """A prompt of all tokens but the last, and that as a decoding step."""
+    prompt = {name: x[..., :-1] for name, x in inputs.items()}
+    embeds, layout = adapter.embed(prompt)
+    cache = CompressedCache()
+    output = prompt_pass(adapter, InferenceConfig(), embeds, layout, cache, PassOptions(TOKENS - 1, last_only=True))
+    _check_logits("a prompt", adapter, adapter.logits(output.last), trace.logits[:, -2])
+    last = adapter.entering(adapter.model.get_input_embeddings()(inputs["input_ids"][:, -1:]))
+    _check_logits(
+        "a decoding step", adapter, Decoder(adapter, InferenceConfig()).step(last, cache)[:, 0], trace.logits[:, -1]
+    )
+
+
+def _check_logits(
+    what: str, adapter: ModelAdapter, ours: Tensor, host: Tensor, half_bar: float = HALF_LOGITS_BAR
+) -> None:
+    if not _close(ours, host, LOGITS_BAR, half_bar):
+        raise _differs(adapter, f"the logits of {what} are not the host's")
+
+
+def _close(ours: Tensor, host: Tensor, bar: float, half_bar: float) -> bool:
+    """Whether they differ by so small a part of the host's, by norm."""
+    off = float((ours.double() - host.double()).norm())
+    return off <= (half_bar if _is_half(host) else bar) * float(host.double().norm())
+
+
+def _is_half(x: Tensor) -> bool:
+    return x.dtype.itemsize < 4
+
+
+def _differs(adapter: ModelAdapter, what: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{_name(adapter)} is not computed by our pass as by its own: {what}. Nothing was generated; {WAY_OUT}"
+    )
+
+
+def _name(adapter: ModelAdapter) -> str:
+    return f"{type(adapter.language_model).__name__} in {type(adapter.model).__name__}"
+
+
+def _check_positions(adapter: ModelAdapter, config: InferenceConfig) -> None:
+    """Whether angles that we form are the host's where positions are whole, and scaled frequencies fit."""
+    like = torch.empty(
+        1, TOKENS, 1, dtype=adapter.model.dtype, device=running_device(adapter.model.get_input_embeddings())
+    )
+    position = torch.arange(TOKENS, dtype=torch.float64, device=like.device).expand(adapter.position_axes, 1, -1)
+    try:
+        ours, host = adapter.rotary(like, position, True), adapter.rotary(like, position, False)
+        same = all(_close(a, b, 1e-4, 0.02) for kind in host for a, b in zip(ours[kind], host[kind], strict=True))
+        factors = frequency_factors(config, adapter.spec, float(adapter.spec.max_position_embeddings) * 2)
+        adapter.rotary(like, position, fractional(config), factors)
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{type(config.positions).__name__}: the rotary embedding of {_name(adapter)} takes no other positions or "
+            f"frequencies: {str(error)[:200]}"
+        ) from error
+    if not same:
+        raise ConfigError(
+            f"{type(config.positions).__name__}: {_name(adapter)} orders its rotary angles in a way that is not "
+            "supported; leave positions at None"
+        )
+
+
+def _check_skip(adapter: ModelAdapter, config: InferenceConfig) -> None:
+    """Whether rows that skip an operator leave the others as they were, in every layer that skips one."""
+    skip, depth = config.skip, len(adapter.layers)
+    if skip is None:
+        return
+    embeds, layout = adapter.embed(_probe(adapter))
+    every_second = torch.arange(len(layout), device=layout.modality.device) % 2
+    layout = replace(layout, modality=every_second.to(layout.modality))
+    settings = PassSettings(adapter, config, layout.lengths)
+    tables = adapter.rotary(embeds[None], layout.position[:, None], False)
+
+    def run(i: int, queries: Tensor | None = None, ffn: Tensor | None = None) -> Tensor:
+        attend = LayerAttention(replace(settings, config=InferenceConfig(skip=skip)), layout, i, queries, None)
+        return through_layer(attend, embeds[None], tables[adapter.layer_kinds[i]], ffn)
+
+    with routed_attention(adapter.text_config):
+        for i, layer in enumerate(adapter.layers):
+            queries, ffn = skip.apply(layout, i, depth)
+            if queries is None and ffn is None:
+                continue
+            name = f"{type(skip).__name__}: layer {i} of {_name(adapter)} ({type(layer).__name__})"
+            if ffn is not None and ffn_branch(layer, partial(run, i)) is None:
+                raise ConfigError(f"{name} has no FFN in a branch of its own: rows cannot leave it out")
+            try:
+                spared = run(i, queries, ffn)
+            except Exception as error:
+                raise ConfigError(
+                    f"{name} cannot leave rows out: {type(error).__name__}: {str(error)[:200]}"
+                ) from error
+            kept = layout.text_rows
+            if not _close(spared[0, kept], run(i)[0, kept], 1e-4, 0.02):
+                raise ConfigError(f"{name} is changed for text as well when visual rows leave an operator out")
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode, and every module back in its own behind the `with` block."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def _rotary_kept(adapter: ModelAdapter) -> Iterator[None]:
+    """The rotary embedding as it was behind the `with` block: some remember the longest prompt they have seen."""
+    rotary: Any = adapter.language_model.rotary_emb
+    attributes, buffers = dict(vars(rotary)), dict(rotary._buffers)
+    try:
+        yield
+    finally:
+        vars(rotary).update(attributes)
+        rotary._buffers.clear()
+        rotary._buffers.update(buffers)
