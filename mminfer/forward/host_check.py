@@ -10,9 +10,7 @@ Two rows of so few tokens see no sliding window; those are compared by what the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from threading import get_ident
 from typing import Any
@@ -22,20 +20,19 @@ import torch
 from torch import Tensor, nn
 
 from mminfer.config import InferenceConfig
-from mminfer.errors import ConfigError, UnsupportedModelError
+from mminfer.errors import UnsupportedModelError
 from mminfer.forward.attention import routed_attention
-from mminfer.forward.branches import ffn_branch
 from mminfer.forward.decode import Decoder
 from mminfer.forward.kv_cache import CompressedCache
 from mminfer.forward.layer_attention import LayerAttention, PassSettings
 from mminfer.forward.native_build import prepare_kernels
 from mminfer.forward.prefill import PassOptions, prompt_pass, through_layer
-from mminfer.forward.rotary import fractional, frequency_factors
+from mminfer.forward.probe import TOKENS, evaluating, full_name, is_close, is_half, probe, rotary_kept
+from mminfer.forward.technique_fit import check_positions, check_skip
 from mminfer.layout import TokenLayout
 from mminfer.models.adapter import ModelAdapter
 from mminfer.models.structure import running_device
 
-ROWS, TOKENS = 2, 12
 # How far one layer may be from the host's, as a part of what it adds to the stream; and the logits of a whole pass.
 LAYER_BAR, HALF_LAYER_BAR = 1e-3, 0.06
 LOGITS_BAR, HALF_LOGITS_BAR = 1e-2, 0.4
@@ -59,6 +56,16 @@ class _Trace:
     logits: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
+class _Watched(LayerAttention):
+    """Keeps the window that the host's attention asked for."""
+
+    window: int | None = None
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+        self.window = window
+        return super().__call__(q, k, v, scale, window)
+
+
 def check_host(adapter: ModelAdapter, config: InferenceConfig, verify: bool = True) -> None:
     """Refuses a model whose own pass is not ours, and techniques that its layers do not carry.
 
@@ -73,12 +80,12 @@ def check_host(adapter: ModelAdapter, config: InferenceConfig, verify: bool = Tr
     """
     done = _checked.setdefault(adapter.model, {repr(None)})
     due = [(verify, str(adapter.model.dtype), partial(_compare, adapter))]
-    due += [(config.positions is not None, f"{config.positions!r}", partial(_check_positions, adapter, config))]
-    due += [(config.skip is not None, f"{config.skip!r}", partial(_check_skip, adapter, config))]
+    due += [(config.positions is not None, f"{config.positions!r}", partial(check_positions, adapter, config))]
+    due += [(config.skip is not None, f"{config.skip!r}", partial(check_skip, adapter, config))]
     due = [check for check in due if check[0] and check[1] not in done]
     if not due:
         return
-    with torch.no_grad(), _evaluating(adapter.model), _rotary_kept(adapter):
+    with torch.no_grad(), evaluating(adapter.model), rotary_kept(adapter):
         for _, name, check in due:
             check()
             done.add(name)
@@ -86,7 +93,7 @@ def check_host(adapter: ModelAdapter, config: InferenceConfig, verify: bool = Tr
 
 def _compare(adapter: ModelAdapter) -> None:
     prepare_kernels(running_device(adapter.model.get_input_embeddings()))
-    inputs = _probe(adapter)
+    inputs = probe(adapter)
     trace = _host_pass(adapter, inputs)
     try:
         embeds, layout = adapter.embed(inputs)
@@ -98,22 +105,8 @@ def _compare(adapter: ModelAdapter) -> None:
         raise
     except Exception as error:  # layers that nobody thought of raise anything
         raise UnsupportedModelError(
-            f"{_name(adapter)} does not go through our pass: {type(error).__name__}: {str(error)[:200]}; {WAY_OUT}"
+            f"{full_name(adapter)} does not go through our pass: {type(error).__name__}: {str(error)[:200]}; {WAY_OUT}"
         ) from error
-
-
-def _probe(adapter: ModelAdapter) -> dict[str, Tensor]:
-    """Two rows of text, the second at the last positions that the model was made for."""
-    device, config, spec = running_device(adapter.model.get_input_embeddings()), adapter.model.config, adapter.spec
-    special = {value for part in (config, adapter.text_config) for value in vars(part).values() if type(value) is int}
-    plain = [i for i in range(min(spec.vocab_size, 2000)) if i not in special] or [0]
-    ids = torch.tensor([plain[(i * 7919 + 13) % len(plain)] for i in range(ROWS * TOKENS)], device=device)
-    first = torch.tensor([0, max(0, spec.max_position_embeddings - TOKENS)], device=device)
-    positions = first[:, None] + torch.arange(TOKENS, device=device)
-    if spec.position_axes > 1:
-        positions = positions.expand(spec.position_axes, -1, -1)
-    ids = ids.view(ROWS, TOKENS)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": positions}
 
 
 def _host_pass(adapter: ModelAdapter, inputs: dict[str, Tensor]) -> _Trace:
@@ -135,7 +128,7 @@ def _host_pass(adapter: ModelAdapter, inputs: dict[str, Tensor]) -> _Trace:
         raise
     except Exception as error:
         raise UnsupportedModelError(
-            f"{_name(adapter)} cannot be compared with our pass, since its own pass of a short text fails: "
+            f"{full_name(adapter)} cannot be compared with our pass, since its own pass of a short text fails: "
             f"{type(error).__name__}: {str(error)[:200]}; {WAY_OUT}"
         ) from error
     finally:
@@ -152,19 +145,21 @@ def _check_stream(adapter: ModelAdapter, trace: _Trace, embeds: Tensor) -> None:
     steps = [("before its first layer", embeds.view_as(trace.entered[0]), trace.entered[0])]
     steps += [(f"between layers {i} and {i + 1}", trace.left[i], trace.entered[i + 1]) for i in range(depth - 1)]
     for where, ours, host in steps:
-        if not _close(ours, host, 1e-5, 0.02):
+        if not is_close(ours, host, 1e-5, 0.02):
             raise _differs(adapter, f"it changes the hidden states {where}")
 
 
 def _check_layers(adapter: ModelAdapter, trace: _Trace, layout: TokenLayout) -> None:
     """Each layer of ours behind the host's input of it."""
-    half = _is_half(trace.logits)
+    half = is_half(trace.logits)
     settings = PassSettings(adapter, InferenceConfig(), layout.lengths)
     tables = adapter.rotary(trace.entered[0].flatten(0, 1)[None], layout.position[:, None], False)
     with routed_attention(adapter.text_config):
         for i, (entered, left) in enumerate(zip(trace.entered, trace.left, strict=True)):
-            attend = LayerAttention(settings, layout, i, None, None)
+            attend = _Watched(settings, layout, i, None, None)
             ours = through_layer(attend, entered.flatten(0, 1)[None], tables[adapter.layer_kinds[i]], None)
+            if attend.window != (adapter.spec.sliding_window if i in adapter.spec.sliding_layers else None):
+                raise _differs(adapter, f"layer {i} asks for a window of {attend.window}, which its config does not")
             off = (ours.view_as(left) - left).double().norm(dim=-1)
             added = (left - entered).double().norm(dim=-1)
             rounding = torch.finfo(left.dtype).eps * left.double().norm(dim=-1)
@@ -194,108 +189,11 @@ def _check_decoding(adapter: ModelAdapter, inputs: dict[str, Tensor], trace: _Tr
 def _check_logits(
     what: str, adapter: ModelAdapter, ours: Tensor, host: Tensor, half_bar: float = HALF_LOGITS_BAR
 ) -> None:
-    if not _close(ours, host, LOGITS_BAR, half_bar):
+    if not is_close(ours, host, LOGITS_BAR, half_bar):
         raise _differs(adapter, f"the logits of {what} are not the host's")
-
-
-def _close(ours: Tensor, host: Tensor, bar: float, half_bar: float) -> bool:
-    """Whether they differ by so small a part of the host's, by norm."""
-    off = float((ours.double() - host.double()).norm())
-    return off <= (half_bar if _is_half(host) else bar) * float(host.double().norm())
-
-
-def _is_half(x: Tensor) -> bool:
-    return x.dtype.itemsize < 4
 
 
 def _differs(adapter: ModelAdapter, what: str) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"{_name(adapter)} is not computed by our pass as by its own: {what}. Nothing was generated; {WAY_OUT}"
+        f"{full_name(adapter)} is not computed by our pass as by its own: {what}. Nothing was generated; {WAY_OUT}"
     )
-
-
-def _name(adapter: ModelAdapter) -> str:
-    return f"{type(adapter.language_model).__name__} in {type(adapter.model).__name__}"
-
-
-def _check_positions(adapter: ModelAdapter, config: InferenceConfig) -> None:
-    """Whether angles that we form are the host's where positions are whole, and scaled frequencies fit."""
-    like = torch.empty(
-        1, TOKENS, 1, dtype=adapter.model.dtype, device=running_device(adapter.model.get_input_embeddings())
-    )
-    position = torch.arange(TOKENS, dtype=torch.float64, device=like.device).expand(adapter.position_axes, 1, -1)
-    try:
-        ours, host = adapter.rotary(like, position, True), adapter.rotary(like, position, False)
-        same = all(_close(a, b, 1e-4, 0.02) for kind in host for a, b in zip(ours[kind], host[kind], strict=True))
-        factors = frequency_factors(config, adapter.spec, float(adapter.spec.max_position_embeddings) * 2)
-        adapter.rotary(like, position, fractional(config), factors)
-    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
-        raise ConfigError(
-            f"{type(config.positions).__name__}: the rotary embedding of {_name(adapter)} takes no other positions or "
-            f"frequencies: {str(error)[:200]}"
-        ) from error
-    if not same:
-        raise ConfigError(
-            f"{type(config.positions).__name__}: {_name(adapter)} orders its rotary angles in a way that is not "
-            "supported; leave positions at None"
-        )
-
-
-def _check_skip(adapter: ModelAdapter, config: InferenceConfig) -> None:
-    """Whether rows that skip an operator leave the others as they were, in every layer that skips one."""
-    skip, depth = config.skip, len(adapter.layers)
-    if skip is None:
-        return
-    embeds, layout = adapter.embed(_probe(adapter))
-    every_second = torch.arange(len(layout), device=layout.modality.device) % 2
-    layout = replace(layout, modality=every_second.to(layout.modality))
-    settings = PassSettings(adapter, config, layout.lengths)
-    tables = adapter.rotary(embeds[None], layout.position[:, None], False)
-
-    def run(i: int, queries: Tensor | None = None, ffn: Tensor | None = None) -> Tensor:
-        attend = LayerAttention(replace(settings, config=InferenceConfig(skip=skip)), layout, i, queries, None)
-        return through_layer(attend, embeds[None], tables[adapter.layer_kinds[i]], ffn)
-
-    with routed_attention(adapter.text_config):
-        for i, layer in enumerate(adapter.layers):
-            queries, ffn = skip.apply(layout, i, depth)
-            if queries is None and ffn is None:
-                continue
-            name = f"{type(skip).__name__}: layer {i} of {_name(adapter)} ({type(layer).__name__})"
-            if ffn is not None and ffn_branch(layer, partial(run, i)) is None:
-                raise ConfigError(f"{name} has no FFN in a branch of its own: rows cannot leave it out")
-            try:
-                spared = run(i, queries, ffn)
-            except Exception as error:
-                raise ConfigError(
-                    f"{name} cannot leave rows out: {type(error).__name__}: {str(error)[:200]}"
-                ) from error
-            kept = layout.text_rows
-            if not _close(spared[0, kept], run(i)[0, kept], 1e-4, 0.02):
-                raise ConfigError(f"{name} is changed for text as well when visual rows leave an operator out")
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode, and every module back in its own behind the `with` block."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-@contextmanager
-def _rotary_kept(adapter: ModelAdapter) -> Iterator[None]:
-    """The rotary embedding as it was behind the `with` block: some remember the longest prompt they have seen."""
-    rotary: Any = adapter.language_model.rotary_emb
-    attributes, buffers = dict(vars(rotary)), dict(rotary._buffers)
-    try:
-        yield
-    finally:
-        vars(rotary).update(attributes)
-        rotary._buffers.clear()
-        rotary._buffers.update(buffers)

@@ -168,3 +168,11 @@ def test_attention_that_asks_for_more_is_refused():
     )
     with pytest.raises(UnsupportedModelError, match="hand on"):
         patched(model, OFF).__enter__()
+
+
+def test_a_window_that_the_config_does_not_name_is_refused():
+    model = fresh()
+    attention = model.model.language_model.layers[1].self_attn
+    replace_forward(attention, lambda forward, args, kwargs: forward(*args, **kwargs, sliding_window=64))
+    with pytest.raises(UnsupportedModelError, match="layer 1 asks for a window of 64"):
+        patched(model, OFF).__enter__()

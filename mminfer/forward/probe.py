@@ -1,0 +1,69 @@
+"""A short prompt on which a model is looked at, and the model's state around it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mminfer.models.adapter import ModelAdapter
+from mminfer.models.structure import running_device
+
+ROWS, TOKENS = 2, 12
+
+
+def probe(adapter: ModelAdapter) -> dict[str, Tensor]:
+    """Two rows of text, the second at the last positions that the model was made for."""
+    device, config, spec = running_device(adapter.model.get_input_embeddings()), adapter.model.config, adapter.spec
+    special = {value for part in (config, adapter.text_config) for value in vars(part).values() if type(value) is int}
+    plain = [i for i in range(min(spec.vocab_size, 2000)) if i not in special] or [0]
+    ids = torch.tensor([plain[(i * 7919 + 13) % len(plain)] for i in range(ROWS * TOKENS)], device=device)
+    first = torch.tensor([0, max(0, spec.max_position_embeddings - TOKENS)], device=device)
+    positions = first[:, None] + torch.arange(TOKENS, device=device)
+    if spec.position_axes > 1:
+        positions = positions.expand(spec.position_axes, -1, -1)
+    ids = ids.view(ROWS, TOKENS)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": positions}
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode, and every module back in its own behind the `with` block."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def rotary_kept(adapter: ModelAdapter) -> Iterator[None]:
+    """The rotary embedding as it was behind the `with` block: some remember the longest prompt they have seen."""
+    rotary: Any = adapter.language_model.rotary_emb
+    attributes, buffers = dict(vars(rotary)), dict(rotary._buffers)
+    try:
+        yield
+    finally:
+        vars(rotary).update(attributes)
+        rotary._buffers.clear()
+        rotary._buffers.update(buffers)
+
+
+def is_close(ours: Tensor, host: Tensor, bar: float, half_bar: float) -> bool:
+    """Whether they differ by so small a part of the host's, by norm."""
+    off = float((ours.double() - host.double()).norm())
+    return off <= (half_bar if is_half(host) else bar) * float(host.double().norm())
+
+
+def is_half(x: Tensor) -> bool:
+    return x.dtype.itemsize < 4
+
+
+def full_name(adapter: ModelAdapter) -> str:
+    return f"{type(adapter.language_model).__name__} in {type(adapter.model).__name__}"
