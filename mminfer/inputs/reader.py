@@ -44,6 +44,12 @@ class RequestReader:
         return device
 
     @property
+    def _row_dtype(self) -> torch.dtype:
+        """Of the rows that embeddings are put among."""
+        dtype: torch.dtype = self._model.get_input_embeddings().weight.dtype
+        return dtype if dtype.is_floating_point else self._model.dtype
+
+    @property
     def supports_video(self) -> bool:
         """Whether the host's processor takes videos; else their frames go in as images."""
         return getattr(self.processor, "video_processor", None) is not None
@@ -179,7 +185,7 @@ class RequestReader:
         """What an entry is to this model, loaded: a video may be its frames."""
         (part,) = load_entry(entry)
         if isinstance(part, EmbeddingPart):
-            part.check_width(self._adapter.spec.hidden_size, entry.where)
+            part.check_fit(self._adapter.spec.hidden_size, self._row_dtype, entry.where)
         if not isinstance(part, VideoPart):
             return [part]
         if not self.supports_video:
