@@ -13,10 +13,12 @@ from mminfer.errors import InputError
 from mminfer.inputs.assembling import Assembling
 from mminfer.inputs.content import Content, Entry, MediaOptions, PendingPart
 from mminfer.inputs.cutting import Cutting
+from mminfer.inputs.joints import Joints
 from mminfer.inputs.markers import Markers
 from mminfer.inputs.messages import load_entry, parse_chat, refuse_empty
 from mminfer.inputs.model_inputs import InputBuilder
 from mminfer.inputs.parts import EmbeddingPart, ImagePart, Message, Part, VideoPart
+from mminfer.inputs.quoting import shortened
 from mminfer.inputs.reading import Reading
 from mminfer.inputs.rendering import GroupwiseRendering, Rendering, Turn, WholeRendering
 from mminfer.inputs.template import Template
@@ -66,6 +68,10 @@ class RequestReader:
     @cached_property
     def _video_limit(self) -> VideoLimit:
         return VideoLimit(InputBuilder(self.processor, self.markers, "cpu", None))
+
+    @cached_property
+    def _joints(self) -> Joints:
+        return Joints(InputBuilder(self.processor, self.markers, "cpu", None))
 
     @property
     def _builder(self) -> InputBuilder:
@@ -151,7 +157,8 @@ class RequestReader:
         )
 
     def _reading(self, rendering: Rendering, turn: Turn, size: int | None, parts_expected: int | None) -> Reading:
-        cutting = Cutting(rendering, self._template, self._count_tokens, size, self._adapter.least_images_in_a_call)
+        least = self._adapter.least_images_in_a_call
+        cutting = Cutting(rendering, self._template, self._joints, self._count_tokens, size, least)
         return Reading(rendering, cutting, Assembling(self._builder, self._adapter, turn.transcript), parts_expected)
 
     def _template_message(self, message: Message) -> dict[str, Any]:
@@ -161,7 +168,7 @@ class RequestReader:
         try:
             return len(self.processor.tokenizer(text, add_special_tokens=False).input_ids)
         except Exception as error:  # tokenizers raise anything, on lone surrogates for instance
-            raise InputError(f"{type(self.processor).__name__} refused the turn: {error}") from error
+            raise InputError(f"{type(self.processor).__name__} refused the turn: {shortened(error)}") from error
 
     def _known_parts(self, content: Content, media: MediaOptions) -> list[Part | PendingPart] | None:
         """The parts of a list, media not opened; None where only opening them would tell how many there are."""
