@@ -94,8 +94,8 @@ def _without_end(inputs: dict[str, Any], token_ids: Sequence[int]) -> dict[str, 
     count = ids.shape[1] - len(token_ids)
     if ids[0, count:].tolist() != list(token_ids):
         raise InputError(
-            "the processor writes another text behind this medium than behind others, so that the prompt cannot be read "
-            "piece by piece: leave prefill_chunk_size out"
+            "the processor writes another text behind this medium than behind others, so that the prompt cannot be "
+            "read piece by piece: leave prefill_chunk_size out"
         )
     shorter = {
         name: inputs[name][:, :count] for name in ("input_ids", "attention_mask", *TOKEN_TYPES) if name in inputs
