@@ -90,6 +90,15 @@ class VideoPart:
         whole = video_metadata(self.frames, list(range(count)), count, None)
         object.__setattr__(self, "metadata", {**whole, **_checked_metadata(self.metadata, whole, count)})
 
+    def lengthened(self, count: int) -> VideoPart:
+        """A video of at least so many frames: the last one stays for longer, as hosts have it that take several."""
+        missing = count - len(self.frames)
+        if missing <= 0:
+            return self
+        frames = np.concatenate([self.frames, *[self.frames[-1:]] * missing])
+        indices = list(self.metadata["frames_indices"])
+        return VideoPart(frames, {**self.metadata, "frames_indices": indices + indices[-1:] * missing})
+
 
 @dataclass(frozen=True, eq=False)
 class EmbeddingPart:

@@ -197,4 +197,5 @@ class RequestReader:
             return [part]
         if not self.supports_video:
             return [ImagePart(Image.fromarray(frame)) for frame in part.frames]
+        part = part.lengthened(getattr(self.processor.video_processor, "temporal_patch_size", None) or 1)
         return [part if media.max_video_tokens is None else self._video_limit.apply(part, media.max_video_tokens)]

@@ -22,7 +22,7 @@ from mminfer.inputs.timeline import Timeline
 logger = logging.getLogger(__name__)
 
 # Containers that hold their own frames: a playlist (hls, concat, dash) would make ffmpeg open other files.
-VIDEO_FORMATS = "mov,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,flv,asf,ogg,gif,apng"
+VIDEO_FORMATS = "mov,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,flv,asf,ogg,gif"
 MOST_STRETCHED = 16  # times: what a header says of wider or taller pixels is not believed
 
 
@@ -139,7 +139,7 @@ def _stamps(container: Any, stream: Any) -> tuple[list[int], int, int]:
     stamps, last, left_out = list[int](), (0, 0), 0
     try:
         for packet in container.demux(stream):
-            if packet.size == 0:  # the end of the stream
+            if packet.size == 0 or packet.is_corrupt:  # the end of the stream, or of a file that was cut short
                 continue
             if packet.is_discard:
                 left_out += 1
