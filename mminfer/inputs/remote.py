@@ -51,8 +51,6 @@ def fetch(url: str, *, allow_private_hosts: bool = False) -> bytes:
         raise InputError(f"{name}: could not be fetched: {shortened(refused)}: check the URL") from error
     if fetching.is_late:  # a connection that was closed for that may look like the end of the body
         raise InputError(f"{name}: took longer than {REMOTE_TIMEOUT_S:g} seconds: download it first")
-    if len(content) > MAX_REMOTE_BYTES:
-        raise InputError(f"{name}: larger than {MAX_REMOTE_BYTES:,} bytes: download it and pass the path")
     return content
 
 
@@ -75,7 +73,11 @@ class _Fetching:
             timer.cancel()
 
     def content(self, url: str) -> bytes:
-        """The body, and one byte more than is allowed where it is too large."""
+        """The body.
+
+        Raises:
+            InputError: it is cut short or too large, or the URL leads nowhere that may be asked.
+        """
         if not urlsplit(url).hostname:
             raise InputError("no host in the URL: wanted http(s)://host/...")
         opener = urllib.request.OpenerDirector()
@@ -85,9 +87,11 @@ class _Fetching:
         request = urllib.request.Request(url, headers={"User-Agent": "mminfer"})
         response: HTTPResponse
         with opener.open(request, timeout=REMOTE_TIMEOUT_S) as response:
-            content = response.read(MAX_REMOTE_BYTES + 1)
-            missing = response.length  # of what Content-Length said
-        if missing and len(content) <= MAX_REMOTE_BYTES and not self.is_late:
+            content = b"" if (response.length or 0) > MAX_REMOTE_BYTES else response.read(MAX_REMOTE_BYTES + 1)
+            missing = response.length or 0  # of what Content-Length said
+        if len(content) + missing > MAX_REMOTE_BYTES:
+            raise InputError(f"larger than {MAX_REMOTE_BYTES:,} bytes: download it and pass the path")
+        if missing and not self.is_late:
             raise InputError(f"cut short, {missing:,} bytes are missing: try again, or download it first")
         return content
 
@@ -103,13 +107,18 @@ class _Fetching:
                 self.hold(connection)
                 connection.settimeout(REMOTE_TIMEOUT_S)
                 connection.connect(address)
-                if not self._allow_private_hosts and connection.getsockname()[0] == connection.getpeername()[0]:
+                if not self._allow_private_hosts and self._is_own(connection):
                     raise InputError(_private(host, str(address[0])))
                 return connection
             except (OSError, InputError) as error:
                 connection.close()
                 failure = error
         raise failure or OSError(f"{host} has no address")
+
+    @staticmethod
+    def _is_own(connection: socket.socket) -> bool:
+        """Whether it leads to this machine, by whatever address."""
+        return bool(connection.getsockname()[0] == connection.getpeername()[0])
 
     def hold(self, connection: socket.socket) -> None:
         """Closes a connection when the time is over."""
