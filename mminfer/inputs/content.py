@@ -170,7 +170,10 @@ class Content:
 
 def _count_parts(content: Iterable[Any]) -> int | None:
     if not isinstance(content, (list, tuple)):
-        return len(content) if isinstance(content, Sized) else None
+        try:
+            return len(content) if isinstance(content, Sized) else None
+        except Exception:  # a caller's code raises anything
+            return None
     runs = [part["images"] for part in content if _kind_of(part) == "images"]
     counts = [_count_parts(run) for run in runs]
     return None if None in counts else len(content) - len(runs) + sum(n for n in counts if n is not None)
@@ -178,7 +181,12 @@ def _count_parts(content: Iterable[Any]) -> int | None:
 
 def _items(given: Iterable[Any], where: str) -> Iterator[tuple[str, Any]]:
     """Each item and its place; what a caller's iterator raises names the place."""
-    iterator, k = iter(given), 0
+    try:
+        iterator, k = iter(given), 0
+    except Exception as error:  # a caller's code raises anything
+        raise InputError(
+            f"{where}: {type(given).__name__} gives no items ({shortened(error)}): wanted a list"
+        ) from error
     while True:
         try:
             item = next(iterator)

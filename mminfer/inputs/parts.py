@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from numbers import Real
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -15,7 +14,7 @@ from torch import Tensor
 from mminfer.errors import InputError
 from mminfer.inputs.pixels import check_pixels, check_size, described
 from mminfer.inputs.quoting import shown
-from mminfer.inputs.videos import video_metadata
+from mminfer.inputs.videos import is_positive, video_metadata
 
 ROLES = ("system", "user", "assistant")
 MODALITIES = ("visual", "text")
@@ -208,8 +207,7 @@ def _checked_metadata(given: Mapping[str, Any], known: Mapping[str, Any], count:
         raise InputError(f'"frames_indices" is {shown(indices)}: wanted a list of {count} numbers, one a frame')
     for name in ("fps", "duration", "total_num_frames"):
         value = given.get(name)
-        number = isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) < float("inf")
-        if value is not None and not number:
+        if value is not None and not is_positive(value):
             raise InputError(f'"{name}" is {shown(value)}: wanted a positive number, or None')
     return given
 

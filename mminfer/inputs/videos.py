@@ -120,8 +120,16 @@ def check_sampling(num_frames: int, fps: float | None) -> None:
         raise InputError(f"num_frames is {shown(num_frames)}: wanted a whole number from 1")
     if fps is None:
         return
-    if not isinstance(fps, Real) or isinstance(fps, bool) or not 0 < fps < math.inf or math.isinf(float(fps)):
+    if not is_positive(fps):
         raise InputError(f"fps is {shown(fps)}: wanted a positive number")
+
+
+def is_positive(value: Any) -> bool:
+    """Whether this is a number above 0 that a float holds."""
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) < math.inf
+    except OverflowError:
+        return False
 
 
 def video_metadata(pixels: np.ndarray, indices: list[int], total: int, rate: Fraction | None) -> dict[str, Any]:
