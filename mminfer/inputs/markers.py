@@ -32,7 +32,7 @@ class Markers:
 
     def __init__(self, processor: Any) -> None:
         self._processor = processor
-        self._tokenizer = getattr(processor, "tokenizer", None)
+        self._tokenizer: Any = getattr(processor, "tokenizer", None)
         if self._tokenizer is None or not hasattr(processor, "apply_chat_template"):
             raise InputError(
                 f"the processor is {type(processor).__name__}: wanted the model's own, with a tokenizer and a chat "

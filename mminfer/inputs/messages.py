@@ -48,7 +48,8 @@ def normalise_messages(messages: Any, options: MediaOptions | None = None) -> li
     Args:
         messages: a list of {"role", "content"} or of typed messages, a single typed message, or the content of a single
             user message: a string, a typed part or parts. Parts are a list or any iterable, which is gone through
-            once. A part is a typed one, a string or
+            once. Dictionaries may be mappings of any kind; a key of None is none, and others than these are refused. A
+            part is a typed one, a string or
             {"type": "text", "text": ...},
             {"type": "image", "image" | "path" | "url": ...},
             {"type": "images", "images": an iterable of what "image" takes},

@@ -34,7 +34,7 @@ class TextPart:
     def __post_init__(self) -> None:
         if not isinstance(self.text, str):
             raise InputError(f'"text" is {type(self.text).__name__}: wanted a string')
-        object.__setattr__(self, "text", str(self.text))  # and no subclass, which may render as it likes
+        object.__setattr__(self, "text", str.__str__(self.text))  # and no subclass, which may render as it likes
 
 
 @dataclass(frozen=True, eq=False)

@@ -82,7 +82,7 @@ class Rendering:
             self.parts_read += 1
         return held
 
-    def _system_texts(self) -> list[Part | PendingPart]:
+    def _system_texts(self) -> list[TextPart]:
         """What the system says, where it goes in together with this turn."""
         first = self._turn.transcript.messages[0]
         if self._turn.transcript.rendered or first["role"] != "system":

@@ -11,7 +11,7 @@ from mminfer import Engine, InputError
 from mminfer.inputs import transcript
 from mminfer.inputs.content import MediaOptions
 from mminfer.layout import Modality
-from tests.processors import PROCESSORS, model_and_processor, reader_of
+from tests.processors import CONTROL, PROCESSORS, model_and_processor, reader_of
 
 IMAGE = {"type": "image", "image": Image.new("RGB", (32, 32), "red")}
 OURS = ["\u27e6mminfer:answer:0\u27e7", "\u27e6mminfer:answer:1\u27e7", "\u27e6mminfer:open\u27e7", "Frame1: ", "IMAGE"]
@@ -142,3 +142,17 @@ def test_marks_of_every_family_move_no_medium(family, data):
     images = (whole["input_ids"] == reader._adapter.placeholder_id(Modality.IMAGE)).sum()
     alone = reader.inputs([[IMAGE, IMAGE]], MediaOptions())["input_ids"]
     assert int(images) == int((alone == reader._adapter.placeholder_id(Modality.IMAGE)).sum())
+
+
+@pytest.mark.parametrize("family", PROCESSORS)
+def test_any_mark_may_end_an_answer(family):
+    """Of every family: the next turn has a medium, at once and in pieces, and both give the same."""
+    engine = Engine(*model_and_processor(family))
+    control = engine.processor.tokenizer.convert_tokens_to_ids(CONTROL)
+    for token in sorted(engine.reader.markers.added_ids - set(control)):
+        logits = []
+        for size in (None, 40):
+            chat = answered(engine, [50, token], prefill_chunk_size=size)
+            logits.append(chat.send(["a", IMAGE, "b", IMAGE, "What?"], 1).logits)
+        assert logits[0].isfinite().all()
+        torch.testing.assert_close(logits[0], logits[1], rtol=0, atol=1e-4)
