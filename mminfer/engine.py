@@ -148,6 +148,7 @@ class Engine:
         num_frames: int = 8,
         fps: float | None = None,
         max_video_tokens: int | None = None,
+        allow_private_hosts: bool = False,
         prefill_chunk_size: int | None = None,
         progress: bool = False,
         **generation_kwargs: Any,
@@ -163,6 +164,7 @@ class Engine:
             num_frames: frames taken of each video file, evenly spread.
             fps: take so many frames a second instead.
             max_video_tokens: visual tokens of one video at most; frames are left out, evenly, until they fit.
+            allow_private_hosts: whether URLs may lead to this machine or its network.
             prefill_chunk_size: tokens of a chat that go through the model at a time, images never split. The parts of
                 the last message are then loaded, encoded and compressed piece by piece, so memory follows from chunk
                 and cache budget, not from the prompt. None: the prompt at once.
@@ -176,7 +178,7 @@ class Engine:
             InputError: the request is wrong. The engine goes on with the next one.
         """
         self.runner.check_arguments({**generation_kwargs, "max_new_tokens": max_new_tokens})
-        media = MediaOptions(allow_remote, num_frames, fps, max_video_tokens)
+        media = MediaOptions(allow_remote, num_frames, fps, max_video_tokens, allow_private_hosts)
         request = self.prepare_request(messages, media, prefill_chunk_size)
         outputs = self.answer(request, max_new_tokens, progress=progress, **generation_kwargs)
         return outputs if request.is_batch or len(outputs) > 1 else outputs[0]
@@ -232,7 +234,7 @@ class Engine:
 
         Args:
             messages: as for `generate`.
-            media: `allow_remote`, `num_frames`, `fps` and `max_video_tokens` of `generate`.
+            media: `allow_remote`, `num_frames`, `fps`, `max_video_tokens` and `allow_private_hosts` of `generate`.
         """
         return self.reader.check(messages, MediaOptions.of(media))
 

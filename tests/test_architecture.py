@@ -247,7 +247,7 @@ import sys
 sys.modules |= dict.fromkeys(("triton", "flash_attn", "av", "matplotlib", "sklearn"))
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 before = dict(ALL_ATTENTION_FUNCTIONS.items())
-import mminfer, mminfer.cli.main, mminfer.inputs.media
+import mminfer, mminfer.cli.main, mminfer.media
 assert dict(ALL_ATTENTION_FUNCTIONS.items()) == before, "attention functions changed"
 print("fine")
 """

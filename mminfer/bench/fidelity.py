@@ -15,7 +15,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from mminfer.bench.contexts import Context
 from mminfer.bench.protocols import Ask, Protocol, reader
 from mminfer.engine import Engine
-from mminfer.inputs.media import PROGRESS
+from mminfer.inputs.progress import PROGRESS
 from mminfer.metrics.fidelity import kl_divergence, top1_agreement
 from mminfer.metrics.stats import GenerationStats
 from mminfer.output import GenerationOutput

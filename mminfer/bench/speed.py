@@ -18,7 +18,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from mminfer.config import InferenceConfig
 from mminfer.engine import Engine
 from mminfer.forward.native_build import prepare_kernels
-from mminfer.inputs.media import PROGRESS
+from mminfer.inputs.progress import PROGRESS
 from mminfer.metrics.flops import full_prompt_flops, prompt_flops
 from mminfer.metrics.memory import bytes_in_use, full_cache_bytes, give_back_freed, peak_memory
 from mminfer.metrics.records import PromptRecord

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mminfer.errors import InputError
 from mminfer.inputs.content import PendingPart
 from mminfer.inputs.cutting import Piece
 from mminfer.inputs.model_inputs import InputBuilder
 from mminfer.inputs.transcript import Transcript
-from mminfer.layout import GIVEN_ROWS
+from mminfer.layout import GIVEN_ROWS, GivenRows, Modality
 from mminfer.models.adapter import ModelAdapter
 
 TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")
@@ -40,17 +42,68 @@ class Assembling:
     def inputs(self, piece: Piece) -> dict[str, Any]:
         """Of one sequence without padding, at the host's positions from 0 on."""
         parts = [part.load() if isinstance(part, PendingPart) else part for part in (*piece.media, *piece.embeddings)]
-        inputs = self._builder.piece(piece.text, parts, first=not self.rendered)
-        if self.unread and self.unread != inputs["input_ids"][0, :1].tolist():
-            inputs = _prefixed(inputs, self.unread)
+        inputs = self._builder.piece(piece.before + piece.text, parts, first=not self.rendered)
+        if piece.dropped:
+            inputs = _without_end(inputs, piece.dropped)
+        read = inputs["input_ids"][0].tolist()
+        if self.unread and self.unread != read[:1]:
+            inputs, read = self._answered(inputs), self.unread + read
         self.unread = []
         ids: Tensor = inputs["input_ids"]
         inputs["attention_mask"] = None  # one sequence, which is not padded
         positions = self._adapter.host_positions(inputs, torch.ones_like(ids, dtype=torch.bool))[:, None]
         inputs["position_ids"] = positions if self._adapter.position_axes > 1 else positions[0]
         self.rendered += piece.text
-        self.ids += ids[0].tolist()
+        self.ids += read
         return inputs
+
+    def _answered(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Inputs with the rest of an answer in front.
+
+        An answer is text whatever its tokens are: a placeholder that the model chose goes in as the row of that token,
+        and nobody looks for an image of it.
+        """
+        marks = self._builder.markers.added_ids & set(self.unread)
+        if not marks:
+            return _prefixed(inputs, self.unread)
+        ids = inputs["input_ids"].new_tensor(self.unread)
+        with torch.no_grad():
+            rows = self._adapter.model.get_input_embeddings()(ids)
+        longer = _prefixed(inputs, [self._builder.markers.plain_id] * len(ids))
+        return {**longer, GIVEN_ROWS: _texts_before(rows, longer["input_ids"], longer.get(GIVEN_ROWS))}
+
+
+def _texts_before(rows: Tensor, ids: Tensor, others: GivenRows | None) -> GivenRows:
+    """Given rows of a prompt ([1, N]) that begins with such rows of text ([K, C]), and those behind them."""
+    count, kind = len(rows), torch.int8
+    if others is None:
+        others = GivenRows(torch.zeros_like(ids, dtype=torch.bool), rows[:0], ids.new_empty(0, dtype=kind), ids[0, :0])
+    mask = others.mask.clone()
+    mask[:, :count] = True
+    return GivenRows(
+        mask,
+        torch.cat([rows, others.features.to(rows)]),
+        torch.cat([others.modality.new_full((count,), int(Modality.TEXT)), others.modality]),
+        torch.cat([others.part.new_zeros(count), others.part + 1]),
+    )
+
+
+def _without_end(inputs: dict[str, Any], token_ids: Sequence[int]) -> dict[str, Any]:
+    """Inputs without these tokens of text at their end."""
+    ids: Tensor = inputs["input_ids"]
+    count = ids.shape[1] - len(token_ids)
+    if ids[0, count:].tolist() != list(token_ids):
+        raise InputError(
+            "the processor writes another text behind this medium than behind others, so that the prompt cannot be "
+            "read piece by piece: leave prefill_chunk_size out"
+        )
+    shorter = {
+        name: inputs[name][:, :count] for name in ("input_ids", "attention_mask", *TOKEN_TYPES) if name in inputs
+    }
+    if GIVEN_ROWS in inputs:
+        rows = inputs[GIVEN_ROWS]
+        shorter[GIVEN_ROWS] = replace(rows, mask=rows.mask[:, :count])
+    return {**inputs, **shorter}
 
 
 def _prefixed(inputs: dict[str, Any], token_ids: list[int]) -> dict[str, Any]:

@@ -7,12 +7,20 @@ from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, TypeVar
 
 from mminfer.errors import InputError
-from mminfer.inputs.media import check_sampling, load_image, read_video
+from mminfer.inputs.images import load_image
 from mminfer.inputs.parts import EmbeddingPart, ImagePart, Message, Part, TextPart, VideoPart
+from mminfer.inputs.quoting import shortened, shown
 from mminfer.inputs.sources import check_source
+from mminfer.inputs.videos import check_sampling, read_video
 from mminfer.technique import is_whole
 
 SOURCE_KEYS = {"image": ("image", "path", "url"), "video": ("video", "path", "url")}
+PART_KEYS = {
+    "text": ("text",),
+    "embedding": ("embedding", "modality"),
+    "images": ("images",),
+    **SOURCE_KEYS,
+}
 
 T = TypeVar("T")
 
@@ -26,6 +34,7 @@ class MediaOptions:
         num_frames: frames to take of each video file, evenly spread.
         fps: take so many frames a second of it instead.
         max_video_tokens: visual tokens of one video at most; None: all that its frames give.
+        allow_private_hosts: fetch URLs from this machine and its network too.
 
     Raises:
         InputError: one is out of range.
@@ -35,13 +44,21 @@ class MediaOptions:
     num_frames: int = 8
     fps: float | None = None
     max_video_tokens: int | None = None
+    allow_private_hosts: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.allow_remote, bool):
-            raise InputError(f"allow_remote is {self.allow_remote!r}: wanted True or False")
+        for name in ("allow_remote", "allow_private_hosts"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"{name} is {shown(getattr(self, name))}: wanted True or False")
         check_sampling(self.num_frames, self.fps)
         if self.max_video_tokens is not None and not is_whole(self.max_video_tokens, least=1):
-            raise InputError(f"max_video_tokens is {self.max_video_tokens!r}: wanted a whole number from 1, or None")
+            found = shown(self.max_video_tokens)
+            raise InputError(f"max_video_tokens is {found}: wanted a whole number from 1, or None")
+
+    @property
+    def access(self) -> dict[str, bool]:
+        """What may be fetched."""
+        return {"allow_remote": self.allow_remote, "allow_private_hosts": self.allow_private_hosts}
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> MediaOptions:
@@ -107,7 +124,9 @@ class Content:
             content = content.parts
         if isinstance(content, (str, Part)):
             content = [content]
-        if isinstance(content, Mapping) or not isinstance(content, Iterable):
+        if isinstance(content, Message):
+            raise InputError(f"{where}: content is a message of the {content.role}'s: wanted parts of the user's")
+        if isinstance(content, (Mapping, bytes, bytearray)) or not isinstance(content, Iterable):
             raise InputError(f"{where}: content is {type(content).__name__}: wanted a string or a list of parts")
         self._given, self._where, self._options = content, where, options
         self._parsed: list[tuple[str, Part | PendingPart | ImageRun]] | None = None
@@ -151,22 +170,31 @@ class Content:
 
 def _count_parts(content: Iterable[Any]) -> int | None:
     if not isinstance(content, (list, tuple)):
-        return len(content) if isinstance(content, Sized) else None
-    runs = [part["images"] for part in content if isinstance(part, dict) and part.get("type") == "images"]
+        try:
+            return len(content) if isinstance(content, Sized) else None
+        except Exception:  # a caller's code raises anything
+            return None
+    runs = [part["images"] for part in content if _kind_of(part) == "images"]
     counts = [_count_parts(run) for run in runs]
     return None if None in counts else len(content) - len(runs) + sum(n for n in counts if n is not None)
 
 
 def _items(given: Iterable[Any], where: str) -> Iterator[tuple[str, Any]]:
     """Each item and its place; what a caller's iterator raises names the place."""
-    iterator, k = iter(given), 0
+    try:
+        iterator, k = iter(given), 0
+    except Exception as error:  # a caller's code raises anything
+        raise InputError(
+            f"{where}: {type(given).__name__} gives no items ({shortened(error)}): wanted a list"
+        ) from error
     while True:
         try:
             item = next(iterator)
         except StopIteration:
             return
         except Exception as error:  # a caller's code raises anything
-            raise InputError(f"{where} {k}: the iterator raised {type(error).__name__}: {error}") from error
+            found = f"{type(error).__name__}: {shortened(error)}"
+            raise InputError(f"{where} {k}: the iterator raised {found}") from error
         yield f"{where} {k}", item
         k += 1
 
@@ -177,25 +205,44 @@ def _parse_part(given: Any, where: str, options: MediaOptions) -> Part | Pending
         return given
     if isinstance(given, str):
         return TextPart(given)
-    kind = given.get("type") if isinstance(given, dict) else None
+    kind = _kind_of(given)
+    if kind is not None:
+        _check_keys(given, kind, where)
     if kind == "text":
         return _at(where, lambda: TextPart(given.get("text")))
     if kind == "embedding":
         return _at(where, lambda: EmbeddingPart(given.get("embedding"), given.get("modality", "visual")))
     if kind == "images":
         images = given.get("images")
-        if isinstance(images, (str, Mapping)) or not isinstance(images, Iterable):
+        if isinstance(images, (str, bytes, Mapping)) or not isinstance(images, Iterable):
             raise InputError(f'{where}: "images" is {type(images).__name__}: wanted an iterable of images')
         return ImageRun(images)
-    if isinstance(kind, str) and kind in SOURCE_KEYS:
+    if kind is not None:
         return _parse_medium(given, where, options)
-    found = f"a part of type {kind!r}" if isinstance(given, dict) else type(given).__name__
+    found = f"a part of type {shown(given.get('type'))}" if isinstance(given, Mapping) else type(given).__name__
     raise InputError(
         f'{where}: {found}: wanted a string or a dict of type "text", "image", "images", "video" or "embedding"'
     )
 
 
-def _parse_medium(given: dict[str, Any], where: str, options: MediaOptions) -> Part | PendingPart:
+def _kind_of(given: Any) -> str | None:
+    """The type of a part as a user writes it; None: it has none that there is."""
+    kind = given.get("type") if isinstance(given, Mapping) else None
+    return kind if isinstance(kind, str) and kind in PART_KEYS else None
+
+
+def _check_keys(given: Mapping[str, Any], kind: str, where: str) -> None:
+    """Refuses what a host's template may know, but would not be honoured here. A key of None is none."""
+    known = ("type", *PART_KEYS[kind])
+    unknown = [key for key, value in given.items() if value is not None and key not in known]
+    if unknown:
+        raise InputError(
+            f"{where}: {kind} part with {shown(unknown[0])}, which is not known: wanted {', '.join(known)}: leave it "
+            "out"
+        )
+
+
+def _parse_medium(given: Mapping[str, Any], where: str, options: MediaOptions) -> Part | PendingPart:
     kind = given["type"]
     keys = [key for key in SOURCE_KEYS[kind] if given.get(key) is not None]
     if len(keys) != 1:
@@ -211,13 +258,11 @@ def _parse_medium(given: dict[str, Any], where: str, options: MediaOptions) -> P
 
 
 def _load_image(source: Any, options: MediaOptions) -> ImagePart:
-    return ImagePart(load_image(source, allow_remote=options.allow_remote))
+    return ImagePart(load_image(source, **options.access))
 
 
 def _load_video(source: Any, options: MediaOptions) -> VideoPart:
-    return VideoPart(
-        *read_video(source, num_frames=options.num_frames, fps=options.fps, allow_remote=options.allow_remote)
-    )
+    return VideoPart(*read_video(source, num_frames=options.num_frames, fps=options.fps, **options.access))
 
 
 def _at(where: str, act: Callable[[], T]) -> T:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from mminfer.errors import InputError
 from mminfer.inputs.content import PendingPart
+from mminfer.inputs.joints import Cut, Joints
 from mminfer.inputs.parts import EmbeddingPart, Part
 from mminfer.inputs.rendering import HeldPart, Rendering
 from mminfer.inputs.template import Segment, Template
@@ -23,6 +24,10 @@ class Piece:
         embeddings: its embeddings.
         text_tokens: tokens of the text, fillers among them, but without what media take.
         is_text: whether it is text of the template and the user, up to embeddings that stand within.
+        last_mark: its last placeholder or filler.
+        tail: the text behind that.
+        before: text that the processor wrote at the end of the piece before, and that belongs to this one.
+        dropped: tokens at the end that belong to the next piece.
     """
 
     text: str = ""
@@ -30,6 +35,10 @@ class Piece:
     embeddings: list[Part | PendingPart] = field(default_factory=list)
     text_tokens: int = 0
     is_text: bool = True
+    last_mark: str | None = None
+    tail: str = ""
+    before: str = ""
+    dropped: tuple[int, ...] = ()
 
     @property
     def images(self) -> int:
@@ -41,10 +50,21 @@ class Piece:
         self.embeddings += other.embeddings
         self.text_tokens += other.text_tokens
         self.is_text &= other.is_text
+        self.tail = other.tail if other.last_mark is not None else self.tail + other.tail
+        self.last_mark = other.last_mark or self.last_mark
+        self.dropped = other.dropped
+
+    def end(self, cut: Cut, count_tokens: Callable[[str], int]) -> Piece:
+        """Ends this piece; gives back the next one with what is carried over."""
+        tokens = count_tokens(cut.carried) if cut.carried else 0
+        self.text = self.text.removesuffix(cut.carried)
+        self.text_tokens -= tokens
+        self.dropped = cut.dropped
+        return Piece(cut.carried, text_tokens=tokens, tail=cut.carried, before=cut.before)
 
 
 class Cutting:
-    """Pieces of a rendering. Tokenizers split at media and fillers anyway, so a cut there changes no token.
+    """Pieces of a rendering, cut where that changes no token; what would be changed stays in one piece.
 
     Attributes:
         tokens_per_medium: what an image or video takes, with the text that goes with it; the most that was seen so
@@ -53,6 +73,7 @@ class Cutting:
     Args:
         rendering: what is cut.
         template: whose marks stand in it.
+        joints: tell where the text may be cut.
         count_tokens: of a text.
         size: tokens that a piece should hold at most, as far as one can tell before; None: one piece.
         least_images: images that a piece with images must hold at least, if the whole has so many.
@@ -62,12 +83,14 @@ class Cutting:
         self,
         rendering: Rendering,
         template: Template,
+        joints: Joints,
         count_tokens: Callable[[str], int],
         size: int | None,
         least_images: int,
     ) -> None:
         self.tokens_per_medium = 0
-        self._rendering, self._template, self._count_tokens = rendering, template, count_tokens
+        self._rendering, self._template, self._joints = rendering, template, joints
+        self._count_tokens = count_tokens
         self._size, self._least_images = size, least_images
         self._held: dict[str, deque[HeldPart]] = {kind: deque() for kind in ("image", "video", "embedding")}
         self._counted: dict[str, int] = {}
@@ -119,8 +142,11 @@ class Cutting:
             full = self._size is not None and (tokens > self._size or len(piece.media) >= most_media)
             enough_images = piece.images == 0 or piece.images >= self._least_images
             if full and not added.is_text and not piece.is_text and enough_images:
-                yield piece
-                piece, most_media = Piece(), max(most_media, 2 * len(piece.media))
+                cut = self._joints.cut(piece.last_mark, piece.tail, self._template.first_mark(segment.text))
+                if cut is not None:
+                    ended, piece = piece, piece.end(cut, self._count_tokens)
+                    most_media = max(most_media, 2 * len(ended.media))
+                    yield ended
             piece.extend(added)
         if piece.text or piece.media:
             yield piece
@@ -153,7 +179,10 @@ class Cutting:
         media = [self._held[segment.kind].popleft().part] if segment.kind is not None else []
         is_text = segment.kind is None and not self._template.begins_with_rows(segment.text)
         embeddings = self._embeddings_in(segment.text)
-        return Piece(segment.text, media, embeddings, self._text_tokens(segment.text), is_text)
+        last_mark, tail = self._template.last_mark(segment.text, bool(embeddings))
+        return Piece(
+            segment.text, media, embeddings, self._text_tokens(segment.text), is_text, last_mark=last_mark, tail=tail
+        )
 
     def _embeddings_in(self, text: str) -> list[Part | PendingPart]:
         held, found = self._held["embedding"], list[Part | PendingPart]()

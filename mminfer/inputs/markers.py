@@ -25,11 +25,19 @@ class Markers:
 
     Args:
         processor: the host's, with a chat template.
+
+    Raises:
+        InputError: it is no processor of a vision-language model.
     """
 
     def __init__(self, processor: Any) -> None:
         self._processor = processor
-        self._tokenizer = processor.tokenizer
+        self._tokenizer: Any = getattr(processor, "tokenizer", None)
+        if self._tokenizer is None or not hasattr(processor, "apply_chat_template"):
+            raise InputError(
+                f"the processor is {type(processor).__name__}: wanted the model's own, with a tokenizer and a chat "
+                "template: transformers.AutoProcessor.from_pretrained(...)"
+            )
 
     @cached_property
     def kinds(self) -> dict[str, str]:
@@ -51,11 +59,29 @@ class Markers:
         return {token for token in found if token is not None}
 
     @cached_property
+    def added_ids(self) -> frozenset[int]:
+        """Tokens beside the vocabulary that texts are cut into: placeholders, and all that templates write."""
+        return frozenset(self._tokenizer.get_added_vocab().values()) | frozenset(self.visual_ids)
+
+    @cached_property
+    def plain_id(self) -> int:
+        """A token that stands for no more than text."""
+        return next(token for token in range(len(self.added_ids) + 1) if token not in self.added_ids)
+
+    @cached_property
     def medium(self) -> re.Pattern[str]:
         """Matches the placeholder of an image or video, which is its group, with the mark of its beginning."""
         begin = re.escape(getattr(self._processor, "vision_start_token", None) or "")
         nothing = "(?!)"
         return re.compile(f"(?:{begin})?({'|'.join(map(re.escape, self.kinds)) or nothing})")
+
+    def placeholder_in_front(self, text: str) -> str:
+        """The placeholder that a text begins with, with the marks of its beginning and end; "" where there is none."""
+        found = self.medium.match(text)
+        if found is None:
+            return ""
+        end = getattr(self._processor, "vision_end_token", None) or ""
+        return found[0] + (end if text.startswith(end, found.end()) else "")
 
     @cached_property
     def filler(self) -> str | None:

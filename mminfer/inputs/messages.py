@@ -9,6 +9,7 @@ from typing import Any, TypeGuard
 from mminfer.errors import InputError
 from mminfer.inputs.content import Content, Entry, MediaOptions, PendingPart
 from mminfer.inputs.parts import ROLES, Message, Part, is_blank
+from mminfer.inputs.quoting import shown
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ def normalise_messages(messages: Any, options: MediaOptions | None = None) -> li
     Args:
         messages: a list of {"role", "content"} or of typed messages, a single typed message, or the content of a single
             user message: a string, a typed part or parts. Parts are a list or any iterable, which is gone through
-            once. A part is a typed one, a string or
+            once. Dictionaries may be mappings of any kind; a key of None is none, and others than these are refused. A
+            part is a typed one, a string or
             {"type": "text", "text": ...},
             {"type": "image", "image" | "path" | "url": ...},
             {"type": "images", "images": an iterable of what "image" takes},
@@ -114,18 +116,22 @@ def _as_messages(messages: Any) -> list[Any]:
 
 def _is_message(given: Any) -> bool:
     return isinstance(given, Message | ParsedMessage) or (
-        isinstance(given, dict) and bool(given.keys() & {"role", "content"})
+        isinstance(given, Mapping) and ("role" in given or "content" in given)
     )
 
 
 def _check_message(n: int, message: Any) -> None:
     if isinstance(message, Message | ParsedMessage):
         return
-    if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-        keys = list(message) if isinstance(message, dict) else type(message).__name__
+    if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
+        keys = shown(list(message)) if isinstance(message, Mapping) else type(message).__name__
         raise InputError(f'message {n} is {keys}: wanted a dict with "role" and "content"')
-    if message["role"] not in ROLES:
-        raise InputError(f"message {n} has role {message['role']!r}: wanted one of {', '.join(ROLES)}")
+    role = message["role"]
+    if not isinstance(role, str) or role not in ROLES:
+        raise InputError(f"message {n} has role {shown(role)}: wanted one of {', '.join(ROLES)}")
+    unknown = [key for key, value in message.items() if value is not None and key not in ("role", "content")]
+    if unknown:  # a host's template may know it, but it would not be honoured here
+        raise InputError(f'message {n} has {shown(unknown[0])}: wanted "role" and "content" alone: leave it out')
 
 
 def _role(message: Any) -> str:

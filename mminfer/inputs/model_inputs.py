@@ -13,6 +13,7 @@ from mminfer.errors import InputError
 from mminfer.inputs.embeddings import given_rows
 from mminfer.inputs.markers import Markers
 from mminfer.inputs.parts import EmbeddingPart, ImagePart, Message, Part, VideoPart
+from mminfer.inputs.quoting import shortened
 from mminfer.layout import GIVEN_ROWS
 
 LEFT_PADDED = {"padding": True, "padding_side": "left"}
@@ -61,7 +62,7 @@ class InputBuilder:
         except InputError:
             raise
         except Exception as error:  # templates and processors raise anything
-            raise InputError(f"{type(self.processor).__name__} refused the chat: {error}") from error
+            raise InputError(f"{type(self.processor).__name__} refused the chat: {shortened(error)}") from error
         return self._finished(inputs, parts)
 
     def piece(self, rendered: str, parts: Sequence[Part], *, first: bool) -> dict[str, Any]:
@@ -90,7 +91,7 @@ class InputBuilder:
                 **_video_kwargs(parts),
             )
         except Exception as error:  # processors raise anything
-            raise InputError(f"{type(self.processor).__name__} refused the turn: {error}") from error
+            raise InputError(f"{type(self.processor).__name__} refused the turn: {shortened(error)}") from error
         return self._finished(inputs, parts)
 
     def _host_message(self, message: Message) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A bar of tokens while a long prompt is read."""
+"""Bars: of tokens while a long prompt is read, and how others look."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from tqdm import tqdm
+
+PROGRESS: dict[str, Any] = {"delay": 2.0, "leave": False, "disable": None}  # on terminals, for what takes its time
 
 
 class ReadingBar:

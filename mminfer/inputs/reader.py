@@ -13,10 +13,12 @@ from mminfer.errors import InputError
 from mminfer.inputs.assembling import Assembling
 from mminfer.inputs.content import Content, Entry, MediaOptions, PendingPart
 from mminfer.inputs.cutting import Cutting
+from mminfer.inputs.joints import Joints
 from mminfer.inputs.markers import Markers
 from mminfer.inputs.messages import load_entry, parse_chat, refuse_empty
 from mminfer.inputs.model_inputs import InputBuilder
 from mminfer.inputs.parts import EmbeddingPart, ImagePart, Message, Part, VideoPart
+from mminfer.inputs.quoting import shortened
 from mminfer.inputs.reading import Reading
 from mminfer.inputs.rendering import GroupwiseRendering, Rendering, Turn, WholeRendering
 from mminfer.inputs.template import Template
@@ -44,6 +46,12 @@ class RequestReader:
         return running_device(self._model.get_input_embeddings())
 
     @property
+    def _row_dtype(self) -> torch.dtype:
+        """Of the rows that embeddings are put among."""
+        dtype: torch.dtype = self._model.get_input_embeddings().weight.dtype
+        return dtype if dtype.is_floating_point else self._model.dtype
+
+    @property
     def supports_video(self) -> bool:
         """Whether the host's processor takes videos; else their frames go in as images."""
         return getattr(self.processor, "video_processor", None) is not None
@@ -60,6 +68,10 @@ class RequestReader:
     @cached_property
     def _video_limit(self) -> VideoLimit:
         return VideoLimit(InputBuilder(self.processor, self.markers, "cpu", None))
+
+    @cached_property
+    def _joints(self) -> Joints:
+        return Joints(InputBuilder(self.processor, self.markers, "cpu", None))
 
     @property
     def _builder(self) -> InputBuilder:
@@ -145,7 +157,8 @@ class RequestReader:
         )
 
     def _reading(self, rendering: Rendering, turn: Turn, size: int | None, parts_expected: int | None) -> Reading:
-        cutting = Cutting(rendering, self._template, self._count_tokens, size, self._adapter.least_images_in_a_call)
+        least = self._adapter.least_images_in_a_call
+        cutting = Cutting(rendering, self._template, self._joints, self._count_tokens, size, least)
         return Reading(rendering, cutting, Assembling(self._builder, self._adapter, turn.transcript), parts_expected)
 
     def _template_message(self, message: Message) -> dict[str, Any]:
@@ -155,7 +168,7 @@ class RequestReader:
         try:
             return len(self.processor.tokenizer(text, add_special_tokens=False).input_ids)
         except Exception as error:  # tokenizers raise anything, on lone surrogates for instance
-            raise InputError(f"{type(self.processor).__name__} refused the turn: {error}") from error
+            raise InputError(f"{type(self.processor).__name__} refused the turn: {shortened(error)}") from error
 
     def _known_parts(self, content: Content, media: MediaOptions) -> list[Part | PendingPart] | None:
         """The parts of a list, media not opened; None where only opening them would tell how many there are."""
@@ -179,9 +192,10 @@ class RequestReader:
         """What an entry is to this model, loaded: a video may be its frames."""
         (part,) = load_entry(entry)
         if isinstance(part, EmbeddingPart):
-            part.check_width(self._adapter.spec.hidden_size, entry.where)
+            part.check_fit(self._adapter.spec.hidden_size, self._row_dtype, entry.where)
         if not isinstance(part, VideoPart):
             return [part]
         if not self.supports_video:
             return [ImagePart(Image.fromarray(frame)) for frame in part.frames]
+        part = part.lengthened(getattr(self.processor.video_processor, "temporal_patch_size", None) or 1)
         return [part if media.max_video_tokens is None else self._video_limit.apply(part, media.max_video_tokens)]

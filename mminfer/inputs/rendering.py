@@ -82,6 +82,13 @@ class Rendering:
             self.parts_read += 1
         return held
 
+    def _system_texts(self) -> list[TextPart]:
+        """What the system says, where it goes in together with this turn."""
+        first = self._turn.transcript.messages[0]
+        if self._turn.transcript.rendered or first["role"] != "system":
+            return []
+        return [TextPart(part["text"]) for part in first["content"] if part["type"] == "text"]
+
     def _whole(self) -> str:
         """The chat with all parts."""
         parts = [part for message in self.messages for part in message["content"]]
@@ -108,7 +115,7 @@ class WholeRendering(Rendering):
         new = [*turn.before, *parts]
         markers.check_placeholders(new)
         if any(isinstance(part, EmbeddingPart) for part in new):
-            markers.check_fillers(new)
+            markers.check_fillers([*new, *self._system_texts()])
         held = [*self._held_before, *self._take(parts)]
         self._stretch = Stretch(_added(turn.transcript.rendered, self._whole()), held)
 
@@ -133,7 +140,7 @@ class GroupwiseRendering(Rendering):
         self._parts = parts
         self._so_far = turn.transcript.rendered
         self._embeds, self._with_filler = False, list[Part]()
-        for part in turn.before:
+        for part in (*turn.before, *self._system_texts()):
             self._check(part)
 
     def __iter__(self) -> Iterator[Stretch]:

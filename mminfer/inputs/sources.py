@@ -4,29 +4,33 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
 import stat
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.client import HTTPException
 from io import BytesIO
 from pathlib import Path
 from typing import IO, Any
 
 from mminfer.errors import InputError
+from mminfer.inputs.quoting import shortened, shown
+from mminfer.inputs.remote import fetch
 
-MAX_REMOTE_BYTES = 64 * 2**20
-REMOTE_TIMEOUT_S = 20
+_SCHEME = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.-]*):(?=//)")
+_SPACE = re.compile(r"\s+")
 
 
 @contextmanager
-def open_source(source: Any, kind: str, *, allow_remote: bool) -> Iterator[tuple[IO[bytes], str]]:
+def open_source(
+    source: Any, kind: str, *, allow_remote: bool, allow_private_hosts: bool = False
+) -> Iterator[tuple[IO[bytes], str]]:
     """Opens the bytes of an image or video.
 
     Args:
         source: a path, a "data:image/...;base64," URL or an http(s) URL.
         kind: "image" or "video".
         allow_remote: fetch http(s) URLs.
+        allow_private_hosts: fetch them from this machine and its network too.
 
     Yields:
         A seekable file, and its name for messages.
@@ -37,14 +41,18 @@ def open_source(source: Any, kind: str, *, allow_remote: bool) -> Iterator[tuple
     if not isinstance(source, (str, Path)):
         found = type(source).__name__
         raise InputError(f"the {kind} is a {found}: wanted a path, a URL, a PIL image or uint8 pixels")
+    for name, value in (("allow_remote", allow_remote), ("allow_private_hosts", allow_private_hosts)):
+        if not isinstance(value, bool):
+            raise InputError(f"{name} is {shown(value)}: wanted True or False")
     check_source(source, kind, allow_remote=allow_remote)
     scheme = _scheme(source)
-    if isinstance(source, str) and source[:5].lower() == "data:":
-        yield BytesIO(_decode_data_url(source, kind)), "the data: URL"
+    if _is_data_url(source):
+        yield BytesIO(_decode_data_url(str(source), kind)), "the data: URL"
     elif scheme in ("http", "https"):
-        yield BytesIO(_fetch(str(source))), str(source)
+        content = fetch(str(source).strip(), allow_private_hosts=allow_private_hosts)
+        yield BytesIO(content), shortened(source)
     else:
-        name = str(source)
+        name = shortened(source)
         with _open_local(Path(source), name, kind) as file:
             yield file, name
 
@@ -53,25 +61,31 @@ def check_source(source: Any, kind: str, *, allow_remote: bool) -> None:
     """Raises `InputError` if it can be seen without opening it that `open_source` would refuse a path or URL."""
     if not isinstance(source, (str, Path)):
         return  # pixels
-    if isinstance(source, str) and source[:5].lower() == "data:":
+    if _is_data_url(source):
         return
     scheme = _scheme(source)
+    name = shortened(source)
     if scheme is None:
-        _check_local(Path(source), str(source), kind)
+        _check_local(Path(source), name, kind)
     elif scheme not in ("http", "https"):
-        raise InputError(f"{source}: {scheme}:// is not allowed: pass a plain path, http(s) or data: URL")
+        raise InputError(f"{name}: {shortened(scheme)}:// is not allowed: pass a plain path, http(s) or data: URL")
     elif not allow_remote:
-        raise _remote_off(str(source))
+        raise _remote_off(name)
+
+
+def _is_data_url(source: str | Path) -> bool:
+    return isinstance(source, str) and source[:20].lstrip()[:5].lower() == "data:"
 
 
 def _scheme(source: str | Path) -> str | None:
-    return source.partition("://")[0].lower() if isinstance(source, str) and "://" in source[:32] else None
+    found = _SCHEME.match(source) if isinstance(source, str) else None
+    return found[1].lower() if found else None
 
 
 def _open_local(path: Path, name: str, kind: str) -> IO[bytes]:
     try:
         return path.open("rb")
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise _unreadable(name, kind, error) from error
 
 
@@ -86,7 +100,7 @@ def _check_local(path: Path, name: str, kind: str) -> None:
 
 
 def _unreadable(name: str, kind: str, error: Exception) -> InputError:
-    reason = getattr(error, "strerror", None) or error
+    reason = getattr(error, "strerror", None) or shortened(error)
     return InputError(f"{name}: {reason}: wanted the path of a readable {kind} file")
 
 
@@ -98,22 +112,17 @@ def _remote_off(url: str) -> InputError:
 
 
 def _decode_data_url(url: str, kind: str) -> bytes:
-    head, _, payload = url.partition(",")
-    if kind != "image" or not head.lower().startswith("data:image/") or not head.lower().endswith(";base64"):
+    """The bytes of "data:image/png;base64,...", which may have other parameters and stand in lines, as MIME has it.
+
+    The alphabet of URLs is taken too, and so is a payload without the padding at its end.
+    """
+    head, _, payload = url.strip().partition(",")
+    words = [word.strip().lower() for word in head.split(";")]
+    if kind != "image" or not words[0].startswith("data:image/") or "base64" not in words[1:]:
         raise InputError(f"the {kind} is {head[:60]!r}: wanted 'data:image/...;base64,', or a path")
     try:
-        return base64.b64decode(payload, validate=True)
+        plain = _SPACE.sub("", payload).replace("%3D", "=").replace("%2B", "+").replace("%2F", "/")
+        plain = plain.translate({ord("-"): "+", ord("_"): "/"}).rstrip("=")
+        return base64.b64decode(plain + "=" * (-len(plain) % 4), validate=True)
     except (binascii.Error, ValueError) as error:
-        raise InputError(f"the data: URL is not base64: {error}") from error
-
-
-def _fetch(url: str) -> bytes:
-    request = urllib.request.Request(url, headers={"User-Agent": "mminfer"})
-    try:
-        with urllib.request.urlopen(request, timeout=REMOTE_TIMEOUT_S) as response:
-            content = response.read(MAX_REMOTE_BYTES + 1)
-    except (OSError, ValueError, HTTPException) as error:
-        raise InputError(f"{url}: could not be fetched: {error}") from error
-    if len(content) > MAX_REMOTE_BYTES:
-        raise InputError(f"{url}: larger than {MAX_REMOTE_BYTES:,} bytes: download it and pass the path")
-    return content
+        raise InputError(f"the data: URL is not base64: {shortened(error)}") from error

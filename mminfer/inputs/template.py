@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from mminfer.errors import InputError
 from mminfer.inputs.markers import Markers
-
-_OPEN = "\u27e6mminfer:open\u27e7"
+from mminfer.inputs.quoting import shortened
+from mminfer.inputs.transcript import new_mark
 
 
 class Segment(NamedTuple):
@@ -91,6 +91,25 @@ class Template:
         """Whether a text begins with an embedding."""
         return bool(self._markers.filler) and text.startswith(str(self._markers.filler))
 
+    def last_mark(self, text: str, has_rows: bool) -> tuple[str | None, str]:
+        """A segment's last placeholder or filler, and the text behind it; None: it has none.
+
+        Args:
+            text: the segment's.
+            has_rows: whether fillers in it stand for rows.
+        """
+        filler = str(self._markers.filler) if has_rows else ""
+        if filler and filler in text:
+            return filler, text[text.rindex(filler) + len(filler) :]
+        placeholder = self._markers.placeholder_in_front(text)
+        return placeholder or None, text[len(placeholder) :]
+
+    def first_mark(self, text: str) -> str:
+        """The placeholder or filler that a segment begins with; "" where there is none."""
+        if self.begins_with_rows(text):
+            return str(self._markers.filler)
+        return self._markers.placeholder_in_front(text)
+
     def without_placeholder(self, segment: str) -> str:
         """A segment without the placeholder that it begins with."""
         found = self._markers.medium.match(segment)
@@ -103,9 +122,9 @@ class Template:
         return places
 
     def _opened(self, messages: Sequence[dict[str, Any]]) -> str:
-        last = messages[-1]
-        marked = [*messages[:-1], {**last, "content": [*last["content"], {"type": "text", "text": _OPEN}]}]
-        text, found, _ = self._render(marked, False).partition(_OPEN)
+        last, mark = messages[-1], new_mark("open")
+        marked = [*messages[:-1], {**last, "content": [*last["content"], {"type": "text", "text": mark}]}]
+        text, found, _ = self._render(marked, False).partition(mark)
         if not found:
             raise InputError("the model's chat template drops text of an open turn: use send() instead of read()")
         return text
@@ -116,8 +135,16 @@ class Template:
                 list(messages), tokenize=False, add_generation_prompt=generation_prompt
             )
         except Exception as error:  # templates raise anything
-            raise InputError(f"{type(self._processor).__name__} refused the chat: {error}") from error
+            raise _refused(self._processor, "chat", error) from error
+        try:
+            rendered.encode()
+        except UnicodeEncodeError as error:  # a lone surrogate: no tokenizer takes it
+            raise _refused(self._processor, "turn", error) from error
         return rendered
+
+
+def _refused(processor: Any, what: str, error: Exception) -> InputError:
+    return InputError(f"{type(processor).__name__} refused the {what}: {shortened(error)}")
 
 
 def _no_placeholder() -> InputError:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import secrets
 from dataclasses import dataclass, replace
 from typing import Any
 
-_ANSWER = "\u27e6mminfer:answer:{}\u27e7"
+
+def new_mark(what: str) -> str:
+    """A text that stands for something in what a template renders; it is drawn, so that nobody can have written it."""
+    return f"\u27e6mminfer:{what}:{secrets.token_hex(16)}\u27e7"
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class Transcript:
 
     def answered(self, token_ids: list[int]) -> Transcript:
         """The same with an answer, of which the last token was not run through the model."""
-        mark = _ANSWER.format(len(self.messages))
+        mark = new_mark("answer")
         answer = {"role": "assistant", "content": [{"type": "text", "text": mark}]}
         return Transcript(
             (*self.messages, answer), self.rendered + mark, (*self.ids, *token_ids[:-1]), tuple(token_ids[-1:])

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from mminfer.errors import InputError
-from mminfer.inputs.media import frame_indices
 from mminfer.inputs.model_inputs import InputBuilder
 from mminfer.inputs.parts import Message, TextPart, VideoPart
+from mminfer.inputs.videos import frame_indices
 
 
 class VideoLimit:

@@ -16,7 +16,7 @@ from mminfer.config import InferenceConfig
 from mminfer.engine import Engine, check_before_loading
 from mminfer.errors import ConfigError, UnsupportedModelError
 from mminfer.forward.native_build import prepare_kernels
-from mminfer.inputs.media import PROGRESS
+from mminfer.inputs.progress import PROGRESS
 from mminfer.models.registry import check_family
 from mminfer.needle.protocol import NeedleProtocol, Question, Sample
 from mminfer.needle.scores import Answer

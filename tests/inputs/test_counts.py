@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 from mminfer import Engine, nano
 from mminfer.cli.main import app
-from mminfer.inputs import content, media
+from mminfer.inputs import content, videos
+from mminfer.inputs import images as image_files
 from mminfer.inputs.parts import EmbeddingPart
 
 
@@ -20,7 +21,7 @@ class Counts:
 
     def __init__(self, monkeypatch, processor_type):
         self.clear()
-        render, source, check = processor_type.apply_chat_template, media.open_source, EmbeddingPart.__post_init__
+        render, source, check = processor_type.apply_chat_template, image_files.open_source, EmbeddingPart.__post_init__
 
         def rendering(*args, **kwargs):
             self.rendered += 1
@@ -35,7 +36,8 @@ class Counts:
             check(part)
 
         monkeypatch.setattr(processor_type, "apply_chat_template", rendering)
-        monkeypatch.setattr(media, "open_source", opening)
+        for loader in (image_files, videos):
+            monkeypatch.setattr(loader, "open_source", opening)
         monkeypatch.setattr(EmbeddingPart, "__post_init__", checking)
 
     def clear(self):

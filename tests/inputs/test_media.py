@@ -19,10 +19,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mminfer.errors import InputError
-from mminfer.inputs import media, sources
-from mminfer.inputs.media import load_image, load_video, read_video
+from mminfer.inputs import pixels as limits
+from mminfer.inputs import remote
+from mminfer.media import load_image, load_video, read_video
 
 RATE = 10
+LOCAL = {"allow_remote": True, "allow_private_hosts": True}
 
 
 def pixels(height=6, width=9, seed=0):
@@ -103,7 +105,7 @@ def test_one_picture_from_every_source(tmp_path, server):
         image = load_image(source)
         assert image.mode == "RGB"
         np.testing.assert_array_equal(np.asarray(image), array)
-    np.testing.assert_array_equal(np.asarray(load_image(server.url, allow_remote=True)), array)
+    np.testing.assert_array_equal(np.asarray(load_image(server.url, **LOCAL)), array)
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "bmp", "gif", "tif", "ppm"])
@@ -208,12 +210,12 @@ def test_remote_sources_need_leave(server, monkeypatch):
         with pytest.raises(InputError, match="remote sources are off: pass allow_remote=True"):
             load(server.url)
     with pytest.raises(InputError, match="could not be fetched: HTTP Error 404"):
-        load_image(server.url.replace("picture.png", "missing"), allow_remote=True)
+        load_image(server.url.replace("picture.png", "missing"), **LOCAL)
     with pytest.raises(InputError, match="could not be fetched"):
-        load_image("http://127.0.0.1:1/a.png", allow_remote=True)
-    monkeypatch.setattr(sources, "MAX_REMOTE_BYTES", 20)
+        load_image("http://127.0.0.1:1/a.png", **LOCAL)
+    monkeypatch.setattr(remote, "MAX_REMOTE_BYTES", 20)
     with pytest.raises(InputError, match="larger than 20 bytes"):
-        load_image(server.url, allow_remote=True)
+        load_image(server.url, **LOCAL)
 
 
 @pytest.mark.parametrize(
@@ -369,7 +371,7 @@ def test_playlists_do_not_open_other_files(tmp_path):
 
 def test_huge_frames_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
     path = write_video(tmp_path / "a.mp4")
-    monkeypatch.setattr(media, "MAX_PIXELS", 1000)
+    monkeypatch.setattr(limits, "MAX_PIXELS", 1000)
     with pytest.raises(InputError, match="frames of 64 x 48 pixels: wanted at most 1,000"):
         load_video(path)
 
@@ -390,4 +392,4 @@ def test_missing_pyav_names_the_extra(tmp_path, monkeypatch):
 
 def test_a_remote_video(tmp_path, server):
     server.content = write_video(tmp_path / "a.mp4").read_bytes()
-    assert shown(load_video(server.url, num_frames=2, allow_remote=True)) == [0, 10]
+    assert shown(load_video(server.url, num_frames=2, **LOCAL)) == [0, 10]

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from mminfer import AIMMerge, Engine, InferenceConfig, InputError, nano
-from mminfer.inputs.media import frames, load_video, read_video
+from mminfer.media import frames, load_video, read_video
 from mminfer.metrics.memory import peak_memory
 from training.nano.samples import CLIP_FPS, write_clip
 
