@@ -15,6 +15,7 @@ MERGE_SHARES = (50, 25, 12.5)
 
 # What no setting passes, whatever it means: a sound bound of a field is far below.
 MOST_COUNT = 2**31 - 1  # of tokens, entries or positions
+MOST_SEED = 2**32 - 1
 MOST_LAYERS = 10_000
 MOST_FACTOR = 1e6
 UNQUOTED = 2**256  # a number that no message shows in full
@@ -80,8 +81,8 @@ def check_values(owner: str, values: Mapping[str, Any], largest: int) -> None:
 
 def check_seed(name: str, value: Any) -> None:
     """Raises `ConfigError` unless a lot can be drawn from this seed."""
-    if not is_whole(value, least=0):
-        raise ConfigError(f"{name}={value!r}, wanted a whole number from 0 to {MOST_COUNT}")
+    if not is_whole(value, least=0, most=MOST_SEED):
+        raise ConfigError(f"{name}={value!r}, wanted a whole number from 0 to {MOST_SEED}")
 
 
 def layer_index(layer: int | float, num_layers: int) -> int:
