@@ -28,7 +28,7 @@ inline void turn(const double* angle, int64_t count, float scaling, float* cos, 
     const float x = (float)(angle[j] - quarters * 1.5707963267948966), y = x * x;
     const float s = x + x * y * (-1.6666655e-1f + y * (8.3321608e-3f + y * -1.9515296e-4f));
     const float c = 1.f + y * (-0.5f + y * (4.1666645e-2f + y * (-1.3887316e-3f + y * 2.4433157e-5f)));
-    const int64_t quarter = (int64_t)quarters;
+    const int64_t quarter = std::fabs(quarters) < 9e15 ? (int64_t)quarters : 0;  // farther out no angle is known
     const float across = quarter & 1 ? c : s, along = quarter & 1 ? s : c;
     sin[j] = scaling * (quarter & 2 ? -across : across);
     cos[j] = scaling * ((quarter + 1) & 2 ? -along : along);

@@ -23,7 +23,7 @@ def triton_takes(*tensors: torch.Tensor) -> bool:
 
 def cpu_takes(*tensors: torch.Tensor) -> bool:
     """Whether the C++ library can run on these tensors; builds it if it is not there yet."""
-    if not _on_cpu(tensors) or not all(x.dtype in FLOATS for x in tensors):
+    if not _on_cpu(tensors) or not all(x.dtype in FLOATS and x.data_ptr() % x.element_size() == 0 for x in tensors):
         return False
     from mminfer_kernels.build import library
 

@@ -37,17 +37,17 @@ def call(name: str, *arguments: Any) -> None:
 
 
 def pointer(x: torch.Tensor | None) -> ctypes.c_void_p:
-    """The address of a tensor's first element; null for None."""
-    return ctypes.c_void_p(None if x is None else x.data_ptr())
+    """The address of a tensor's first element; null for None.
 
-
-def check_range(index: torch.Tensor, rows: int) -> None:
-    """Raises `IndexError` unless all places are among `rows`: the kernels would write wherever they are sent."""
-    if index.numel() == 0:
-        return
-    least, most = (int(x) for x in index.aminmax())
-    if least < 0 or most >= rows:
-        raise IndexError(f"index runs from {least} to {most}, wanted places from 0 to {rows - 1}")
+    Raises:
+        BackendError: the tensor has no memory of its own, or elements that lie across words.
+    """
+    if x is None:
+        return ctypes.c_void_p(None)
+    address = x.data_ptr()
+    if address % x.element_size() or (not address and x.numel()):
+        raise BackendError(f"native: {x.dtype} {list(x.shape)} at address {address}, wanted memory of whole words")
+    return ctypes.c_void_p(address)
 
 
 def rows_contiguous(x: torch.Tensor) -> torch.Tensor:

@@ -25,6 +25,8 @@ from mminfer.technique import (
 if TYPE_CHECKING:
     from mminfer.models.spec import ModelSpec
 
+MOST_CONTRAST = 100  # beyond, the neediest layer has all there is anyway
+
 
 @dataclass(frozen=True)
 class Digest(CacheTechnique):
@@ -75,10 +77,11 @@ class Digest(CacheTechnique):
             raise ConfigError(f"Digest.budget={self.budget!r}, wanted a number of entries, 1 or more, or None")
         if not is_whole(self.recent, least=0):
             raise ConfigError(f"Digest.recent={self.recent!r}, wanted a number of entries, 0 or more")
-        if not is_number(self.contrast) or self.contrast < 0 or not is_whole(self.queries, least=1):
+        power = is_number(self.contrast, most=MOST_CONTRAST) and self.contrast >= 0
+        if not power or not is_whole(self.queries, least=1):
             raise ConfigError(
-                f"Digest(contrast={self.contrast!r}, queries={self.queries!r}): wanted a power of 0 or more and at "
-                "least one query"
+                f"Digest(contrast={self.contrast!r}, queries={self.queries!r}): wanted a power of 0 or more, "
+                f"{MOST_CONTRAST} at most, and at least one query"
             )
         if self.spread not in SPREADS or not isinstance(self.join, bool):
             raise ConfigError(

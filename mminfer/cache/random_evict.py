@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 from torch import Tensor
 
 from mminfer.cache.lookm import LookM
-from mminfer.technique import LayerView, draw_lot
+from mminfer.technique import LayerView, check_seed, draw_lot
 
 if TYPE_CHECKING:
     from mminfer.models.spec import ModelSpec
@@ -28,6 +28,10 @@ class RandomEvict(LookM):
 
     baseline: ClassVar[bool] = True
     preferred: ClassVar[str] = "others drawn by lot"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_seed("RandomEvict.seed", self.seed)
 
     def needs_attention_mass(self, tokens_seen: int, layer_idx: int) -> bool:
         return False

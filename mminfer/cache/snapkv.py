@@ -14,6 +14,8 @@ from mminfer.cache.lookm_rules import SINKS
 from mminfer.errors import ConfigError
 from mminfer.technique import LayerView, is_whole
 
+MOST_POOL = 1024  # neighbours that are averaged
+
 
 @dataclass(frozen=True)
 class SnapKV(LookM):
@@ -40,8 +42,10 @@ class SnapKV(LookM):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not is_whole(self.pool, least=1) or self.pool % 2 == 0:
-            raise ConfigError(f"SnapKV.pool={self.pool!r}, wanted an odd number of neighbours, 1 or more")
+        if not is_whole(self.pool, least=1, most=MOST_POOL) or self.pool % 2 == 0:
+            raise ConfigError(
+                f"SnapKV.pool={self.pool!r}, wanted an odd number of neighbours, 1 or more, below {MOST_POOL}"
+            )
         if self.text_prior or self.queries != "last" or self.recent is not None:
             raise ConfigError(
                 f"SnapKV(text_prior={self.text_prior}, queries={self.queries!r}, recent={self.recent}): its window "

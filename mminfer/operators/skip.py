@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mminfer.errors import ConfigError
 from mminfer.layout import TokenLayout
-from mminfer.technique import LayerRange, SkipTechnique, check_layer
+from mminfer.technique import MOST_LAYERS, LayerRange, SkipTechnique, check_layer, is_number
 
 if TYPE_CHECKING:
     from mminfer.models.spec import ModelSpec
@@ -50,6 +50,9 @@ class OperatorSkip(SkipTechnique):
                 object.__setattr__(self, name, tuple(layers))
             elif not isinstance(layers, (tuple, LayerRange)):
                 raise ConfigError(f"OperatorSkip.{name}={layers!r}: wanted a list of layer indices or a LayerRange")
+            for layer in layers if isinstance(layers, (list, tuple)) else ():
+                if not is_number(layer, above=-MOST_LAYERS, most=MOST_LAYERS):
+                    raise ConfigError(f"OperatorSkip.{name} holds {layer!r}: wanted layer indices (int)")
 
     def check(self, spec: ModelSpec) -> None:
         for name in ("attention", "block"):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mminfer.errors import ConfigError
 from mminfer.layout import TokenLayout
-from mminfer.technique import PositionTechnique, is_number, is_whole
+from mminfer.technique import MOST_FACTOR, PositionTechnique, is_number, is_whole
 
 if TYPE_CHECKING:
     from mminfer.models.spec import ModelSpec
@@ -149,9 +149,11 @@ class DynamicNTK(_Scaling):
 
 
 def _check_factor(owner: str, factor: Any, otherwise: str = "") -> None:
-    if not is_number(factor) or factor < 1:
+    if not is_number(factor, most=MOST_FACTOR) or factor < 1:
         wanted = " ".join(["a number of 1 or more", otherwise]).strip()
-        raise ConfigError(f"{owner}.factor={factor!r}, wanted {wanted}; 1 leaves frequencies as they are")
+        raise ConfigError(
+            f"{owner}.factor={factor!r}, wanted {wanted}; 1 leaves frequencies as they are, {MOST_FACTOR:g} is the most"
+        )
 
 
 def _check_positions(name: str, value: Any, default: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,14 @@ from mminfer.errors import ConfigError
 # Percent that stays at each step of a sweep: of a cache's entries, of an image's tokens.
 CACHE_SHARES = (50, 20, 10, 5)
 MERGE_SHARES = (50, 25, 12.5)
+
+# What no setting passes, whatever it means: a sound bound of a field is far below.
+MOST_COUNT = 2**31 - 1  # of tokens, entries or positions
+MOST_SEED = 2**32 - 1
+MOST_LAYERS = 10_000
+MOST_FACTOR = 1e6
+UNQUOTED = 2**256  # a number that no message shows in full
+MOST_CHARACTERS = 200
 
 if TYPE_CHECKING:
     from mminfer.models.spec import ModelSpec
@@ -25,8 +34,12 @@ class LayerRange:
     interval: int = 1
 
     def __post_init__(self) -> None:
-        if not is_number(self.start) or not is_number(self.end) or not is_whole(self.interval, least=1):
-            raise ConfigError(f"{self}: wanted layers as numbers and a whole interval of 1 or more")
+        check_values("LayerRange", vars(self), UNQUOTED)
+        bounds = [is_number(x, above=-MOST_LAYERS, most=MOST_LAYERS) for x in (self.start, self.end)]
+        if not all(bounds) or not is_whole(self.interval, least=1, most=MOST_LAYERS):
+            raise ConfigError(
+                f"{self}: wanted layers as numbers and a whole interval of 1 or more, {MOST_LAYERS} at most"
+            )
 
     def layers(self, num_layers: int) -> tuple[int, ...]:
         """The layers' indices."""
@@ -34,14 +47,42 @@ class LayerRange:
         return tuple(i for i in range(start, end) if i % self.interval == 0)
 
 
-def is_number(value: Any, *, above: float = -math.inf) -> bool:
-    """Whether this is a finite number, no bool, above a bound."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > above
+def is_number(value: Any, *, above: float = -math.inf, most: float = MOST_COUNT) -> bool:
+    """Whether this is a finite number, no bool, above a bound and not beyond another."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and above < value <= most
 
 
-def is_whole(value: Any, *, least: int) -> bool:
-    """Whether this is an int, no bool, of at least so much."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+def is_whole(value: Any, *, least: int, most: int = MOST_COUNT) -> bool:
+    """Whether this is an int, no bool, within bounds."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+def check_values(owner: str, values: Mapping[str, Any], largest: int) -> None:
+    """Raises `ConfigError` if a setting is a number that is not finite or beyond any sense, or too long to be one.
+
+    Args:
+        owner: of the settings, for messages.
+        values: by the fields' names; of sequences every element counts.
+        largest: number; from `UNQUOTED` on, numbers that are not finite pass.
+    """
+    for name, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value) and largest < UNQUOTED:
+            raise ConfigError(f"{owner}.{name}={value!r}, wanted a finite number")
+        if isinstance(value, (int, float)) and abs(value) > largest and (isinstance(value, int) or largest < UNQUOTED):
+            found = repr(value) if abs(value) < UNQUOTED else "a number of more than 256 bits"
+            raise ConfigError(f"{owner}.{name}={found}, wanted a number of at most {MOST_COUNT}")
+        if isinstance(value, str) and len(value) > MOST_CHARACTERS:
+            raise ConfigError(f"{owner}.{name} has {len(value)} characters, wanted {MOST_CHARACTERS} at most")
+        if isinstance(value, (list, tuple)):
+            if len(value) > MOST_LAYERS:
+                raise ConfigError(f"{owner}.{name} has {len(value)} values, wanted {MOST_LAYERS} at most")
+            check_values(owner, {f"{name}[{i}]": x for i, x in enumerate(value)}, largest)
+
+
+def check_seed(name: str, value: Any) -> None:
+    """Raises `ConfigError` unless a lot can be drawn from this seed."""
+    if not is_whole(value, least=0, most=MOST_SEED):
+        raise ConfigError(f"{name}={value!r}, wanted a whole number from 0 to {MOST_SEED}")
 
 
 def layer_index(layer: int | float, num_layers: int) -> int:

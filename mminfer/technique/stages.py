@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from mminfer.layout import TokenLayout
 from mminfer.technique import registry
-from mminfer.technique.settings import check_full_attention
+from mminfer.technique.settings import MOST_COUNT, UNQUOTED, check_full_attention, check_values
 from mminfer.technique.views import CacheEntries, LayerView, LayerWork
 
 if TYPE_CHECKING:
@@ -45,6 +46,17 @@ class Technique(ABC):
         super().__init_subclass__(**kwargs)
         if register:
             registry.register(cls)
+
+    def __new__(cls, *args: object, **settings: object) -> Self:
+        """Refuses what no setting of anybody's may be, before the class looks at it.
+
+        Raises:
+            ConfigError: a number that is not finite, or too large to be a setting.
+        """
+        names: list[str] = [x.name for x in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
+        largest = UNQUOTED if registry.is_bundled(cls) else MOST_COUNT  # the library's own say more of what they want
+        check_values(cls.__name__, dict(zip(names, args, strict=False)) | settings, largest)
+        return super().__new__(cls)
 
     @abstractmethod
     def check(self, spec: ModelSpec) -> None:

@@ -11,7 +11,7 @@ from mminfer_kernels import column_mass
 from torch import Tensor
 
 from mminfer.errors import ConfigError
-from mminfer.technique import LayerView, LayerWork, PruneTechnique, check_fraction, check_layer, is_whole
+from mminfer.technique import MOST_LAYERS, LayerView, LayerWork, PruneTechnique, check_fraction, check_layer, is_whole
 from mminfer.tokens.prune import aim_keep
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class FastV(PruneTechnique):
 
     def __post_init__(self) -> None:
         check_fraction("FastV.ratio", self.ratio)
-        if not is_whole(self.layer, least=1):
+        if not is_whole(self.layer, least=1, most=MOST_LAYERS):
             raise ConfigError(f"FastV.layer={self.layer!r}, wanted a number of layers, 1 or more")
 
     def check(self, spec: ModelSpec) -> None:

@@ -8,10 +8,21 @@ from typing import TYPE_CHECKING, Self
 
 import torch
 from mminfer_kernels import power_iterate
+from mminfer_kernels.checks import MOST_ITERATIONS
 from torch import Tensor
 
 from mminfer.errors import ConfigError
-from mminfer.technique import LayerView, LayerWork, PruneTechnique, check_layer, is_number, is_whole, layer_index
+from mminfer.technique import (
+    MOST_FACTOR,
+    MOST_LAYERS,
+    LayerView,
+    LayerWork,
+    PruneTechnique,
+    check_layer,
+    is_number,
+    is_whole,
+    layer_index,
+)
 
 if TYPE_CHECKING:
     from mminfer.models.spec import ModelSpec
@@ -43,11 +54,18 @@ class AIMPrune(PruneTechnique):
     iterations: int = 5
 
     def __post_init__(self) -> None:
-        if not is_number(self.temperature, above=0) or not is_whole(self.iterations, least=1):
+        sound = is_number(self.temperature, above=0, most=MOST_FACTOR) and self.temperature >= 1 / MOST_FACTOR
+        if not sound or not is_whole(self.iterations, least=1, most=MOST_ITERATIONS):
             raise ConfigError(
                 f"AIMPrune(temperature={self.temperature!r}, iterations={self.iterations!r}): wanted a temperature "
-                "above 0 and at least one iteration"
+                f"above 0, from {1 / MOST_FACTOR:g} to {MOST_FACTOR:g}, and at least one iteration, {MOST_ITERATIONS} "
+                "at most"
             )
+        for name in ("start", "end"):
+            if not is_number(getattr(self, name), above=-MOST_LAYERS, most=MOST_LAYERS):
+                raise ConfigError(
+                    f"AIMPrune.{name}={getattr(self, name)!r}, wanted a layer, or a fraction of the depth"
+                )
 
     def check(self, spec: ModelSpec) -> None:
         if spec.bidirectional_images:

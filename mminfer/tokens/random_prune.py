@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 
 from torch import Tensor
 
-from mminfer.technique import LayerView, draw_lot
+from mminfer.technique import LayerView, check_seed, draw_lot
 from mminfer.tokens.prune import AIMPrune
 
 if TYPE_CHECKING:
@@ -26,6 +26,10 @@ class RandomPrune(AIMPrune):
     seed: int = 0
 
     baseline: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_seed("RandomPrune.seed", self.seed)
 
     def check(self, spec: ModelSpec) -> None:
         self.check_layers(spec)

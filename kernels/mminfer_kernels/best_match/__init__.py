@@ -4,6 +4,7 @@ import torch
 
 from mminfer_kernels.backends import cpu_takes, on_cuda, triton_takes
 from mminfer_kernels.best_match import reference
+from mminfer_kernels.checks import check_floats, check_tensors
 from mminfer_kernels.dispatch import register, resolve
 from mminfer_kernels.tracing import traceable
 
@@ -44,11 +45,11 @@ def best_match(src: torch.Tensor, dst: torch.Tensor, backend: str = "auto") -> t
         AIM (arXiv 2412.03248), token merging; LOOK-M (arXiv 2406.18139), key merging. Both sets of authors
         build the whole similarity matrix.
     """
+    check_tensors({"src": src, "dst": dst})
     if src.dim() < 2 or dst.dim() < 2 or src.shape[:-2] != dst.shape[:-2] or src.shape[-1] != dst.shape[-1]:
         raise ValueError(f"src is {list(src.shape)} and dst {list(dst.shape)}, wanted [..., S, C] and [..., T, C]")
     if dst.shape[-2] == 0:
         raise ValueError(f"dst is {list(dst.shape)}: it has no row to match, wanted at least one")
-    if src.dtype != dst.dtype or not src.is_floating_point():
-        raise ValueError(f"src is {src.dtype} and dst {dst.dtype}, wanted one floating dtype")
+    check_floats(src=src, dst=dst)
     _, run = resolve("best_match", backend, src, dst)
     return run(src, dst)

@@ -3,6 +3,18 @@
 import torch
 
 from mminfer_kernels.backends import cpu_takes, on_cuda, triton_takes
+from mminfer_kernels.checks import (
+    INTEGERS,
+    MOST_ITERATIONS,
+    check_attention,
+    check_flag,
+    check_scores,
+    check_tensors,
+    check_weights,
+    check_whole,
+    described,
+    factor_of,
+)
 from mminfer_kernels.column_mass import reference
 from mminfer_kernels.dispatch import register, resolve
 from mminfer_kernels.tracing import traceable
@@ -93,13 +105,16 @@ def column_mass(
         LOOK-M (arXiv 2406.18139): the score of a cache entry; with a query vector of weights, one
         step of AIM's importance (arXiv 2412.03248). The authors sum over a materialised N x N matrix.
     """
-    check_attention(q, k, temperature, query_index if causal else None, aligned=causal)
+    check_flag("causal", causal)
+    query_index = query_index if causal or cu_seqlens is not None else None
+    check_attention(q, k, k, query_index, aligned=causal)
+    check_scores(q)
+    scale = factor_of(q, scale, temperature)
     check_weights(weights, q)
     if cu_seqlens is not None:
         _check_packed(q, k, query_index, cu_seqlens)
     _, run = resolve("column_mass", backend, q, k)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return run(q, k, weights, scale / temperature, causal, query_index, cu_seqlens)
+    return run(q, k, weights, scale, causal, query_index, cu_seqlens)
 
 
 @traceable(_fake, _power_flops)
@@ -127,7 +142,7 @@ def power_iterate(
     Args:
         q: queries [B, H, S, D].
         k: keys [B, G, N, D]; query head h reads key head h // (H / G).
-        iterations: T, 0 or more.
+        iterations: T, from 0 to 1,024.
         temperature: divides the logits.
         query_index: [S] int64, strictly ascending: the place of each query row among the N keys. None puts
             the S queries at the last S places. Keys without a query cast no vote: their rows of M are zero.
@@ -144,12 +159,12 @@ def power_iterate(
     Reference:
         AIM (arXiv 2412.03248), token pruning. The authors multiply by a materialised N x N matrix five times.
     """
-    check_attention(q, k, temperature, query_index, aligned=True)
-    if iterations < 0:
-        raise ValueError(f"iterations is {iterations}, wanted 0 or more")
+    check_attention(q, k, k, query_index, aligned=True)
+    check_scores(q)
+    scale = factor_of(q, scale, temperature)
+    check_whole("iterations", iterations, least=0, most=MOST_ITERATIONS)
     _, run = resolve("power_iterate", backend, q, k)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return run(q, k, iterations, scale / temperature, query_index)
+    return run(q, k, iterations, scale, query_index)
 
 
 def pairs_of(q: torch.Tensor, k: torch.Tensor, query_index: torch.Tensor | None, window: int | None) -> int:
@@ -161,46 +176,14 @@ def pairs_of(q: torch.Tensor, k: torch.Tensor, query_index: torch.Tensor | None,
     return int((seen if window is None else seen.clamp_max(window)).sum())
 
 
-def check_attention(
-    q: torch.Tensor, k: torch.Tensor, temperature: float, query_index: torch.Tensor | None, aligned: bool
-) -> None:
-    """Raises `ValueError` unless q, k and the queries' places fit each other."""
-    if q.dim() != 4 or k.dim() != 4 or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"q is {list(q.shape)} and k {list(k.shape)}, wanted [B, H, S, D] and [B, G, N, D]")
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ValueError(f"{q.shape[1]} query heads do not divide evenly over {k.shape[1]} key heads")
-    if q.dtype != k.dtype or not q.is_floating_point():
-        raise ValueError(f"q is {q.dtype} and k {k.dtype}, wanted one floating dtype")
-    if temperature <= 0:
-        raise ValueError(f"temperature is {temperature}, wanted a positive number")
-    if query_index is not None:
-        _check_query_index(query_index, q.shape[2], k.shape[2])
-    elif aligned and q.shape[2] > k.shape[2]:
-        raise ValueError(f"{q.shape[2]} queries for {k.shape[2]} keys, wanted at most one query a key")
-
-
-def check_weights(weights: torch.Tensor | None, q: torch.Tensor) -> None:
-    """Raises `ValueError` unless there is one vote a query, or one a query and head."""
-    if weights is not None and tuple(weights.shape) not in (tuple(q.shape[:3]), (q.shape[0], q.shape[2])):
-        raise ValueError(f"weights has shape {list(weights.shape)}, wanted [B, H, S] or [B, S] of q {list(q.shape)}")
-
-
 def _check_packed(q: torch.Tensor, k: torch.Tensor, query_index: torch.Tensor | None, cu_seqlens: torch.Tensor) -> None:
+    check_tensors({"q": q}, {"cu_seqlens": cu_seqlens})
     if query_index is not None or q.shape[2] != k.shape[2]:
         raise ValueError(
             f"cu_seqlens goes with one query a key and no query_index; found {q.shape[2]} queries for {k.shape[2]} keys"
         )
-    ends = cu_seqlens.tolist() if cu_seqlens.dim() == 1 and not cu_seqlens.is_floating_point() else []
+    if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in INTEGERS:
+        raise ValueError(f"cu_seqlens is {described(cu_seqlens)}, wanted ascending integers from 0 to {k.shape[2]}")
+    ends = cu_seqlens.tolist()
     if not ends or ends[0] != 0 or ends[-1] != k.shape[2] or ends != sorted(ends):
-        raise ValueError(f"cu_seqlens is {ends or cu_seqlens}, wanted ascending integers from 0 to {k.shape[2]}")
-
-
-def _check_query_index(query_index: torch.Tensor, queries: int, keys: int) -> None:
-    if query_index.shape != (queries,) or query_index.dtype != torch.int64:
-        raise ValueError(f"query_index is {query_index.dtype} {list(query_index.shape)}, wanted int64 [{queries}]")
-    if queries == 0:
-        return
-    descends = (query_index[1:] <= query_index[:-1]).any()
-    first, last, wrong = torch.stack([query_index[0], query_index[-1], descends.long()]).tolist()
-    if wrong or first < 0 or last >= keys:
-        raise ValueError(f"query_index runs from {first} to {last}, wanted strictly ascending places below {keys}")
+        raise ValueError(f"cu_seqlens is {described(ends)}, wanted ascending integers from 0 to {k.shape[2]}")

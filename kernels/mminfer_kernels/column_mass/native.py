@@ -32,7 +32,7 @@ def power_iterate(
     """See `mminfer_kernels.power_iterate`; `scale` has the temperature in it."""
     shape = (*q.shape[:2], k.shape[2])
     if iterations == 0:
-        return torch.full(shape, 1 / k.shape[2], dtype=torch.float32)
+        return torch.full(shape, 1 / max(k.shape[2], 1), dtype=torch.float32)
     votes = torch.zeros(shape, dtype=torch.float32)
     if q.numel() and k.shape[2]:
         args = attention_args(q, k, scale, query_index)

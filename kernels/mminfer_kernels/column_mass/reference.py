@@ -57,7 +57,7 @@ def power_iterate(
     keys = k.shape[2]
     dtype = torch.promote_types(q.dtype, torch.float32)
     if iterations == 0:
-        return torch.full((batch, heads, keys), 1 / keys, dtype=dtype, device=q.device)
+        return torch.full((batch, heads, keys), 1 / max(keys, 1), dtype=dtype, device=q.device)
     votes = torch.zeros(batch * heads, iterations, keys, dtype=dtype, device=q.device)  # x_1 .. x_T
     for block in probability_blocks(q, k, scale, True, query_index, reverse=True):
         visible = block.probabilities.shape[-1]

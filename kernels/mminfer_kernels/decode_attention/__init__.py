@@ -3,6 +3,7 @@
 import torch
 
 from mminfer_kernels.backends import native_takes, on_cuda, triton_takes
+from mminfer_kernels.checks import INTEGERS, check_heads, factor_of
 from mminfer_kernels.cuda import LARGEST_HEAD
 from mminfer_kernels.decode_attention import reference
 from mminfer_kernels.dispatch import register, resolve
@@ -69,15 +70,11 @@ def decode_attention(
         ValueError: shapes or dtypes that do not fit.
         BackendError: an explicit backend that is not there.
     """
-    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        raise ValueError(
-            f"q is {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}, wanted [B, H, S, D] and twice [B, G, T, D]"
-        )
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ValueError(f"{q.shape[1]} query heads do not divide evenly over {k.shape[1]} key heads")
+    check_heads(q, k, v, starts=starts)
+    scale = factor_of(q, scale)
     if q.shape[2] > k.shape[2]:
         raise ValueError(f"{q.shape[2]} queries for {k.shape[2]} entries, wanted the queries' own to be among them")
-    if starts is not None and (starts.shape != (q.shape[0],) or starts.is_floating_point()):
+    if starts is not None and (starts.shape != (q.shape[0],) or starts.dtype not in INTEGERS):
         raise ValueError(f"starts is {starts.dtype} {list(starts.shape)}, wanted integers [{q.shape[0]}]")
     _, run = resolve("decode_attention", backend, q, k, v)
     return run(q, k, v, starts, scale)

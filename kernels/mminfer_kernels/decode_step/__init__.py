@@ -5,13 +5,14 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mminfer_kernels.backends import cpu_takes
+from mminfer_kernels.checks import LARGEST_SIZE, check_number, check_tensors, check_whole, described
 from mminfer_kernels.decode_step import reference
 from mminfer_kernels.dispatch import register, resolve
 
@@ -47,6 +48,9 @@ class LayerWeights(NamedTuple):
     down_bias: Tensor | None
 
 
+OPTIONAL_WEIGHTS = ("q_norm", "k_norm", *(name for name in LayerWeights._fields if name.endswith("_bias")))
+
+
 @dataclass(frozen=True, eq=False)
 class DecoderWeights:
     """The layers of a decoder and its head, by reference.
@@ -75,6 +79,8 @@ class DecoderWeights:
     scale: float
 
     def __post_init__(self) -> None:
+        self._check_numbers()
+        self._check_layers()
         queries, keys, hidden, inner = self.heads * self.head_dim, self.groups * self.head_dim, *self.sizes
         wanted: tuple[tuple[int, ...], ...] = (
             (hidden,), (queries, hidden), (queries,), (keys, hidden), (keys,), (keys, hidden), (keys,),
@@ -88,7 +94,29 @@ class DecoderWeights:
                 if tensor is not None and tuple(tensor.shape) != shape:
                     raise ValueError(f"layer {i}: {name} is {list(tensor.shape)}, wanted {shape}")
 
-    @property
+    def _check_numbers(self) -> None:
+        for name in ("heads", "groups", "head_dim"):
+            check_whole(name, getattr(self, name), least=1)
+        if self.heads % self.groups or self.head_dim % 2:
+            raise ValueError(
+                f"{self.heads} query heads of {self.head_dim} elements for {self.groups} key heads, wanted a multiple "
+                "and an even number of elements"
+            )
+        check_number("eps", self.eps, least=0)
+        check_number("scale", self.scale)
+
+    def _check_layers(self) -> None:
+        if not self.layers or any(not isinstance(layer, LayerWeights) for layer in self.layers):
+            raise ValueError(f"layers are {described(self.layers)}, wanted one LayerWeights or more")
+        check_tensors({"norm": self.norm, "head": self.head})
+        for layer in self.layers:
+            named = layer._asdict()
+            optional = {name: named.pop(name) for name in OPTIONAL_WEIGHTS}
+            check_tensors({"norm": self.norm, **named}, optional)
+        if self.layers[0].gate.dim() != 2 or 0 in self.layers[0].gate.shape:
+            raise ValueError(f"layer 0: gate is {list(self.layers[0].gate.shape)}, wanted [intermediate, hidden]")
+
+    @functools.cached_property
     def sizes(self) -> tuple[int, int]:
         """Hidden size and intermediate size."""
         inner, hidden = self.layers[0].gate.shape
@@ -106,9 +134,15 @@ class DecoderWeights:
         return sum(tensor.nbytes for tensor in self.tensors)
 
     @functools.cached_property
+    def held(self) -> DecoderWeights:
+        """The same memory under names of its own: it stays, whatever becomes of the parameters."""
+        layers = [LayerWeights._make(None if x is None else x.detach() for x in layer) for layer in self.layers]
+        return replace(self, layers=tuple(layers), norm=self.norm.detach(), head=self.head.detach())
+
+    @functools.cached_property
     def pointers(self) -> ctypes.Array[ctypes.c_int64]:
         """The layers' addresses, as the C struct has them; 0 for what there is not."""
-        words = [0 if tensor is None else tensor.data_ptr() for layer in self.layers for tensor in layer]
+        words = [0 if tensor is None else tensor.data_ptr() for layer in self.held.layers for tensor in layer]
         return (ctypes.c_int64 * len(words))(*words)
 
     @functools.cached_property
@@ -124,7 +158,7 @@ class LayerCache(NamedTuple):
     Args:
         keys: [B, G, capacity, D].
         values: [B, G, capacity, D].
-        starts: [B] int64, the first entry of each row that counts; None: all do.
+        starts: [B] int64, the first entry of each row that counts, the new one at most; None: all do.
         end: entries so far; the new one goes to this column.
     """
 
@@ -165,6 +199,9 @@ def decode_step(
         BackendError: an explicit backend that is not there.
         MemoryError: there was none for scratch.
     """
+    check_tensors({"hidden_states": hidden_states, "cos": cos, "sin": sin})
+    if hidden_states.dim() != 2:
+        raise ValueError(f"hidden_states is {list(hidden_states.shape)}, wanted [B, {weights.sizes[0]}]")
     batch, table = hidden_states.shape[0], (hidden_states.shape[0], weights.head_dim)
     if hidden_states.shape != (batch, weights.sizes[0]) or cos.shape != table or sin.shape != table:
         raise ValueError(
@@ -173,15 +210,28 @@ def decode_step(
         )
     if len(caches) != len(weights.layers):
         raise ValueError(f"{len(caches)} caches for {len(weights.layers)} layers")
-    wanted = (batch, weights.groups, weights.head_dim)
+    _check_caches(hidden_states, weights, caches)
+    _, run = resolve("decode_step", backend, hidden_states, cos, sin)
+    return run(hidden_states, cos, sin, weights, caches)
+
+
+def _check_caches(hidden_states: Tensor, weights: DecoderWeights, caches: Sequence[LayerCache]) -> None:
+    """Raises `ValueError` unless each cache has room for a column of the layer's keys and values behind its end."""
+    batch, dtype, device = len(hidden_states), hidden_states.dtype, hidden_states.device
     for i, (keys, values, starts, end) in enumerate(caches):
-        shape = keys.shape
-        if (shape[0], shape[1], shape[3]) != wanted or values.shape != shape or not 0 <= end < shape[2]:
+        if not isinstance(keys, Tensor) or not isinstance(values, Tensor):
+            raise ValueError(f"cache {i}: keys are {described(keys)}, values {described(values)}, wanted tensors")
+        shape, most = keys.shape, LARGEST_SIZE
+        fits = len(shape) == 4 and shape == values.shape and shape[0] == batch and type(end) is int
+        if not fits or shape[1] != weights.groups or shape[3] != weights.head_dim or not 0 <= end < shape[2] <= most:
             raise ValueError(
                 f"cache {i}: keys {list(shape)}, values {list(values.shape)}, end {end}: wanted twice "
                 f"[{batch}, {weights.groups}, capacity, {weights.head_dim}] with room for a column behind the end"
             )
-        if starts is not None and (starts.shape != (batch,) or starts.dtype != torch.int64):
-            raise ValueError(f"cache {i}: starts is {starts.dtype} {list(starts.shape)}, wanted int64 [{batch}]")
-    _, run = resolve("decode_step", backend, hidden_states, cos, sin)
-    return run(hidden_states, cos, sin, weights, caches)
+        of_rows = starts is None or isinstance(starts, Tensor)
+        if not of_rows or (starts is not None and (starts.shape != (batch,) or starts.dtype != torch.int64)):
+            raise ValueError(f"cache {i}: starts is {described(starts)}, wanted int64 [{batch}]")
+        if not keys.dtype == values.dtype == dtype:
+            raise ValueError(f"cache {i}: keys {keys.dtype}, values {values.dtype}, wanted {dtype}")
+        if keys.device != device or values.device != device or (starts is not None and starts.device != device):
+            raise ValueError(f"cache {i}: not all on {device}, wanted all where hidden_states is")

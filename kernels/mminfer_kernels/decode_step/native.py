@@ -27,14 +27,17 @@ def decode_step(
     _check(hidden_states, cos, sin, weights, caches)
     hidden_states = hidden_states.clone(memory_format=torch.contiguous_format)  # it is added to on the way
     logits = hidden_states.new_empty(len(hidden_states), len(weights.head))
+    if not len(hidden_states):
+        return logits
     words: list[int] = []
     for keys, values, starts, end in caches:
         words += keys.data_ptr(), values.data_ptr(), 0 if starts is None else starts.data_ptr(), end, keys.shape[2]
-    head = weights.norm.data_ptr(), weights.head.data_ptr(), logits.data_ptr()
+    held = weights.held
+    head = held.norm.data_ptr(), held.head.data_ptr(), logits.data_ptr()
     hidden, inner = weights.sizes
     batch, vocabulary = logits.shape
     shape = batch, len(caches), hidden, weights.heads, weights.groups, weights.head_dim, inner, vocabulary
-    read = weights.nbytes + sum(keys.nbytes + values.nbytes for keys, values, *_ in caches)
+    read = weights.nbytes + sum(8 * keys.numel() for keys, *_ in caches)
     call(
         "decode_step",
         weights.pointers,
@@ -63,7 +66,7 @@ def _check(
         raise BackendError("decode_step: C++ takes dense float32 weights in sizes that are multiples of 16")
     if cos.dtype != torch.float32 or sin.dtype != torch.float32 or cos.stride() != sin.stride() or cos.stride(1) != 1:
         raise BackendError("decode_step: C++ takes cos and sin in float32, dense and laid out alike")
-    for keys, values, starts, _ in caches:
+    for keys, values, starts, _ in caches:  # in the dtype of hidden_states, as all ops check
         whole = keys.is_contiguous() and values.is_contiguous() and (starts is None or starts.is_contiguous())
-        if not whole or keys.dtype != torch.float32 or values.dtype != torch.float32:
+        if not whole:
             raise BackendError("decode_step: C++ takes contiguous float32 caches")

@@ -32,7 +32,7 @@ def decode_step(
         q, k = apply_rotary(q, k, cos[:, None], sin[:, None])
         keys[:, :, end], values[:, :, end] = k[:, :, 0], v
         x = attention.decode_attention(q, keys[:, :, : end + 1], values[:, :, : end + 1], starts, weights.scale)
-        hidden_states = hidden_states + linear(x.reshape(rows, -1), layer.o, layer.o_bias)
+        hidden_states = hidden_states + linear(x.flatten(1), layer.o, layer.o_bias)
         x = rms_norm(hidden_states, hidden_states.shape[1:], layer.post_norm, weights.eps)
         x = silu(linear(x, layer.gate, layer.gate_bias)) * linear(x, layer.up, layer.up_bias)
         hidden_states = hidden_states + linear(x, layer.down, layer.down_bias)

@@ -3,6 +3,7 @@
 import torch
 
 from mminfer_kernels.backends import native_takes, on_cuda, triton_takes
+from mminfer_kernels.checks import check_floats, check_places, check_tensors
 from mminfer_kernels.dispatch import register, resolve
 from mminfer_kernels.merge_rows import reference
 from mminfer_kernels.tracing import traceable
@@ -52,12 +53,15 @@ def merge_rows(
     Reference:
         AIM (arXiv 2412.03248), token merging; LOOK-M (arXiv 2406.18139), key and value merging.
     """
+    check_tensors({"dst": dst, "src": src, "index": index}, {"dst_weight": dst_weight, "src_weight": src_weight})
     if dst.dim() < 2 or src.dim() != dst.dim() or (*dst.shape[:-2], dst.shape[-1]) != (*src.shape[:-2], src.shape[-1]):
         raise ValueError(f"dst is {list(dst.shape)} and src {list(src.shape)}, wanted [..., T, C] and [..., S, C]")
     if index.shape != src.shape[:-1] or index.dtype != torch.int64:
         raise ValueError(f"index is {index.dtype} {list(index.shape)}, wanted int64 {list(src.shape[:-1])}")
     for name, weight, rows in (("dst_weight", dst_weight, dst), ("src_weight", src_weight, src)):
-        if weight is not None and weight.shape != rows.shape[:-1]:
+        check_floats(**{name: rows})
+        if weight is not None and (weight.shape != rows.shape[:-1] or weight.is_complex()):
             raise ValueError(f"{name} has shape {list(weight.shape)}, wanted {list(rows.shape[:-1])}")
+    check_places(index, dst.shape[-2])
     _, run = resolve("merge_rows", backend, dst, src)
     return run(dst, src, index, dst_weight, src_weight)

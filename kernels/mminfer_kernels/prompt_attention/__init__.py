@@ -3,7 +3,8 @@
 import torch
 
 from mminfer_kernels.backends import cpu_takes, on_cuda, triton_takes
-from mminfer_kernels.column_mass import check_attention, check_weights, pairs_of
+from mminfer_kernels.checks import check_attention, check_scores, check_weights, check_whole, factor_of
+from mminfer_kernels.column_mass import pairs_of
 from mminfer_kernels.dispatch import backend_for, register, resolve
 from mminfer_kernels.prompt_attention import reference
 from mminfer_kernels.tracing import traceable
@@ -90,11 +91,12 @@ def prompt_attention(
         ValueError: shapes, dtypes or settings that do not fit.
         BackendError: an explicit backend that is not there.
     """
-    _check(q, k, v, query_index)
-    if window is not None and window < 1:
-        raise ValueError(f"window is {window}, wanted 1 or more keys")
+    check_attention(q, k, v, query_index, aligned=True)
+    scale = factor_of(q, scale)
+    if window is not None:
+        check_whole("window", window, least=1)
     _, run = resolve("prompt_attention", backend, q, k, v)
-    return run(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale, query_index, window)
+    return run(q, k, v, scale, query_index, window)
 
 
 @traceable(_fake_mass, _flops_mass)
@@ -130,13 +132,9 @@ def prompt_attention_mass(
     Reference:
         LOOK-M (arXiv 2406.18139): the scores of cache entries. The authors sum over a materialised N x N matrix.
     """
-    _check(q, k, v, query_index)
+    check_attention(q, k, v, query_index, aligned=True)
+    check_scores(q)
+    scale = factor_of(q, scale)
     check_weights(weights, q)
     _, run = resolve("prompt_attention_mass", backend, q, k, v)
-    return run(q, k, v, weights, q.shape[-1] ** -0.5 if scale is None else scale, query_index)
-
-
-def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, query_index: torch.Tensor | None) -> None:
-    check_attention(q, k, 1.0, query_index, aligned=True)
-    if v.shape != k.shape or v.dtype != k.dtype:
-        raise ValueError(f"k is {k.dtype} {list(k.shape)} and v {v.dtype} {list(v.shape)}, wanted the same of both")
+    return run(q, k, v, weights, scale, query_index)

@@ -5,6 +5,7 @@ import ctypes
 import torch
 
 from mminfer_kernels.native import DTYPE_CODES, Rows3, call, pointer, rows_contiguous
+from mminfer_kernels.prompt_attention import reference
 
 UNITS_A_THREAD = 4  # enough for the last ones to even out
 
@@ -30,6 +31,8 @@ def prompt_attention(
     window: int | None,
 ) -> torch.Tensor:
     """See `mminfer_kernels.prompt_attention`."""
+    if q.numel() == 0:
+        return reference.rows_first(torch.empty_like(q))
     return attend(q, k, v, None, scale, True, query_index, window, with_mass=False)[0]
 
 

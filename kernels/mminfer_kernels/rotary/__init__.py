@@ -5,6 +5,16 @@ from collections.abc import Sequence
 import torch
 
 from mminfer_kernels.backends import cpu_takes, on_cuda, triton_takes
+from mminfer_kernels.checks import (
+    KNOWN_FLOATS,
+    check_flag,
+    check_floats,
+    check_number,
+    check_sections,
+    check_tensors,
+    check_writable,
+    described,
+)
 from mminfer_kernels.dispatch import register, resolve
 from mminfer_kernels.rotary import reference
 from mminfer_kernels.tracing import traceable
@@ -80,11 +90,12 @@ def rotary_table(
         V2PE (arXiv 2412.09616); M-RoPE as in Hugging Face's Qwen2-VL, Qwen2.5-VL and Qwen3-VL. The
         V2PE authors form the angle in float32.
     """
+    attention_scaling = _check_turns(position, inv_freq, attention_scaling)
     if position.dtype != torch.float64 or position.dim() == 0:
         raise ValueError(f"position is {position.dtype} {list(position.shape)}, wanted float64 [..., N]")
-    if inv_freq.dim() != 1:
-        raise ValueError(f"inv_freq has shape {list(inv_freq.shape)}, wanted [D / 2]")
-    axes = None if sections is None else _axis_of_frequency(position, inv_freq, sections, interleaved)
+    if dtype not in KNOWN_FLOATS:
+        raise ValueError(f"dtype is {described(dtype)}, wanted one of {', '.join(map(str, KNOWN_FLOATS))}")
+    axes = _axis_of_frequency(position, inv_freq, sections, interleaved)
     _, run = resolve("rotary_table", backend, position.new_empty(0, dtype=dtype), inv_freq)
     return run(position, inv_freq, attention_scaling, axes, dtype)
 
@@ -109,14 +120,17 @@ def apply_rotary(
         ValueError: shapes that do not fit.
         BackendError: an explicit backend that is not there.
     """
+    check_tensors({"q": q, "k": k, "cos": cos, "sin": sin})
     if cos.shape != sin.shape or cos.dtype != sin.dtype or cos.dim() < 2 or cos.shape[-1] % 2:
         raise ValueError(
             f"cos is {cos.dtype} {list(cos.shape)} and sin {sin.dtype} {list(sin.shape)}, wanted [..., N, D] with an "
             "even D, one dtype"
         )
     for name, x in (("q", q), ("k", k)):
-        if x.dim() < 3 or x.shape[-2:] != cos.shape[-2:]:
+        check_floats(**{name: x})
+        if x.dim() < 3 or x.shape[-2:] != cos.shape[-2:] or not _expands(cos.shape[:-2], x.shape[:-3]):
             raise ValueError(f"{name} is {list(x.shape)}, wanted [..., heads, N, D] for cos {list(cos.shape)}")
+    check_floats(cos=cos, sin=sin)
     _, run = resolve("apply_rotary", backend, q, k, cos, sin)
     return run(q, k, cos, sin)
 
@@ -151,6 +165,7 @@ def rotary(
     Reference:
         V2PE (arXiv 2412.09616).
     """
+    check_tensors({"q": q, "k": k})
     q, k = q.clone(memory_format=torch.contiguous_format), k.clone(memory_format=torch.contiguous_format)
     _rotate(q, k, position, inv_freq, attention_scaling, sections, interleaved, backend)
     return q, k
@@ -167,7 +182,9 @@ def rotary_(
     interleaved: bool = False,
     backend: str = "auto",
 ) -> None:
-    """`rotary` in place: q and k are overwritten."""
+    """`rotary` in place: q and k are overwritten, and must not overlap."""
+    check_tensors({"q": q, "k": k})
+    check_writable(q=q, k=k)
     _rotate(q, k, position, inv_freq, attention_scaling, sections, interleaved, backend)
 
 
@@ -181,11 +198,13 @@ def _rotate(
     interleaved: bool,
     backend: str,
 ) -> None:
-    axes = None if sections is None else _axis_of_frequency(position, inv_freq, sections, interleaved)
+    attention_scaling = _check_turns(position, inv_freq, attention_scaling, q=q, k=k)
+    axes = _axis_of_frequency(position, inv_freq, sections, interleaved)
     if position.dtype != torch.float64 or position.dim() != (2 if axes is None else 3):
         wanted = "[B, N]" if axes is None else "[A, B, N]"
         raise ValueError(f"position is {position.dtype} {list(position.shape)}, wanted float64 {wanted}")
     for name, x in (("q", q), ("k", k)):
+        check_floats(**{name: x})
         batch, tokens = position.shape[-2:]
         if x.dim() != 4 or (x.shape[0], x.shape[2], x.shape[3]) != (batch, tokens, 2 * inv_freq.shape[0]):
             raise ValueError(
@@ -196,20 +215,32 @@ def _rotate(
     run(q, k, position, inv_freq, attention_scaling, axes)
 
 
+def _check_turns(position: torch.Tensor, inv_freq: torch.Tensor, scaling: float, **turned: torch.Tensor) -> float:
+    """The factor of the results, once all of these are known to fit."""
+    check_tensors({"position": position, "inv_freq": inv_freq, **turned})
+    check_floats(inv_freq=inv_freq)
+    if inv_freq.dim() != 1:
+        raise ValueError(f"inv_freq has shape {list(inv_freq.shape)}, wanted [D / 2]")
+    return check_number("attention_scaling", scaling)
+
+
+def _expands(leading: torch.Size, wanted: torch.Size) -> bool:
+    """Whether a tensor of these leading sizes is one for each of the wanted: they are the same, or 1, or missing."""
+    return len(leading) <= len(wanted) and all(
+        a in (1, b) for a, b in zip(reversed(leading), reversed(wanted), strict=False)
+    )
+
+
 def _axis_of_frequency(
-    position: torch.Tensor, inv_freq: torch.Tensor, sections: Sequence[int], interleaved: bool
-) -> list[int]:
-    """The axis each of the D / 2 frequencies turns with."""
-    if position.dim() < 2:
-        raise ValueError(
-            f"position has shape {list(position.shape)}, wanted [A, ..., N] with sections {list(sections)}"
-        )
-    if sum(sections) != inv_freq.shape[0]:
-        raise ValueError(f"sections {list(sections)} add up to {sum(sections)}, wanted {inv_freq.shape[0]} frequencies")
+    position: torch.Tensor, inv_freq: torch.Tensor, sections: Sequence[int] | None, interleaved: bool
+) -> list[int] | None:
+    """The axis each of the D / 2 frequencies turns with; None: there is one."""
+    check_flag("interleaved", interleaved)
+    if sections is None:
+        return None
+    check_sections(position, inv_freq, sections, interleaved)
     axes = position.shape[0]
     if not interleaved:
         return [i % axes for i, section in enumerate(sections) for _ in range(section)]
-    if len(sections) != axes:
-        raise ValueError(f"sections {list(sections)} for {axes} axes, wanted one an axis when interleaved")
     turns = [(j, j % axes) for j in range(inv_freq.shape[0])]
     return [axis if j < axes * sections[axis] else 0 for j, axis in turns]

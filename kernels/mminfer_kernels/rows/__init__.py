@@ -3,6 +3,16 @@
 import torch
 
 from mminfer_kernels.backends import cpu_takes, on_cuda, triton_takes
+from mminfer_kernels.checks import (
+    check_flag,
+    check_floats,
+    check_index,
+    check_number,
+    check_tensors,
+    check_writable,
+    described,
+    share_memory,
+)
 from mminfer_kernels.dispatch import register, resolve
 from mminfer_kernels.rows import reference
 from mminfer_kernels.tracing import traceable
@@ -54,14 +64,15 @@ def gather_rows(x: torch.Tensor, index: torch.Tensor, dim: int = -2, backend: st
         A new tensor like `x` with K rows along `dim`.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit.
+        ValueError: shapes or dtypes that do not fit, or places that are not there (`PlaceError`).
         BackendError: an explicit backend that is not there.
     """
-    if not -x.dim() <= dim < x.dim():
-        raise ValueError(f"dim is {dim}, wanted a dimension of x {list(x.shape)}")
+    check_tensors({"x": x, "index": index})
+    if type(dim) is not int or not -x.dim() <= dim < x.dim():
+        raise ValueError(f"dim is {described(dim)}, wanted a dimension of x {list(x.shape)}")
     if index.dim() != 1 and dim % x.dim() != x.dim() - 2:
         raise ValueError(f"dim is {dim}, wanted -2 of x {list(x.shape)} for a batched index {list(index.shape)}")
-    _check_index(x, index)
+    check_index(x, index, x.shape[dim])
     _, run = resolve("gather_rows", backend, x)
     return run(x, index, dim)
 
@@ -83,12 +94,15 @@ def gather_rms_norm(
         [..., K, C] in `x`'s dtype; the norm is float32 or better.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit.
+        ValueError: shapes or dtypes that do not fit, or places that are not there (`PlaceError`).
         BackendError: an explicit backend that is not there.
     """
-    _check_index(x, index)
-    if weight.shape != x.shape[-1:] or weight.dtype != x.dtype:
-        raise ValueError(f"weight is {weight.dtype} {list(weight.shape)}, wanted {x.dtype} [{x.shape[-1]}]")
+    check_tensors({"x": x, "index": index, "weight": weight})
+    if x.dim() < 2 or weight.shape != x.shape[-1:]:
+        raise ValueError(f"x is {list(x.shape)}, weight is {list(weight.shape)}, wanted [..., N, C] and [C]")
+    check_floats(x=x, weight=weight)
+    eps = check_number("eps", eps, least=0)
+    check_index(x, index)
     _, run = resolve("gather_rms_norm", backend, x, weight)
     return run(x, index, weight, eps)
 
@@ -108,8 +122,10 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor, backend: str = "auto") -> torch
         ValueError: shapes or dtypes that do not fit.
         BackendError: an explicit backend that is not there.
     """
-    if gate.shape != up.shape or gate.dtype != up.dtype or not gate.is_floating_point():
-        raise ValueError(f"gate is {gate.dtype} {list(gate.shape)} and up {up.dtype} {list(up.shape)}, wanted the same")
+    check_tensors({"gate": gate, "up": up})
+    check_floats(gate=gate, up=up)
+    if gate.shape != up.shape:
+        raise ValueError(f"gate is {list(gate.shape)} and up {list(up.shape)}, wanted the same")
     _, run = resolve("swiglu", backend, gate, up)
     return run(gate, up)
 
@@ -133,26 +149,25 @@ def add_rows(
         ValueError: shapes or dtypes that do not fit.
         BackendError: an explicit backend that is not there.
     """
-    if inplace:
-        _add_rows_(x, index, rows, backend)
-        return x
-    out = x.clone(memory_format=torch.contiguous_format)
+    if not torch.compiler.is_compiling():  # there the op below checks
+        check_flag("inplace", inplace)
+        check_tensors({"x": x, "index": index, "rows": rows})
+    out = x if inplace else x.clone(memory_format=torch.contiguous_format)
     _add_rows_(out, index, rows, backend)
     return out
 
 
 @traceable(lambda *args, **kwargs: None, mutates=("x",))
 def _add_rows_(x: torch.Tensor, index: torch.Tensor, rows: torch.Tensor, backend: str) -> None:
-    _check_index(x, index)
+    check_tensors({"x": x, "index": index, "rows": rows})
+    check_writable(x=x)
+    if x.dim() < 2 or rows.dtype != x.dtype:
+        raise ValueError(
+            f"x is {list(x.shape)}, rows is {described(rows)}, wanted {x.dtype} [..., N, C] and [..., K, C]"
+        )
+    check_index(x, index)
     wanted = (*x.shape[:-2], index.shape[-1], x.shape[-1])
-    if tuple(rows.shape) != wanted or rows.dtype != x.dtype:
+    if tuple(rows.shape) != wanted:
         raise ValueError(f"rows is {rows.dtype} {list(rows.shape)}, wanted {x.dtype} {list(wanted)}")
     _, run = resolve("add_rows", backend, x, rows)
-    run(x, index, rows)
-
-
-def _check_index(x: torch.Tensor, index: torch.Tensor) -> None:
-    if index.dtype != torch.int64 or index.dim() == 0:
-        raise ValueError(f"index is {index.dtype} {list(index.shape)}, wanted int64 [K] or [..., K]")
-    if index.dim() != 1 and index.shape[:-1] != x.shape[:-2]:
-        raise ValueError(f"index is {list(index.shape)}, wanted [K] or {[*x.shape[:-2], 'K']} for x {list(x.shape)}")
+    run(x, index, rows.clone() if share_memory(x, rows) else rows)

@@ -136,7 +136,8 @@ class DecodeStep {
     const int64_t chunk = task % z.chunks, g = task / z.chunks % s.groups, b = task / z.chunks / s.groups;
     const int64_t size = s.head_dim, group = s.heads / s.groups;
     const float *row_cos = cos + b * table_stride, *row_sin = sin + b * table_stride;
-    const int64_t start = cache.starts ? cache.starts[b] : 0, length = cache.end + 1 - start;
+    const int64_t given = cache.starts ? cache.starts[b] : 0;
+    const int64_t start = given < 0 ? 0 : given > cache.end ? cache.end : given, length = cache.end + 1 - start;
     const int64_t from = start + length * chunk / z.chunks, to = start + length * (chunk + 1) / z.chunks;
     float* keys = cache.keys + (b * s.groups + g) * cache.capacity * size;
     float* values = cache.values + (b * s.groups + g) * cache.capacity * size;
