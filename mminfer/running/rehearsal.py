@@ -20,6 +20,7 @@ from mminfer.running.merging import asked_settings, host_arguments, quoted, show
 MODES = ("greedy_search", "sample", "beam_search", "beam_sample")
 # What the host asks only when it samples.
 SAMPLING = ("temperature", "top_k", "top_p", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+_MOST_SCORES = 2**25  # for which processors are tried: a model's head takes longer
 _CALLING_OUT = (PrefixConstrainedLogitsProcessor, UnbatchedClassifierFreeGuidanceLogitsProcessor)
 
 
@@ -120,7 +121,9 @@ def _prompt(model: Any) -> dict[str, Any]:
 
 def _try(processors: list[Any], input_ids: Tensor, vocab_size: int, do_sample: Any) -> None:
     """Calls logits processors once; raises what they raise, and `ValueError` where no token is left."""
-    scores = torch.linspace(-1, 1, vocab_size if processors else 1, device=input_ids.device)[None]
+    if not processors or len(input_ids) * vocab_size > _MOST_SCORES:
+        return
+    scores = torch.linspace(-1, 1, vocab_size, device=input_ids.device).repeat(len(input_ids), 1)
     for processor in processors:
         if not isinstance(processor, _CALLING_OUT):
             scores = processor(input_ids, scores)
