@@ -91,7 +91,9 @@ def settings_of_generation(draw, words):
     in_config = draw(st.sets(st.sampled_from(sorted(set(kwargs) - {"eos_token_id", "stopping_criteria"}))))
     if not in_config:
         return kwargs
-    config = GenerationConfig(**{name: kwargs.pop(name) for name in in_config})
+    config = GenerationConfig()  # which would look at settings at once, were they given here
+    for name in in_config:
+        setattr(config, name, kwargs.pop(name))
     return {**kwargs, "generation_config": config}
 
 
