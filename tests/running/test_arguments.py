@@ -174,7 +174,7 @@ def test_what_a_later_host_brings_is_refused(tiny_engine, no_pass, monkeypatch):
 
 def test_what_says_nothing_new_is_accepted(tiny_engine):
     said = {name: value for name, (value, _) in HARMLESS.items()}
-    off = {"output_attentions": False, "output_scores": False, "cache_implementation": None, "use_mtp": False}
+    off = {"output_attentions": False, "output_scores": False, "cache_implementation": None, "token_healing": False}
     want = tiny_engine.generate("w5", 2).token_ids
     assert tiny_engine.generate("w5", 2, temperature=0.0, **said, **off).token_ids == want
 

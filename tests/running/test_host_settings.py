@@ -71,7 +71,7 @@ NUMBERS = st.fixed_dictionaries(
 
 @st.composite
 def settings_of_generation(draw, words):
-    """Among them where they stand: in the call, in a generation config, or in both."""
+    """And the names of those that stand in a generation config; the others stand in the call."""
     ends = st.none() | st.just(-1) | st.sampled_from(words) | st.lists(st.sampled_from(words), min_size=1, max_size=3)
     forbidden = st.lists(st.lists(st.sampled_from(words), min_size=1, max_size=2), min_size=1, max_size=2)
     of_words = st.fixed_dictionaries(
@@ -89,12 +89,15 @@ def settings_of_generation(draw, words):
         kwargs["stopping_criteria"] = [partial(ends_with, draw(st.sampled_from(words)))]
     kwargs["num_return_sequences"] = min(kwargs.get("num_return_sequences", 1), kwargs.get("num_beams", 3))
     in_config = draw(st.sets(st.sampled_from(sorted(set(kwargs) - {"eos_token_id", "stopping_criteria"}))))
-    if not in_config:
-        return kwargs
-    config = GenerationConfig()  # which would look at settings at once, were they given here
-    for name in in_config:
-        setattr(config, name, kwargs.pop(name))
-    return {**kwargs, "generation_config": config}
+    return kwargs, in_config
+
+
+def split(kwargs, in_config):
+    """The same settings, some of them in a generation config."""
+    config, left = GenerationConfig(), dict(kwargs)
+    for name in in_config:  # given to the class it would look at each without the others
+        setattr(config, name, left.pop(name))
+    return {**left, "generation_config": config} if in_config else left
 
 
 @pytest.mark.parametrize("size", [None, 40])
@@ -102,16 +105,17 @@ def settings_of_generation(draw, words):
 @given(data=st.data())
 def test_answers_are_the_hosts(tiny_engine, words, size, data):
     """Tokens and the logits behind them, of chats at once and in chunks; what the host has behind an end is padding."""
-    kwargs = data.draw(settings_of_generation(words))
+    kwargs, in_config = data.draw(settings_of_generation(words))
+    ours = split(kwargs, in_config)
     torch.manual_seed(0)
     try:
         rows, logits = host_answers(tiny_engine, **kwargs)
     except ValueError:
         with pytest.raises(InputError, match="the host refuses it"):
-            tiny_engine.generate(CHATS, prefill_chunk_size=size, **kwargs)
+            tiny_engine.generate(CHATS, prefill_chunk_size=size, **ours)
         return
     torch.manual_seed(0)
-    outs = tiny_engine.generate(CHATS, prefill_chunk_size=size, output_logits=True, **kwargs)
+    outs = tiny_engine.generate(CHATS, prefill_chunk_size=size, output_logits=True, **ours)
     assert len(outs) == len(rows)
     for out, row, steps in zip(outs, rows, logits, strict=True):
         count = len(out.token_ids)
