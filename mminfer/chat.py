@@ -24,10 +24,9 @@ from mminfer.inputs.reader import RequestReader
 from mminfer.inputs.reading import Reading
 from mminfer.inputs.transcript import Transcript
 from mminfer.output import GenerationOutput
-from mminfer.running import Runner, RunOptions
+from mminfer.running import Runner, RunOptions, overridden
 
 FILE_FORMAT = 3  # since entries keep their size apart from their score
-MAX_NEW_TOKENS = 64
 ONE_ANSWER = "a chat goes on from one answer; use generate()"
 OF_ALL_TURNS = (*MEDIA_OPTIONS, "prefill_chunk_size", "progress")
 
@@ -126,8 +125,7 @@ class Chat:
 
         Args:
             content: a string, or text, image and video parts from a list or any iterable; "" to answer what was read.
-            max_new_tokens: tokens to generate at most; None: as many as the chat was made for, which are 64 unless
-                `engine.chat(max_new_tokens=...)` says otherwise.
+            max_new_tokens: tokens to generate at most; None: as `engine.chat(...)` says, else as for `generate`.
             generation_kwargs: the host's, on top of those the chat was made with.
 
         Raises:
@@ -135,14 +133,14 @@ class Chat:
         """
         start = time.perf_counter()
         _refuse_options_of_all_turns("send", generation_kwargs)
-        kwargs = {"max_new_tokens": MAX_NEW_TOKENS, **self._options.generation, **generation_kwargs}
         if max_new_tokens is not None:
-            kwargs["max_new_tokens"] = max_new_tokens
-        self._runner.check_arguments(kwargs, one_answer_for=ONE_ANSWER)
+            generation_kwargs["max_new_tokens"] = max_new_tokens
+        kwargs = overridden(self._options.generation, generation_kwargs)
+        settings = self._runner.settings(kwargs, one_answer_for=ONE_ANSWER)
         reading = self._reading(content, closes=True)
         start += prepare_kernels(self._reader.device)
         with self._kept_on_errors():
-            (output,) = self._runner.answer([reading], [self.cache], start, self._options.run, **kwargs)
+            (output,) = self._runner.answer([reading], [self.cache], start, self._options.run, settings)
         self._transcript = reading.transcript.answered(output.token_ids)
         return output
 

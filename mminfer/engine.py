@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from mminfer import nano
-from mminfer.chat import MAX_NEW_TOKENS, OF_ALL_TURNS, ONE_ANSWER, CallOptions, Chat, ChatIdentity
+from mminfer.chat import OF_ALL_TURNS, ONE_ANSWER, CallOptions, Chat, ChatIdentity
 from mminfer.config import InferenceConfig, checked_config
 from mminfer.errors import ConfigError, InputError, UnsupportedModelError
 from mminfer.forward.host_check import check_host
@@ -26,12 +26,14 @@ from mminfer.inputs.request import Request
 from mminfer.models.loading import chosen_device, chosen_dtype
 from mminfer.models.registry import adapter_for, check_family
 from mminfer.output import GenerationOutput
-from mminfer.running import Runner, RunOptions, check_length
+from mminfer.running import GenerationSettings, Runner, RunOptions
 from mminfer.streaming import TextStream
 from mminfer.technique import is_whole
 
 OneChat = str | Part | Message | Iterable[str | Mapping[str, Any] | Part | Message]
 Chats = Sequence[list[Any] | tuple[Any, ...] | str]
+
+_NOT_GIVEN: Any = object()
 
 
 class Engine:
@@ -134,15 +136,18 @@ class Engine:
     ) -> GenerationOutput | list[GenerationOutput]: ...
 
     @overload
-    def generate(self, messages: OneChat, max_new_tokens: int = ..., **kwargs: Any) -> GenerationOutput: ...
+    def generate(self, messages: str, max_new_tokens: int = ..., **kwargs: Any) -> GenerationOutput: ...
 
     @overload
     def generate(self, messages: Chats, max_new_tokens: int = ..., **kwargs: Any) -> list[GenerationOutput]: ...
 
+    @overload
+    def generate(self, messages: OneChat, max_new_tokens: int = ..., **kwargs: Any) -> GenerationOutput: ...
+
     def generate(
         self,
         messages: Any,
-        max_new_tokens: int = MAX_NEW_TOKENS,
+        max_new_tokens: int = _NOT_GIVEN,
         *,
         allow_remote: bool = False,
         num_frames: int = 8,
@@ -157,9 +162,11 @@ class Engine:
 
         Args:
             messages: a chat (a list of messages with text, image and video parts, or just a string) or a list of chats.
-                The parts of a message may come from any iterable. Chats that are typed already (`engine.check`) are
+                A list of strings alone is one of chats; among other parts they are the parts of one message. The parts
+                of a message may come from any iterable. Chats that are typed already (`engine.check`) are
                 not checked or opened again.
-            max_new_tokens: tokens to generate at most.
+            max_new_tokens: tokens to generate at most. Where it is not given, the host's `generate` decides:
+                by `max_length`, else by `generation_config`, else by the model's; 64 where none says anything.
             allow_remote: whether image URLs may be fetched.
             num_frames: frames taken of each video file, evenly spread.
             fps: take so many frames a second instead.
@@ -177,31 +184,31 @@ class Engine:
         Raises:
             InputError: the request is wrong. The engine goes on with the next one.
         """
-        self.runner.check_arguments({**generation_kwargs, "max_new_tokens": max_new_tokens})
+        settings = self.runner.settings(_with_length(generation_kwargs, max_new_tokens))
         media = MediaOptions(allow_remote, num_frames, fps, max_video_tokens, allow_private_hosts)
         request = self.prepare_request(messages, media, prefill_chunk_size)
-        outputs = self.answer(request, max_new_tokens, progress=progress, **generation_kwargs)
+        outputs = self._answer(request, settings, progress)
         return outputs if request.is_batch or len(outputs) > 1 else outputs[0]
 
-    def stream(self, messages: OneChat, max_new_tokens: int = MAX_NEW_TOKENS, **kwargs: Any) -> TextStream:
+    def stream(self, messages: OneChat, max_new_tokens: int = _NOT_GIVEN, **kwargs: Any) -> TextStream:
         """The answer to one chat, piece by piece as it is generated; arguments as for `generate`.
 
         The request is checked before this returns. Leaving the loop early stops the generation.
         """
         if is_batch(messages):
             raise InputError(f"stream() takes one chat, found a list of {len(messages)}: use generate() for a batch")
-        kwargs["max_new_tokens"] = max_new_tokens
-        options = self._call_options(kwargs, "a stream is of one answer; use generate()")
-        generation = dict(options.generation)
-        if generation.pop("streamer", None) is not None:
+        given = _with_length(kwargs, max_new_tokens)
+        if given.pop("streamer", None) is not None:
             raise InputError("streamer: stream() has one of its own; use generate() with yours")
-        criteria = generation.pop("stopping_criteria", None) or ()
+        options = self._call_options(given, "a stream is of one answer; use generate()")
+        settings = self.runner.settings(options.generation)
         request = self.prepare_request(messages, options.media, options.run.chunk_size)
 
-        def run(**control: Any) -> GenerationOutput:
-            return self.answer(request, progress=options.run.progress, **control, **generation)[0]
+        def run(streamer: Any, stopping_criteria: Any, stopped: Callable[[], bool]) -> GenerationOutput:
+            controlled = settings.controlled(streamer, stopping_criteria)
+            return self._answer(request, controlled, options.run.progress, stopped)[0]
 
-        return TextStream(self.processor.tokenizer, run, criteria)
+        return TextStream(self.processor.tokenizer, run, settings.stopping_criteria)
 
     def chat(self, *, system: str | None = None, **kwargs: Any) -> Chat:
         """A conversation whose turns share the compressed cache.
@@ -236,10 +243,17 @@ class Engine:
             messages: as for `generate`.
             media: `allow_remote`, `num_frames`, `fps`, `max_video_tokens` and `allow_private_hosts` of `generate`.
         """
+        if is_batch(messages):
+            raise InputError(
+                f"check() takes one chat, found a list of {len(messages)}: check them one by one. Texts that belong to "
+                'one message go into {"role": "user", "content": [...]}'
+            )
         return self.reader.check(messages, MediaOptions.of(media))
 
     def prepare(self, chats: Sequence[Any], **media: Any) -> dict[str, Any]:
         """Checks chats and turns them into the model's inputs, left-padded to one batch; arguments as for `check`."""
+        if not is_batch(chats):
+            raise InputError(f"prepare() takes a list of chats, found {type(chats).__name__}: put one chat into a list")
         return self.reader.inputs(chats, MediaOptions.of(media))
 
     def prepare_request(
@@ -263,29 +277,38 @@ class Engine:
     def answer(
         self,
         request: Request,
-        max_new_tokens: int = MAX_NEW_TOKENS,
+        max_new_tokens: int = _NOT_GIVEN,
         *,
         progress: bool = False,
         **generation_kwargs: Any,
     ) -> list[GenerationOutput]:
         """Answers a prepared request: the outputs of each of its chats in turn. Arguments as for `generate`."""
-        check_length(max_new_tokens)
+        settings = self.runner.settings(_with_length(generation_kwargs, max_new_tokens))
+        return self._answer(request, settings, progress)
+
+    def _answer(
+        self,
+        request: Request,
+        settings: GenerationSettings,
+        progress: bool,
+        stopped: Callable[[], bool] | None = None,
+    ) -> list[GenerationOutput]:
         prepare_kernels(self.device)
         start = time.perf_counter() - request.preparation_s
         if request.inputs is not None:
-            return self.runner.run(request.inputs, start, max_new_tokens=max_new_tokens, **generation_kwargs)
+            return self.runner.run(request.inputs, start, settings)
         self._check_chunks(request.chunk_size)
         options = RunOptions(request.chunk_size, progress)
         readings = [begin() for begin in request.readings]
         caches = [CompressedCache() for _ in readings]
-        return self.runner.answer(readings, caches, start, options, max_new_tokens=max_new_tokens, **generation_kwargs)
+        return self.runner.answer(readings, caches, start, options, settings, stopped)
 
     def _call_options(self, kwargs: dict[str, Any], one_answer_for: str) -> CallOptions:
         """A call's arguments, checked and sorted by who takes them."""
         media = MediaOptions(**{name: kwargs[name] for name in MEDIA_OPTIONS if name in kwargs})
         run = RunOptions(kwargs.get("prefill_chunk_size"), kwargs.get("progress", False))
         generation = {name: value for name, value in kwargs.items() if name not in OF_ALL_TURNS}
-        self.runner.check_arguments(generation, one_answer_for=one_answer_for)
+        self.runner.settings(generation, one_answer_for=one_answer_for)
         self.reader.check_options(media)
         self._check_chunks(run.chunk_size)
         return CallOptions(media, run, generation)
@@ -301,6 +324,11 @@ class Engine:
                 raise ConfigError(
                     f"the prompt comes in piece by piece, but the whole is needed by {technique.needs_whole_prompt}"
                 )
+
+
+def _with_length(kwargs: dict[str, Any], max_new_tokens: Any) -> dict[str, Any]:
+    """Arguments of generation, the length among them if it was given."""
+    return dict(kwargs) if max_new_tokens is _NOT_GIVEN else {**kwargs, "max_new_tokens": max_new_tokens}
 
 
 def check_before_loading(model_config: Any, config: InferenceConfig) -> None:

@@ -24,6 +24,7 @@ def a_list_of_chats_gives_a_list(engine: Engine, chat: Chat, mixed: list[Chat | 
     assert_type(engine.generate([chat, chat]), list[GenerationOutput])
     assert_type(engine.generate([[Message("user", ())], chat]), list[GenerationOutput])
     assert_type(engine.generate(mixed, max_new_tokens=3), list[GenerationOutput])
+    assert_type(engine.generate(["a", "b"]), list[GenerationOutput])
     assert_type(engine.generate([chat], num_return_sequences=2), list[GenerationOutput])
 
 

@@ -38,7 +38,13 @@ class ParsedMessage:
 
 
 def is_batch(messages: Any) -> TypeGuard[Sequence[Any]]:
-    """Whether this is a list of chats; else it is one chat."""
+    """Whether this is a list of chats; else it is one chat. Of strings alone, each is a chat of its own."""
+    return _holds_chats(messages) or (
+        isinstance(messages, (list, tuple)) and bool(messages) and all(isinstance(chat, str) for chat in messages)
+    )
+
+
+def _holds_chats(messages: Any) -> bool:
     return isinstance(messages, (list, tuple)) and any(isinstance(chat, (list, tuple)) for chat in messages)
 
 
@@ -98,7 +104,7 @@ def refuse_empty(parts: Iterable[Part | PendingPart]) -> None:
 
 
 def _as_messages(messages: Any) -> list[Any]:
-    if is_batch(messages):
+    if _holds_chats(messages):  # strings may be the parts of a chat that is one of a list
         raise InputError("a list of chats where one chat was wanted: pass them one by one, or to generate()")
     if isinstance(messages, (str, Part, Message)):
         messages = [messages]

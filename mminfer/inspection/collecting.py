@@ -165,9 +165,10 @@ def _shown_pictures(
 
 
 def _answer(runner: Runner, inputs: Mapping[str, Any], max_new_tokens: int) -> GenerationOutput:
-    kwargs: dict[str, Any] = {"max_new_tokens": max_new_tokens, "output_logits": True, "do_sample": False}
+    alone = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1}
+    settings = runner.settings({"max_new_tokens": max_new_tokens, "output_logits": True, **alone})
     prepare_kernels(runner.device)
-    (output,) = runner.run(dict(inputs), time.perf_counter(), num_beams=1, **kwargs)
+    (output,) = runner.run(dict(inputs), time.perf_counter(), settings)
     return output
 
 

@@ -1,7 +1,9 @@
 """Running requests on a model: one call at a time, patched for its duration, measured."""
 
-from mminfer.running.options import RunOptions, check_length
+from mminfer.running.merging import overridden
+from mminfer.running.options import RunOptions
 from mminfer.running.prompt_reader import ReadingCancelled
 from mminfer.running.runner import Runner
+from mminfer.running.settings import GenerationSettings
 
-__all__ = ["ReadingCancelled", "RunOptions", "Runner", "check_length"]
+__all__ = ["GenerationSettings", "ReadingCancelled", "RunOptions", "Runner", "overridden"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from mminfer.forward.call_state import CallState
 from mminfer.metrics.memory import Peak
 from mminfer.metrics.stats import CallTimes
 from mminfer.patching import PatchHandle
-from mminfer.running.options import GenerationArguments
+from mminfer.running.row_ends import RowEnds
+from mminfer.running.settings import GenerationSettings
 
 
 class GenerationCall:
@@ -21,35 +23,56 @@ class GenerationCall:
     Args:
         handle: the patch that is on the model.
         state: what the call is doing, in force on the patch.
-        arguments: of the call.
+        settings: of the call.
         backends: what runs each op, filled in on the way.
         peak: of the memory, known once the call is over.
 
     Attributes:
         new_ids: [rows, new tokens] int64.
-        logits: [rows, new tokens, vocabulary], if they were asked for.
+        lengths: tokens of each row's answer, its end of turn among them; what follows is padding.
+        logits: [rows, new tokens, vocabulary] from which those tokens were taken, if they were asked for.
     """
 
     def __init__(
         self,
         handle: PatchHandle,
         state: CallState,
-        arguments: GenerationArguments,
+        settings: GenerationSettings,
         backends: dict[str, str],
         peak: Peak,
     ) -> None:
-        self.handle, self.state, self.arguments = handle, state, arguments
+        self.handle, self.state, self.settings = handle, state, settings
         self._backends, self._peak, self._end = backends, peak, 0.0
         self.new_ids = torch.empty(0, 0, dtype=torch.int64)
+        self.lengths: list[int] = []
         self.logits: Tensor | None = None
 
     def generate(self, inputs: dict[str, Any]) -> None:
         """Runs it; inputs: the model's, with `input_ids` [B, N]."""
-        arguments = {**self.arguments.given, "return_dict_in_generate": True}
-        result = self.handle.model.generate(**inputs, **arguments)
+        columns, ends = inputs["input_ids"].shape[1], RowEnds()
+        beams, criteria = self.settings.num_beams > 1, self.settings.stopping_criteria
+        result = self.handle.model.generate(
+            **inputs,
+            **self.settings.arguments,
+            streamer=self.settings.streamer,
+            stopping_criteria=list(criteria if beams else ends.watched(criteria)),
+        )
         self._end = time.perf_counter()
-        self.new_ids = result.sequences[:, inputs["input_ids"].shape[1] :]
-        self.logits = None if result.get("logits") is None else torch.stack(result.logits, 1)
+        self.new_ids = result.sequences[:, columns:]
+        stopped = ends.columns() or [0] * len(self.new_ids)
+        if beams:
+            self.lengths = (result.beam_indices >= 0).sum(1).tolist()
+        else:
+            self.lengths = [
+                self._length(ids, stop - columns) for ids, stop in zip(self.new_ids.tolist(), stopped, strict=True)
+            ]
+        if result.get("logits") is not None:
+            self.logits = _logits(result.logits, result.beam_indices if beams else None)
+
+    def _length(self, ids: list[int], stopped: int) -> int:
+        """Of an answer up to its first end of turn, which is kept; stopped: where a criterion ended it, if above 0."""
+        end = next((i + 1 for i, token in enumerate(ids) if token in self.settings.end_ids), len(ids))
+        return min(end, stopped) if stopped > 0 else end
 
     def times(self, start: float) -> CallTimes:
         """Of the whole call; start: `time.perf_counter()` when the request came in."""
@@ -59,11 +82,21 @@ class GenerationCall:
         return CallTimes(1e3 * (first - start), prompt_ms, tpot, compile_ms, self._peak.bytes, self._backends)
 
     def answer(self, row: int) -> tuple[list[int], Tensor | None]:
-        """One row's new tokens up to the first end of turn, which is kept, and their logits.
+        """One row's answer, and its logits."""
+        length = self.lengths[row]
+        ids: list[int] = self.new_ids[row, :length].tolist()
+        return ids, None if self.logits is None else self.logits[row, :length]
 
-        What follows in a batch is padding.
-        """
-        ids: list[int] = self.new_ids[row].tolist()
-        end_ids = self.arguments.end_ids
-        length = next((i + 1 for i, token in enumerate(ids) if token in end_ids), len(ids))
-        return ids[:length], None if self.logits is None else self.logits[row, :length]
+
+def _logits(steps: Sequence[Tensor], beam_indices: Tensor | None) -> Tensor:
+    """[rows, new tokens, vocabulary], of rows of answers.
+
+    Args:
+        steps: [rows that generated, vocabulary] of each token.
+        beam_indices: [rows of answers, new tokens], which of the rows that generated each token came from, -1 behind an
+            answer's end; None: they are the same.
+    """
+    if beam_indices is None:
+        return torch.stack(list(steps), 1)
+    rows = beam_indices.clamp_min(0).unbind(1)
+    return torch.stack([logits[index] for logits, index in zip(steps, rows, strict=False)], 1)

@@ -29,6 +29,7 @@ class PromptReader:
         state: what the call is doing, in force on the patch.
         show_progress: whether to show a bar of the tokens read.
         stopped: called after each chunk; ends the reading if it gives True.
+        check_length: told how many tokens a prompt has so far, before they go in; raises where these are too many.
     """
 
     def __init__(
@@ -37,9 +38,10 @@ class PromptReader:
         state: CallState,
         show_progress: bool,
         stopped: Callable[[], bool] | None = None,
+        check_length: Callable[[int], object] | None = None,
     ) -> None:
         self._handle, self._state = handle, state
-        self._show_progress, self._stopped = show_progress, stopped
+        self._show_progress, self._stopped, self._check_length = show_progress, stopped, check_length
 
     def read(self, readings: Sequence[Reading], caches: Sequence[CompressedCache]) -> tuple[Tensor, list[PromptRecord]]:
         """Takes each reading into its cache.
@@ -65,6 +67,8 @@ class PromptReader:
         output = None
         bar.begin()
         for inputs in reading:
+            if self._check_length is not None:
+                self._check_length(cache.logical_length + inputs["input_ids"].shape[1])
             self._state.given_embeddings = inputs.pop(GIVEN_ROWS, None)
             output = self._handle.model(**inputs, **{CACHE_NAME: cache}, logits_to_keep=1, use_cache=True)
             bar.expect(reading.parts_done, reading.parts_expected)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,8 +25,9 @@ from mminfer.output import GenerationOutput
 from mminfer.patching import patched
 from mminfer.running.call import GenerationCall
 from mminfer.running.model_lock import lock_of
-from mminfer.running.options import GenerationArguments, RunOptions
+from mminfer.running.options import RunOptions
 from mminfer.running.prompt_reader import PromptReader
+from mminfer.running.settings import GenerationSettings, resolve
 
 
 class Runner:
@@ -51,33 +52,33 @@ class Runner:
     def device(self) -> torch.device:
         return running_device(self._model.get_input_embeddings())
 
-    def run(
-        self,
-        inputs: dict[str, Any],
-        start: float,
-        stopped: Callable[[], bool] | None = None,
-        **generation_kwargs: Any,
-    ) -> list[GenerationOutput]:
+    def settings(self, given: Mapping[str, Any], *, one_answer_for: str | None = None) -> GenerationSettings:
+        """A call's arguments as settings of generation, before anything runs; see `resolve`."""
+        tokenizer, vocab_size = self._processor.tokenizer, self._adapter.spec.vocab_size
+        return resolve(self._model, tokenizer, vocab_size, given, one_answer_for)
+
+    def run(self, inputs: dict[str, Any], start: float, settings: GenerationSettings) -> list[GenerationOutput]:
         """Generates from prepared inputs.
 
         Args:
             inputs: of a batch, as the processor makes them.
             start: `time.perf_counter()` when the request came in.
-            stopped: as for `answer`, but never called, since one pass cannot be stopped.
-            generation_kwargs: the host's.
+            settings: of the generation.
 
         Raises:
-            InputError: the host knows no such argument.
+            InputError: the prompt leaves no room for an answer.
         """
-        arguments = self._checked(generation_kwargs)
+        chats, columns = inputs["input_ids"].shape
+        settings.check_rows(chats)
+        settings.check_prompt(columns)
         given = inputs.get(GIVEN_ROWS)
         if given is not None:
-            given = given.repeated(arguments.expand_size)
-        with self._generating(arguments, given_embeddings=given) as call:
+            given = given.repeated(settings.expand_size)
+        with self._generating(settings, given_embeddings=given) as call:
             call.generate({name: value for name, value in inputs.items() if name != GIVEN_ROWS})
-        record = call.handle.records[-1]
+        record = call.handle.records[0]  # the host's guidance has prompts of its own behind it
         if not record.vision_flops:  # the host's `generate` encodes before it calls the model
-            record.vision_flops = vision_shares(self._adapter, inputs, record.visual, arguments.expand_size)
+            record.vision_flops = vision_shares(self._adapter, inputs, record.visual, settings.expand_size)
         return self._outputs(call, record, start)
 
     def read(self, readings: Sequence[Reading], caches: Sequence[CompressedCache], options: RunOptions) -> None:
@@ -95,8 +96,8 @@ class Runner:
         caches: Sequence[CompressedCache],
         start: float,
         options: RunOptions,
+        settings: GenerationSettings,
         stopped: Callable[[], bool] | None = None,
-        **generation_kwargs: Any,
     ) -> list[GenerationOutput]:
         """Takes readings in, each into its cache as `read` does, and answers them in one batch.
 
@@ -105,42 +106,31 @@ class Runner:
             caches: what earlier turns left of each chat, or empty ones.
             start: `time.perf_counter()` when the request came in.
             options: how the prompts go in.
+            settings: of the generation.
             stopped: called after each chunk; ends the reading if it gives True. None: nobody ends it.
-            generation_kwargs: the host's.
 
         Raises:
-            InputError: the host knows no such argument.
+            InputError: the prompt leaves no room for an answer.
             ReadingCancelled: `stopped` gave True.
         """
-        arguments = self._checked(generation_kwargs)
-        with self._generating(arguments, options.chunk_size) as call:
-            reader = PromptReader(call.handle, call.state, options.progress, stopped)
+        settings.check_rows(len(readings))
+        with self._generating(settings, options.chunk_size) as call:
+            reader = PromptReader(call.handle, call.state, options.progress, stopped, settings.check_prompt)
             logits, records = reader.read(readings, caches)
-            cache, expand_size = CompressedCache.stack(caches), arguments.expand_size
+            cache, expand_size = CompressedCache.stack(caches), settings.expand_size
             if expand_size > 1:  # the host repeats its inputs so, but not a cache that it is given
                 cache.batch_repeat_interleave(expand_size)
                 logits = logits.repeat_interleave(expand_size, 0)
             with call.state.resuming(cache, logits):
-                call.generate({**self._placeholders([r.ids for r in readings]), CACHE_NAME: cache})
+                call.generate({**self._placeholders([r.ids for r in readings], settings), CACHE_NAME: cache})
         return self._outputs(call, stacked(records), start)
-
-    def check_arguments(self, generation_kwargs: dict[str, Any], *, one_answer_for: str | None = None) -> None:
-        """Refuses what the host would refuse behind the prompt only; see `GenerationArguments.check`."""
-        GenerationArguments(self._model, generation_kwargs).check(one_answer_for)
-
-    def _checked(self, generation_kwargs: dict[str, Any]) -> GenerationArguments:
-        arguments = GenerationArguments(self._model, generation_kwargs)
-        arguments.check()
-        return arguments
 
     @contextmanager
     def _generating(
-        self, arguments: GenerationArguments, chunk_size: int | None = None, given_embeddings: GivenRows | None = None
+        self, settings: GenerationSettings, chunk_size: int | None = None, given_embeddings: GivenRows | None = None
     ) -> Iterator[GenerationCall]:
         """A call, whose state is in force within the `with` block and nowhere else."""
-        if "stop_strings" in arguments.given:
-            arguments.given.setdefault("tokenizer", self._processor.tokenizer)
-        state = CallState(chunk_size, arguments.finishing_ids, arguments.headroom, given_embeddings=given_embeddings)
+        state = CallState(chunk_size, settings.finishing_ids, settings.headroom, given_embeddings=given_embeddings)
         with (
             self._lock,
             patched(self._model, self._config, self._compile) as handle,
@@ -148,16 +138,18 @@ class Runner:
             record_backends() as backends,
             peak_memory(self.device) as peak,
         ):
-            yield GenerationCall(handle, state, arguments, backends, peak)
+            yield GenerationCall(handle, state, settings, backends, peak)
 
-    def _placeholders(self, rows: Sequence[list[int]]) -> dict[str, Tensor]:
-        """What the host's `generate` wants to see of prompts that the cache holds already.
+    def _placeholders(self, rows: Sequence[list[int]], settings: GenerationSettings) -> dict[str, Tensor]:
+        """What the host's `generate` wants to see of prompts that the cache holds already: what it would see else.
 
         Args:
             rows: the token ids of each prompt.
+            settings: what pads where the tokenizer has no padding.
         """
-        columns, device = max(map(len, rows)), self.device
-        ids = torch.tensor([[0] * (columns - len(row)) + row for row in rows], device=device)
+        columns, device, pad = max(map(len, rows)), self.device, self._processor.tokenizer.pad_token_id
+        pad = settings.pad_token_id if pad is None else pad
+        ids = torch.tensor([[pad] * (columns - len(row)) + row for row in rows], device=device)
         lengths = torch.tensor([[len(row)] for row in rows], device=device)
         mask = (torch.arange(columns, device=device) >= columns - lengths).long()
         axes = self._adapter.position_axes

@@ -74,7 +74,8 @@ def test_text_embeddings_are_text(engine):
     rows = engine.model.get_input_embeddings()(ids)
     engine = with_config(engine, InferenceConfig(V2PE(1 / 16), AIMMerge(0.5)))
     part = {"type": "embedding", "embedding": rows, "modality": "text"}
-    ours, theirs = (engine.generate([x, "What is the code of owl?"], output_logits=True) for x in (part, text))
+    chats = [[x, "What is the code of owl?"] for x in (part, text)]
+    ours, theirs = (engine.generate([chat], output_logits=True)[0] for chat in chats)
     assert ours.stats.visual_tokens == 0
     assert ours.text == theirs.text == "47"
     torch.testing.assert_close(ours.logits, theirs.logits, rtol=0, atol=1e-4)

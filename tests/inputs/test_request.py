@@ -153,7 +153,8 @@ def test_batches_are_told_from_chats():
     assert is_batch([user("a")])
     assert is_batch([user("a"), "b"])
     assert is_batch([["a"], ["b"]])
-    for chat in ("a", ["a", "b"], user("a"), user("a") + user("b"), [IMAGE], [], None):
+    assert is_batch(["a", "b"]) and is_batch(("a",))
+    for chat in ("a", ["a", IMAGE], user("a"), user("a") + user("b"), [IMAGE], [], None):
         assert not is_batch(chat)
 
 
