@@ -24,6 +24,7 @@ from mminfer.inputs.reader import RequestReader
 from mminfer.inputs.request import Request
 from mminfer.models.loading import chosen_device, chosen_dtype
 from mminfer.models.registry import adapter_for, check_family
+from mminfer.models.wrappers import check_weights, unwrapped
 from mminfer.output import GenerationOutput
 from mminfer.running import Runner, RunOptions, check_length
 from mminfer.streaming import TextStream
@@ -36,14 +37,18 @@ Chats = Sequence[list[Any] | tuple[Any, ...] | str]
 class Engine:
     """Runs a Hugging Face vision-language model with the techniques of a config. The model stays as it is.
 
+    Calls of one model take turns, whichever engines and threads they come from. They run in eval mode, whatever mode
+    the model is in, and whoever calls the model itself meanwhile gets the host's own answer.
+
     Args:
-        model: a `...ForConditionalGeneration` of a supported family.
+        model: a `...ForConditionalGeneration` of a supported family; also within `torch.compile(model)`, which then has
+            no effect, or with adapters of peft that change its layers.
         processor: its processor.
         config: the techniques; None: all off.
         compile: decode by the host's modules under torch.compile; see `mminfer.patch`.
 
     Raises:
-        UnsupportedModelError: the family has no adapter.
+        UnsupportedModelError: the family has no adapter, weights are missing, or the model stands in another wrapper.
         ConfigError: a setting does not fit the model, or the config is none.
     """
 
@@ -51,9 +56,10 @@ class Engine:
         self, model: nn.Module, processor: Any, config: InferenceConfig | None = None, compile: bool = False
     ) -> None:
         self.config = InferenceConfig() if config is None else checked_config(config)
-        self.model: Any = model.eval()
+        self.model: Any = unwrapped(model)
         self.processor = processor
-        self.adapter = adapter_for(model)
+        self.adapter = adapter_for(self.model)
+        check_weights(self.model)
         self.config.check(self.adapter.spec)
         self.runner = Runner(self.model, processor, self.adapter, self.config, compile)
         self.reader = RequestReader(self.model, processor, self.adapter)
@@ -183,6 +189,7 @@ class Engine:
         if generation.pop("streamer", None) is not None:
             raise InputError("streamer: stream() has one of its own; use generate() with yours")
         criteria = generation.pop("stopping_criteria", None) or ()
+        self.runner.check_free()
         request = self.prepare_request(messages, options.media, options.run.chunk_size)
 
         def run(**control: Any) -> GenerationOutput:

@@ -2,16 +2,19 @@
 
 The host's attention modules project, normalise and rotate, then call whatever function their config names. For the
 time of one pass that name is ours, and the function hands queries, keys and values to the callable that the pass gave
-each layer as a keyword argument. Nothing stays registered after the pass.
+each layer as a keyword argument. Whoever else runs the model meanwhile, in another thread, gives none: such a call goes
+to the function that the config named before.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from threading import Lock
+from dataclasses import dataclass, field
+from threading import get_ident
 from typing import Any, Protocol
 
 import torch
@@ -19,7 +22,10 @@ from mminfer_kernels import note_backend, prompt_attention
 from mminfer_kernels.prompt_attention.reference import blocked_attention
 from mminfer_kernels.tracing import watched
 from torch import Tensor, nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from mminfer.forward.turns import TurnLock, undone
 
 NAME = "mminfer"
 
@@ -27,10 +33,10 @@ NAME = "mminfer"
 @dataclass
 class _Route:
     host_implementation: str | None
-    users: int = 0
+    passes: set[int] = field(default_factory=set)  # numbers of those that go through it
 
 
-_lock = Lock()
+_lock, _numbers = TurnLock(), itertools.count()
 _routes: dict[int, _Route] = {}  # by the id of the text config
 
 
@@ -66,36 +72,79 @@ def _attention_forward(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    attend: Attend,
+    attend: Attend | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
+    if attend is None:  # not of our pass
+        kwargs |= {"scaling": scaling, "sliding_window": sliding_window}
+        out: tuple[Tensor, Tensor | None] = _host_attention(module)(module, query, key, value, attention_mask, **kwargs)
+        return out
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return attend(query, key, value, scale, sliding_window).transpose(1, 2), None
+
+
+def _host_attention(module: Any) -> Callable[..., Any]:
+    """The attention of a module without our route."""
+    of_its_file = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    function: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get(_host_implementation(module.config), of_its_file)
+    return function
+
+
+def _host_mask(*args: Any, config: Any = None, **kwargs: Any) -> Any:
+    """The mask that the host makes for its own attention; `eager` for hosts that do not say which config asks."""
+    name = "eager" if config is None else _host_implementation(config)
+    return ALL_MASK_ATTENTION_FUNCTIONS[name](*args, config=config, **kwargs)
+
+
+def _host_implementation(config: Any) -> str:
+    """What the config names as its attention, or named before a route went up."""
+    with _lock.held():
+        route = _routes.get(id(config))
+        name = config._attn_implementation_internal if route is None else route.host_implementation
+    return "eager" if name is None else name
 
 
 @contextmanager
 def routed_attention(config: Any) -> Iterator[None]:
     """Routes the attention of the language model with this text config to the `attend=` its layers are given.
 
-    Passes on one model may overlap: the first puts the route up, the last takes it down.
+    Passes on one config may overlap: the first puts the route up, the last takes it down.
     """
-    with _lock:
-        route = _routes.setdefault(id(config), _Route(config._attn_implementation_internal))
-        route.users += 1
-        ALL_ATTENTION_FUNCTIONS[NAME] = _attention_forward
-        config._attn_implementation_internal = NAME
-    try:
+    number = next(_numbers)
+    with undone(lambda: _take_down(config, number)):
+        with _lock.held():
+            route = _routes.setdefault(id(config), _Route(config._attn_implementation_internal))
+            route.passes.add(number)
+            ALL_ATTENTION_FUNCTIONS[NAME] = _attention_forward
+            ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, _host_mask)
+            config._attn_implementation_internal = NAME
         yield
-    finally:
-        with _lock:
-            route.users -= 1
-            if route.users == 0:
-                config._attn_implementation_internal = route.host_implementation
-                del _routes[id(config)]
-            if not _routes:
-                del ALL_ATTENTION_FUNCTIONS[NAME]
+
+
+def _take_down(config: Any, number: int) -> None:
+    with _lock.held():
+        route = _routes.get(id(config))
+        if route is None:
+            return
+        route.passes.discard(number)
+        if not route.passes:
+            config._attn_implementation_internal = route.host_implementation
+            del _routes[id(config)]
+        if not _routes and not _host_runs_elsewhere():
+            for names in (ALL_ATTENTION_FUNCTIONS._local_mapping, ALL_MASK_ATTENTION_FUNCTIONS._global_mapping):
+                names.pop(NAME, None)
+
+
+def _host_runs_elsewhere() -> bool:
+    """Whether another thread is within the host, where it may be about to look up the name that it read of a config."""
+    for thread, frame in sys._current_frames().items():
+        while thread != get_ident() and frame is not None:
+            if frame.f_globals.get("__name__", "").startswith("transformers"):
+                return True
+            frame = frame.f_back  # type: ignore[assignment]
+    return False
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, visible: Visibility = CAUSAL) -> Tensor:

@@ -1,4 +1,4 @@
-"""One call of the host's `generate` on a patched model, and what it took."""
+"""One call of the host's `generate` through our pass, and what it took."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mminfer.errors import UnsupportedModelError
 from mminfer.forward.call_state import CallState
 from mminfer.metrics.memory import Peak
 from mminfer.metrics.stats import CallTimes
-from mminfer.patching import PatchHandle
+from mminfer.patching import ModelPass
 from mminfer.running.options import GenerationArguments
 
 
@@ -19,8 +20,8 @@ class GenerationCall:
     """One call of the host's `generate`, and what it took.
 
     Args:
-        handle: the patch that is on the model.
-        state: what the call is doing, in force on the patch.
+        handle: the pass behind the model.
+        state: what the call is doing, in force on the pass.
         arguments: of the call.
         backends: what runs each op, filled in on the way.
         peak: of the memory, known once the call is over.
@@ -32,7 +33,7 @@ class GenerationCall:
 
     def __init__(
         self,
-        handle: PatchHandle,
+        handle: ModelPass,
         state: CallState,
         arguments: GenerationArguments,
         backends: dict[str, str],
@@ -44,10 +45,19 @@ class GenerationCall:
         self.logits: Tensor | None = None
 
     def generate(self, inputs: dict[str, Any]) -> None:
-        """Runs it; inputs: the model's, with `input_ids` [B, N]."""
+        """Runs it; inputs: the model's, with `input_ids` [B, N].
+
+        Raises:
+            UnsupportedModelError: the model answered by another way than our pass.
+        """
         arguments = {**self.arguments.given, "return_dict_in_generate": True}
         result = self.handle.model.generate(**inputs, **arguments)
         self._end = time.perf_counter()
+        if not self.handle.records or self.state.waits:
+            raise UnsupportedModelError(
+                f"{type(self.handle.model).__name__}.generate did not call the model it belongs to, so that the "
+                "settings had no effect: take away what has replaced it on this model"
+            )
         self.new_ids = result.sequences[:, inputs["input_ids"].shape[1] :]
         self.logits = None if result.get("logits") is None else torch.stack(result.logits, 1)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,11 +22,11 @@ from mminfer.metrics.stats import stats_of
 from mminfer.metrics.vision import vision_shares
 from mminfer.models.adapter import ModelAdapter
 from mminfer.output import GenerationOutput
-from mminfer.patching import patched
+from mminfer.patching import StandIn
 from mminfer.running.call import GenerationCall
 from mminfer.running.model_lock import lock_of
 from mminfer.running.options import GenerationArguments, RunOptions
-from mminfer.running.prompt_reader import PromptReader
+from mminfer.running.prompt_reader import PromptReader, ReadingCancelled
 
 
 class Runner:
@@ -63,17 +64,18 @@ class Runner:
         Args:
             inputs: of a batch, as the processor makes them.
             start: `time.perf_counter()` when the request came in.
-            stopped: as for `answer`, but never called, since one pass cannot be stopped.
+            stopped: as for `answer`, but called before the prompt only, since one pass cannot be stopped.
             generation_kwargs: the host's.
 
         Raises:
             InputError: the host knows no such argument.
+            ReadingCancelled: `stopped` gave True.
         """
         arguments = self._checked(generation_kwargs)
         given = inputs.get(GIVEN_ROWS)
         if given is not None:
             given = given.repeated(arguments.expand_size)
-        with self._generating(arguments, given_embeddings=given) as call:
+        with self._generating(arguments, given_embeddings=given) as call, self._turn(stopped):
             call.generate({name: value for name, value in inputs.items() if name != GIVEN_ROWS})
         record = call.handle.records[-1]
         if not record.vision_flops:  # the host's `generate` encodes before it calls the model
@@ -86,8 +88,10 @@ class Runner:
         If anything raises, what some pieces left in a cache stays there: it is the caller's to put it back.
         """
         state = CallState(options.chunk_size)
-        with self._lock, patched(self._model, self._config) as handle, handle.begin(state):
-            PromptReader(handle, state, options.progress).read(readings, caches)
+        with self._lock.reading():
+            handle = StandIn(self._model, self._config)
+            with handle.begin(state):
+                PromptReader(handle, state, self._turn, options.progress).read(readings, caches)
 
     def answer(
         self,
@@ -114,15 +118,20 @@ class Runner:
         """
         arguments = self._checked(generation_kwargs)
         with self._generating(arguments, options.chunk_size) as call:
-            reader = PromptReader(call.handle, call.state, options.progress, stopped)
-            logits, records = reader.read(readings, caches)
+            reader = PromptReader(call.handle, call.state, partial(self._turn, stopped), options.progress, stopped)
+            with self._lock.reading():
+                logits, records = reader.read(readings, caches)
             cache, expand_size = CompressedCache.stack(caches), arguments.expand_size
             if expand_size > 1:  # the host repeats its inputs so, but not a cache that it is given
                 cache.batch_repeat_interleave(expand_size)
                 logits = logits.repeat_interleave(expand_size, 0)
-            with call.state.resuming(cache, logits):
+            with self._turn(stopped), call.state.resuming(cache, logits):
                 call.generate({**self._placeholders([r.ids for r in readings]), CACHE_NAME: cache})
         return self._outputs(call, stacked(records), start)
+
+    def check_free(self) -> None:
+        """Raises `InputError` if this thread asks the model from within a call of it, for which it would wait."""
+        self._lock.check()
 
     def check_arguments(self, generation_kwargs: dict[str, Any], *, one_answer_for: str | None = None) -> None:
         """Refuses what the host would refuse behind the prompt only; see `GenerationArguments.check`."""
@@ -140,15 +149,27 @@ class Runner:
         """A call, whose state is in force within the `with` block and nowhere else."""
         if "stop_strings" in arguments.given:
             arguments.given.setdefault("tokenizer", self._processor.tokenizer)
+        self.check_free()
         state = CallState(chunk_size, arguments.finishing_ids, arguments.headroom, given_embeddings=given_embeddings)
+        handle = StandIn(self._model, self._config, self._compile)
         with (
-            self._lock,
-            patched(self._model, self._config, self._compile) as handle,
             handle.begin(state),
             record_backends() as backends,
             peak_memory(self.device) as peak,
         ):
             yield GenerationCall(handle, state, arguments, backends, peak)
+
+    @contextmanager
+    def _turn(self, stopped: Callable[[], bool] | None = None) -> Iterator[None]:
+        """Within it the model is this call's; `ReadingCancelled` is raised in place of waiting for nobody."""
+
+        def wait() -> None:
+            if stopped is not None and stopped():
+                raise ReadingCancelled
+
+        with self._lock.turn(None if stopped is None else wait):
+            wait()
+            yield
 
     def _placeholders(self, rows: Sequence[list[int]]) -> dict[str, Tensor]:
         """What the host's `generate` wants to see of prompts that the cache holds already.
