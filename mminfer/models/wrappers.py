@@ -57,8 +57,8 @@ def _without_adapters(model: Any) -> Any:
     for name, config in getattr(model, "peft_config", {}).items():
         if getattr(config, "is_prompt_learning", False) or getattr(config, "is_adaption_prompt", False):
             raise UnsupportedModelError(
-                f"adapter {name!r} of the {type(model).__name__} ({getattr(config, 'peft_type', None)}) adds to prompts "
-                "or caches outside of the model's layers: wanted LoRA or another that changes the layers; drop it, or "
+                f"adapter {name!r} ({getattr(config, 'peft_type', None)}) of the {type(model).__name__} adds to "
+                "prompts or caches outside of the layers: wanted LoRA or another that changes the layers; drop it, or "
                 "generate with the model as it is"
             )
     return model.get_base_model() if hasattr(model, "get_base_model") else model.model

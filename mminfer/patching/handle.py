@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 from mminfer.config import InferenceConfig
 from mminfer.errors import InputError
 from mminfer.forward.turns import TurnLock, undone
@@ -33,7 +35,8 @@ class PatchHandle(ModelPass):
         check_weights(model)
         self._host_state = {name: getattr(self.adapter.base, name) for name in self.adapter.host_state}
         self._turns = TurnLock()
-        self._hanging = Hanging(model, self.forward)
+        # A compiler that the caller has put around the model is not to look into the pass.
+        self._hanging = Hanging(model, torch.compiler.disable(self.forward))
 
     @property
     def is_on(self) -> bool:

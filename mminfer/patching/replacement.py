@@ -29,10 +29,12 @@ class Replacement:
         active: whether calls go to `run`.
     """
 
+    # No dictionary: whoever wraps a function takes over what is in it.
+    __slots__ = ("__name__", "__signature__", "__wrapped__", "_keywords", "_run", "active", "original")
+
     def __init__(self, original: Forward, run: Callable[[dict[str, Any]], Any]) -> None:
         self.original, self.active, self._run = original, True, run
-        self.__wrapped__ = original
-        self.__name__, self.__doc__ = getattr(original, "__name__", "forward"), original.__doc__
+        self.__wrapped__, self.__name__ = original, getattr(original, "__name__", "forward")
         self.__signature__ = inspect.signature(original)
         parameters = self.__signature__.parameters.values()
         self._keywords = next((p.name for p in parameters if p.kind is p.VAR_KEYWORD), "")
