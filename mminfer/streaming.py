@@ -91,6 +91,12 @@ class TextStream(Iterator[str]):
         self.close()
 
     def __del__(self) -> None:
+        try:
+            self._let_go()
+        finally:  # once more, for an interrupt that came in between
+            self._let_go()
+
+    def _let_go(self) -> None:
         if hasattr(self, "_work"):
             self._work.stop = True
 
@@ -105,7 +111,10 @@ class _Loop(Iterator[str]):
         return next(self._stream)
 
     def __del__(self) -> None:
-        self._stream._leave()
+        try:
+            self._stream._leave()
+        finally:  # once more, for an interrupt that came in between
+            self._stream._leave()
 
 
 class _Work:

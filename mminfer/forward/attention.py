@@ -126,14 +126,13 @@ def routed_attention(config: Any) -> Iterator[None]:
 def _take_down(config: Any, number: int) -> None:
     with _lock.held():
         route = _routes.get(id(config))
-        if route is None:
-            return
-        route.passes.discard(number)
-        if not route.passes:
-            config._attn_implementation_internal = route.host_implementation
-            del _routes[id(config)]
-        if not _routes and not _host_runs_elsewhere():
-            for names in (ALL_ATTENTION_FUNCTIONS._local_mapping, ALL_MASK_ATTENTION_FUNCTIONS._global_mapping):
+        if route is not None:
+            route.passes.discard(number)
+            if not route.passes:
+                config._attn_implementation_internal = route.host_implementation
+                del _routes[id(config)]
+        if NAME in ALL_ATTENTION_FUNCTIONS and not _routes and not _host_runs_elsewhere():
+            for names in (ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, ALL_ATTENTION_FUNCTIONS._local_mapping):
                 names.pop(NAME, None)
 
 

@@ -74,7 +74,7 @@ class Origin:
 
     def check(self, cache: CompressedCache) -> None:
         """Raises `InputError` if another model, or other positions, made a cache to go on from."""
-        if cache.origin is self or cache.origin is None or cache.origin == self:
+        if cache.origin is None or cache.origin == self:
             return
         if cache.origin.model != self.model:
             raise InputError(f"{CACHE_NAME} was filled by another model: go on with the one that made it")

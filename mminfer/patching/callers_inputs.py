@@ -9,7 +9,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from mminfer.errors import InputError
 from mminfer.forward.call_state import CallState, tokens_of
-from mminfer.forward.kv_cache import CACHE_NAME, CompressedCache
+from mminfer.forward.kv_cache import CACHE_NAME, CompressedCache, Origin
 
 
 def cache_for(handed: Any) -> CompressedCache:
@@ -43,11 +43,46 @@ def cache_for(handed: Any) -> CompressedCache:
     return CompressedCache()
 
 
+def check_continuation(cache: CompressedCache, origin: Origin) -> None:
+    """Raises `InputError` unless a pass may go on from what the cache holds.
+
+    Args:
+        cache: what came before.
+        origin: by what the pass makes its own caches.
+    """
+    if cache.ends_in_padding:
+        raise InputError(f"a row of {CACHE_NAME} ends in padding: pad prompts on the left to go on from them")
+    if cache.origin is not origin:
+        origin.check(cache)
+
+
 def check_batch(rows: int, cache: CompressedCache) -> None:
     """Raises `InputError` unless the cache holds so many sequences."""
     held = len(cache.tokens)
     if rows != held:
         raise InputError(f"{CACHE_NAME} holds {held} sequences, the inputs have {rows}: one for each row")
+
+
+def check_holes(inputs: dict[str, Any], window: int | None) -> None:
+    """Refuses zeros between the tokens of a row where layers see a window of columns, which a pass does not have.
+
+    Args:
+        inputs: the model's, of a prompt.
+        window: columns that layers of sliding attention see; None: there are none.
+
+    Raises:
+        InputError: there are zeros, and more columns than a window's.
+    """
+    mask = inputs.get("attention_mask")
+    if window is None or not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] <= window:
+        return
+    ones = mask.bool().long()
+    between = ones.shape[1] - ones.argmax(-1) - ones.flip(-1).argmax(-1)  # from a row's first token to its last
+    if bool((ones.sum(-1) < between).any()):
+        raise InputError(
+            f"attention_mask has zeros between tokens, and layers of this model see the last {window} columns, zeros "
+            "too: leave these tokens out of the prompt"
+        )
 
 
 def check_mask(call: CallState, inputs: dict[str, Any], cache: CompressedCache, last_only: bool) -> bool:
@@ -69,8 +104,6 @@ def check_mask(call: CallState, inputs: dict[str, Any], cache: CompressedCache, 
     mask, new = inputs.get("attention_mask"), tokens_of(inputs).shape[1]
     if cache.logical_length:
         check_batch(len(tokens_of(inputs)), cache)
-        if cache.ends_in_padding:
-            raise InputError(f"a row of {CACHE_NAME} ends in padding: pad prompts on the left to go on from them")
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         return False
     own_columns = mask.shape[1] == cache.logical_length + new

@@ -64,8 +64,10 @@ class PatchHandle(ModelPass):
 
         What others have put over the patch since, or in its place, stays, and calls the host's own `forward` then.
         """
-        with undone(self._take_off):
-            pass
+        try:
+            self._take_off()
+        finally:  # once more, for an interrupt that came in between
+            self._take_off()
 
     def _take_off(self) -> None:
         if not self.is_on:

@@ -24,7 +24,7 @@ from mminfer.metrics.vision import vision_shares
 from mminfer.models.adapter import ModelAdapter
 from mminfer.models.registry import adapter_for
 from mminfer.models.wrappers import check_layers
-from mminfer.patching.callers_inputs import cache_for, check_batch, check_mask
+from mminfer.patching.callers_inputs import cache_for, check_batch, check_continuation, check_holes, check_mask
 from mminfer.patching.replacement import check_unpatched
 
 _REFUSED = {
@@ -121,7 +121,7 @@ class ModelPass:
         logits = call.take_last_logits(cache)
         if logits is None:
             if cache.logical_length:
-                self._origin.check(cache)
+                check_continuation(cache, self._origin)
             is_step = call.is_step(inputs, cache)
             logits = self._step(call, inputs, cache) if is_step else self._prompt(call, inputs, cache)
         if handed is not None and handed is not cache:  # the caller's own, or the empty one that `generate` brings
@@ -169,6 +169,7 @@ class ModelPass:
                 raise InputError(f"{name}: a patched model gives no {what}; undo() the patch for this call")
         keep = inputs.get("logits_to_keep", 0)
         last_only = isinstance(keep, int) and keep == 1
+        check_holes(inputs, self.adapter.spec.sliding_window)
         ends_in_padding = check_mask(call, inputs, cache, last_only or self.config.removes_rows)
         embeds, layout = self.adapter.embed(inputs, call.take_given_embeddings())
         options = PassOptions(tokens_of(inputs).shape[1], call.chunk_size, last_only, call.progress)
