@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from mminfer.errors import InputError
 from mminfer.forward.kv_cache import CompressedCache
 from mminfer.forward.native_build import prepare_kernels
 from mminfer.forward.storage import cache_facts, cache_tensors, restore_cache
+from mminfer.forward.turns import undone
 from mminfer.inputs.content import MEDIA_OPTIONS, MediaOptions
 from mminfer.inputs.parts import TextPart
 from mminfer.inputs.reader import RequestReader
@@ -69,6 +70,9 @@ class Chat:
     The template is rendered with marks in place of answers, and a turn is whatever the new rendering adds to the old
     one: nothing that is in the cache is ever tokenised or computed again.
 
+    One turn at a time: whatever else is asked of a chat meanwhile, from another thread or from content that is being
+    read, is refused.
+
     Attributes:
         cache: the compressed cache of all turns so far.
 
@@ -94,6 +98,7 @@ class Chat:
         self._reader, self._runner = reader, runner
         self._identity, self._options = identity, options
         self.cache = CompressedCache()
+        self._busy: dict[str, _Turn] = {}  # holds the turn that is under way
         self._transcript = Transcript()
         if system is not None:
             self._transcript = Transcript((_system_message(reader, system),))
@@ -109,16 +114,16 @@ class Chat:
             options: none; `engine.chat` takes those of all turns.
 
         Raises:
-            InputError: the content is wrong, or there are options; the chat is as it was.
+            InputError: the content is wrong, there are options, or a turn is under way; the chat is as it was.
         """
         _refuse_options_of_all_turns("read", options)
         if options:
             raise InputError(f"read() knows no argument {', '.join(options)}: leave it out, or give it to send()")
-        reading = self._reading(content, closes=False)
-        prepare_kernels(self._reader.device)
-        with self._kept_on_errors():
+        with self._turn("read"):
+            reading = self._reading(content, closes=False)
+            prepare_kernels(self._reader.device)
             self._runner.read([reading], [self.cache], self._options.run)
-        self._transcript = reading.transcript
+            self._transcript = reading.transcript
 
     def send(self, content: Any, max_new_tokens: int | None = None, **generation_kwargs: Any) -> GenerationOutput:
         """Ends the user's turn with this content and answers.
@@ -129,7 +134,7 @@ class Chat:
             generation_kwargs: the host's, on top of those the chat was made with.
 
         Raises:
-            InputError: the content or an argument is wrong; the chat is as it was.
+            InputError: the content or an argument is wrong, or a turn is under way; the chat is as it was.
         """
         start = time.perf_counter()
         _refuse_options_of_all_turns("send", generation_kwargs)
@@ -137,25 +142,34 @@ class Chat:
             generation_kwargs["max_new_tokens"] = max_new_tokens
         kwargs = overridden(self._options.generation, generation_kwargs)
         settings = self._runner.settings(kwargs, one_answer_for=ONE_ANSWER)
-        reading = self._reading(content, closes=True)
-        start += prepare_kernels(self._reader.device)
-        with self._kept_on_errors():
+        with self._turn("send"):
+            reading = self._reading(content, closes=True)
+            start += prepare_kernels(self._reader.device)
             (output,) = self._runner.answer([reading], [self.cache], start, self._options.run, settings)
-        self._transcript = reading.transcript.answered(output.token_ids)
+            self._transcript = reading.transcript.answered(output.token_ids)
         return output
 
     def fork(self) -> Chat:
-        """An independent copy: several questions can be asked of what was read once."""
-        other = copy.copy(self)
-        other.cache = self.cache.clone()
+        """An independent copy: several questions can be asked of what was read once.
+
+        Raises:
+            InputError: a turn is under way.
+        """
+        with self._turn("fork"):
+            other = copy.copy(self)
+            other.cache, other._busy = self.cache.clone(), {}
         return other
 
     def save(self, path: str | Path) -> None:
         """Writes the chat to a safetensors file: cache, turns so far, and what made them. Pixels are not kept.
 
         Raises:
-            InputError: the file cannot be written.
+            InputError: the file cannot be written, or a turn is under way.
         """
+        with self._turn("save"):
+            self._write(path)
+
+    def _write(self, path: str | Path) -> None:
         facts = {**self._identity.to_dict(), "cache": cache_facts(self.cache), **self._transcript.to_dict()}
         try:
             save_file(cache_tensors(self.cache), path, {"mminfer_chat": json.dumps(facts)})
@@ -166,7 +180,8 @@ class Chat:
         """Takes up a saved chat in place of this one's turns; `engine.load_chat(path)` is the usual way in.
 
         Raises:
-            InputError: there is no such file, it holds no chat, or another model or config made it.
+            InputError: there is no such file, it holds no chat, another model or config made it, or a turn is
+                under way.
         """
         try:
             with safe_open(path, "pt") as file:
@@ -181,7 +196,8 @@ class Chat:
                 raise InputError(
                     f"{path}: its {name} is {facts.get(name)}, this engine's {value}: load it where it fits"
                 )
-        self.cache, self._transcript = cache, transcript
+        with self._turn("restore"):
+            vars(self).update(cache=cache, _transcript=transcript)
         return self
 
     def _reading(self, content: Any, *, closes: bool) -> Reading:
@@ -189,14 +205,48 @@ class Chat:
         return self._reader.turn(self._transcript, content, self._options.media, closes=closes, size=size)
 
     @contextmanager
-    def _kept_on_errors(self) -> Iterator[None]:
-        """If anything raises, what came in is gone and the cache is as it was."""
-        restore = self.cache.snapshot()
-        try:
+    def _turn(self, method: str) -> Iterator[None]:
+        """Within it the chat is this call's. If anything raises, what came in is gone and the chat is as it was.
+
+        Raises:
+            InputError: another call is under way.
+        """
+        turn = _Turn(method)
+        with undone(lambda: self._end(turn)):
+            under_way = self._busy.setdefault("turn", turn)
+            if under_way is not turn:
+                raise InputError(
+                    f"{method}() while {under_way} of this chat is under way: wait until it has returned, or give each "
+                    "thread a fork() of its own"
+                )
+            turn.before = self.cache, self.cache.snapshot(), self._transcript
             yield
-        except BaseException:
+            turn.before = None
+
+    def _end(self, turn: _Turn) -> None:
+        """May be called at any time: it ends this turn alone, and takes it back unless it is through."""
+        if self._busy.get("turn") is not turn:
+            return
+        if turn.before is not None:
+            cache, restore, transcript = turn.before
             restore()
-            raise
+            vars(self).update(cache=cache, _transcript=transcript)
+        self._busy.clear()
+
+
+class _Turn:
+    """A call that is under way, and what the chat was before; None: nothing to go back to.
+
+    Args:
+        method: of the chat.
+    """
+
+    def __init__(self, method: str) -> None:
+        self._method = method
+        self.before: tuple[CompressedCache, Callable[[], None], Transcript] | None = None
+
+    def __str__(self) -> str:
+        return f"{self._method}()"
 
 
 def _refuse_options_of_all_turns(method: str, given: dict[str, Any]) -> None:

@@ -25,6 +25,7 @@ from mminfer.inputs.reader import RequestReader
 from mminfer.inputs.request import Request
 from mminfer.models.loading import chosen_device, chosen_dtype
 from mminfer.models.registry import adapter_for, check_family
+from mminfer.models.wrappers import check_weights, unwrapped
 from mminfer.output import GenerationOutput
 from mminfer.running import GenerationSettings, Runner, RunOptions
 from mminfer.streaming import TextStream
@@ -39,15 +40,20 @@ _NOT_GIVEN: Any = object()
 class Engine:
     """Runs a Hugging Face vision-language model with the techniques of a config. The model stays as it is.
 
+    Calls of one model take turns, whichever engines and threads they come from. They run in eval mode, whatever mode
+    the model is in, and whoever calls the model itself meanwhile gets the host's own answer.
+
     Args:
-        model: a `...ForConditionalGeneration` of a supported family.
+        model: a `...ForConditionalGeneration` of a supported family; also within `torch.compile(model)`, which then has
+            no effect, or with adapters of peft that change its layers.
         processor: its processor.
         config: the techniques; None: all off.
         compile: decode by the host's modules under torch.compile; see `mminfer.patch`.
         verify: whether to compare our pass with the host's own first; see `mminfer.patch`.
 
     Raises:
-        UnsupportedModelError: the family has no adapter, or our pass is not the host's own for this language model.
+        UnsupportedModelError: the family has no adapter, weights are missing, the model stands in another wrapper, or
+            our pass is not the host's own for this language model.
         ConfigError: a setting does not fit the model, or the config is none.
     """
 
@@ -60,9 +66,10 @@ class Engine:
         verify: bool = True,
     ) -> None:
         self.config = InferenceConfig() if config is None else checked_config(config)
-        self.model: Any = model.eval()
+        self.model: Any = unwrapped(model)
         self.processor = processor
-        self.adapter = adapter_for(model)
+        self.adapter = adapter_for(self.model)
+        check_weights(self.model)
         self.config.check(self.adapter.spec)
         check_host(self.adapter, self.config, verify)
         self.runner = Runner(self.model, processor, self.adapter, self.config, compile)
@@ -202,6 +209,7 @@ class Engine:
             raise InputError("streamer: stream() has one of its own; use generate() with yours")
         options = self._call_options(given, "a stream is of one answer; use generate()")
         settings = self.runner.settings(options.generation)
+        self.runner.check_free()
         request = self.prepare_request(messages, options.media, options.run.chunk_size)
 
         def run(streamer: Any, stopping_criteria: Any, stopped: Callable[[], bool]) -> GenerationOutput:
@@ -296,7 +304,7 @@ class Engine:
         prepare_kernels(self.device)
         start = time.perf_counter() - request.preparation_s
         if request.inputs is not None:
-            return self.runner.run(request.inputs, start, settings)
+            return self.runner.run(request.inputs, start, settings, stopped)
         self._check_chunks(request.chunk_size)
         options = RunOptions(request.chunk_size, progress)
         readings = [begin() for begin in request.readings]

@@ -2,16 +2,19 @@
 
 The host's attention modules project, normalise and rotate, then call whatever function their config names. For the
 time of one pass that name is ours, and the function hands queries, keys and values to the callable that the pass gave
-each layer as a keyword argument. Nothing stays registered after the pass.
+each layer as a keyword argument. Whoever else runs the model meanwhile, in another thread, gives none: such a call goes
+to the function that the config named before.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from threading import Lock
+from dataclasses import dataclass, field
+from threading import get_ident
 from typing import Any, Protocol
 
 import torch
@@ -19,9 +22,11 @@ from mminfer_kernels import note_backend, prompt_attention
 from mminfer_kernels.prompt_attention.reference import blocked_attention
 from mminfer_kernels.tracing import watched
 from torch import Tensor, nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mminfer.errors import UnsupportedModelError
+from mminfer.forward.turns import TurnLock, undone
 
 NAME = "mminfer"
 # What attention modules may hand over beside the scale and the window: None always, these values, and what the passes
@@ -33,10 +38,10 @@ _OURS = frozenset({"position_ids", "use_cache"})
 @dataclass
 class _Route:
     host_implementation: str | None
-    users: int = 0
+    passes: set[int] = field(default_factory=set)  # numbers of those that go through it
 
 
-_lock = Lock()
+_lock, _numbers = TurnLock(), itertools.count()
 _routes: dict[int, _Route] = {}  # by the id of the text config
 
 
@@ -76,45 +81,81 @@ def _attention_forward(
     scaling: float | None = None,
     sliding_window: int | None = None,
     **others: Any,
-) -> tuple[Tensor, None]:
-    name = type(module).__name__
-    if attend is None:
-        raise UnsupportedModelError(
-            f"{name} does not hand on the keyword arguments that its layer is given, by which the passes reach its "
-            "attention"
-        )
+) -> tuple[Tensor, Tensor | None]:
+    if attend is None:  # not of our pass
+        others |= {"scaling": scaling, "sliding_window": sliding_window}
+        out: tuple[Tensor, Tensor | None] = _host_attention(module)(module, query, key, value, attention_mask, **others)
+        return out
     for argument, found in others.items():
         if found is not None and argument not in _OURS and (argument not in _NEUTRAL or found != _NEUTRAL[argument]):
             shown = f"a tensor of shape {list(found.shape)}" if isinstance(found, Tensor) else repr(found)[:200]
             raise UnsupportedModelError(
-                f"{name} hands {argument} to its attention ({shown}), which our pass would leave out; it honours a "
-                "scale and a window, and no dropout (model.eval())"
+                f"{type(module).__name__} hands {argument} to its attention ({shown}), which our pass would leave out; "
+                "it honours a scale and a window, and no dropout (model.eval())"
             )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return attend(query, key, value, scale, sliding_window).transpose(1, 2), None
+
+
+def _host_attention(module: Any) -> Callable[..., Any]:
+    """The attention of a module without our route."""
+    of_its_file = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    function: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get(_host_implementation(module.config), of_its_file)
+    return function
+
+
+def _host_mask(*args: Any, config: Any = None, **kwargs: Any) -> Any:
+    """The mask that the host makes for its own attention; `eager` for hosts that do not say which config asks."""
+    name = "eager" if config is None else _host_implementation(config)
+    return ALL_MASK_ATTENTION_FUNCTIONS[name](*args, config=config, **kwargs)
+
+
+def _host_implementation(config: Any) -> str:
+    """What the config names as its attention, or named before a route went up."""
+    with _lock.held():
+        route = _routes.get(id(config))
+        name = config._attn_implementation_internal if route is None else route.host_implementation
+    return "eager" if name is None else name
 
 
 @contextmanager
 def routed_attention(config: Any) -> Iterator[None]:
     """Routes the attention of the language model with this text config to the `attend=` its layers are given.
 
-    Passes on one model may overlap: the first puts the route up, the last takes it down.
+    Passes on one config may overlap: the first puts the route up, the last takes it down.
     """
-    with _lock:
-        route = _routes.setdefault(id(config), _Route(config._attn_implementation_internal))
-        route.users += 1
-        ALL_ATTENTION_FUNCTIONS[NAME] = _attention_forward
-        config._attn_implementation_internal = NAME
-    try:
+    number = next(_numbers)
+    with undone(lambda: _take_down(config, number)):
+        with _lock.held():
+            route = _routes.setdefault(id(config), _Route(config._attn_implementation_internal))
+            route.passes.add(number)
+            ALL_ATTENTION_FUNCTIONS[NAME] = _attention_forward
+            ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, _host_mask)
+            config._attn_implementation_internal = NAME
         yield
-    finally:
-        with _lock:
-            route.users -= 1
-            if route.users == 0:
+
+
+def _take_down(config: Any, number: int) -> None:
+    with _lock.held():
+        route = _routes.get(id(config))
+        if route is not None:
+            route.passes.discard(number)
+            if not route.passes:
                 config._attn_implementation_internal = route.host_implementation
                 del _routes[id(config)]
-            if not _routes:
-                del ALL_ATTENTION_FUNCTIONS[NAME]
+        if NAME in ALL_ATTENTION_FUNCTIONS and not _routes and not _host_runs_elsewhere():
+            for names in (ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, ALL_ATTENTION_FUNCTIONS._local_mapping):
+                names.pop(NAME, None)
+
+
+def _host_runs_elsewhere() -> bool:
+    """Whether another thread is within the host, where it may be about to look up the name that it read of a config."""
+    for thread, frame in sys._current_frames().items():
+        while thread != get_ident() and frame is not None:
+            if frame.f_globals.get("__name__", "").startswith("transformers"):
+                return True
+            frame = frame.f_back  # type: ignore[assignment]
+    return False
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, visible: Visibility = CAUSAL) -> Tensor:

@@ -55,6 +55,11 @@ class CallState:
         if self.chunk_size is not None and not is_whole(self.chunk_size, least=1):
             raise ConfigError(f"prefill_chunk_size={self.chunk_size!r}, wanted 1 or more tokens, or None for all")
 
+    @property
+    def is_reading(self) -> bool:
+        """Whether every forward pass is a stretch of a prompt, be it of one token."""
+        return self._prompt_only
+
     @contextmanager
     def reading(self, progress: Callable[[int], object] | None) -> Iterator[None]:
         """Within the `with` block every forward pass is a stretch of a prompt, be it of one token.
@@ -86,6 +91,11 @@ class CallState:
             yield
         finally:
             self.take_last_logits(cache)
+
+    @property
+    def waits(self) -> bool:
+        """Whether there are logits of a prompt for which the host has not asked."""
+        return self._last_logits is not None
 
     def take_last_logits(self, cache: CompressedCache) -> Tensor | None:
         """[B, 1, vocabulary], of a prompt that the cache holds already; None: there is none, or they were taken."""

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mminfer.errors import InputError
 from mminfer.forward.kv_layer import CompressedLayer
+from mminfer.technique import PositionTechnique
 
 HEADROOM = 64  # spare columns of a layer, for the tokens to come
 # What the host calls a cache, as an argument and in its outputs: it has changed the name.
@@ -52,6 +55,39 @@ class Continuation:
         return cls(*map(torch.cat, zip(*(part.columns for part in parts), strict=True)))
 
 
+@dataclass(frozen=True)
+class Origin:
+    """By what the keys of a cache were made, so that no other goes on from them.
+
+    Args:
+        model: a number of the language model.
+        positions: the technique that placed and rotated them.
+    """
+
+    model: int
+    positions: PositionTechnique | None
+
+    @classmethod
+    def of(cls, language_model: nn.Module, positions: PositionTechnique | None) -> Origin:
+        """Of what this language model makes."""
+        return cls(_model_numbers.setdefault(language_model, next(_numbers)), positions)
+
+    def check(self, cache: CompressedCache) -> None:
+        """Raises `InputError` if another model, or other positions, made a cache to go on from."""
+        if cache.origin is None or cache.origin == self:
+            return
+        if cache.origin.model != self.model:
+            raise InputError(f"{CACHE_NAME} was filled by another model: go on with the one that made it")
+        raise InputError(
+            f"{CACHE_NAME} was filled with positions={cache.origin.positions}, the patch has {self.positions}: go on "
+            "with the same positions"
+        )
+
+
+_model_numbers: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+_numbers = itertools.count()
+
+
 class CompressedCache(Cache):
     """What a prompt left behind: its entries in every layer, and where the sequences go on.
 
@@ -65,6 +101,8 @@ class CompressedCache(Cache):
         rotary_length: positions that the first pass into it reached; 0.0 before. Techniques that scale rotary
             frequencies by the length keep to it, since the keys held were rotated so.
         headroom: spare columns that a prompt pass leaves behind its entries, for the tokens to come.
+        origin: by what it was filled; None: nobody knows.
+        ends_in_padding: whether a row's last column is padding, from which the host would go on.
     """
 
     layers: list[CompressedLayer]  # type: ignore[assignment]
@@ -76,6 +114,8 @@ class CompressedCache(Cache):
         self.continuation = Continuation.behind_text(torch.empty(0, dtype=torch.float64))
         self.rotary_length = 0.0
         self.headroom = HEADROOM
+        self.origin: Origin | None = None
+        self.ends_in_padding = False
 
     def commit(
         self,
@@ -113,6 +153,13 @@ class CompressedCache(Cache):
 
         return restore
 
+    def move_into(self, other: Cache) -> CompressedCache:
+        """Makes an empty cache of the host's this one, so that whoever holds it finds it filled; gives that."""
+        for layer in self.layers:
+            layer.cache = other  # type: ignore[assignment]
+        other.__class__, other.__dict__ = CompressedCache, vars(self)
+        return other  # type: ignore[return-value]
+
     def advance(self, num_columns: int) -> None:
         """Makes columns that were written ahead in every layer part of the cache."""
         for layer in self.layers:
@@ -139,7 +186,7 @@ class CompressedCache(Cache):
     def clone(self) -> CompressedCache:
         """An independent copy: several questions can go on from one context."""
         out = CompressedCache()
-        out.headroom = self.headroom
+        out.headroom, out.origin, out.ends_in_padding = self.headroom, self.origin, self.ends_in_padding
         layers = [
             CompressedLayer([layer.row(b) for b in range(layer.batch_size)], layer.tokens_seen, out)
             for layer in self.layers
@@ -156,7 +203,7 @@ class CompressedCache(Cache):
         if len(caches) == 1:
             return caches[0]
         out = cls()
-        out.headroom = caches[0].headroom
+        out.headroom, out.origin = caches[0].headroom, caches[0].origin
         layers = [
             CompressedLayer([layer.row(0) for layer in of_all], [layer.tokens_seen[0] for layer in of_all], out)
             for of_all in zip(*(c.layers for c in caches), strict=True)

@@ -234,7 +234,10 @@ def through_layer(
             **adapter.layer_arguments(attend.layout.position[0][None]),
         )
     if not attend.entries:
-        raise UnsupportedModelError(f"{type(layer).__name__} ran without the attention that it was given")
+        raise UnsupportedModelError(
+            f"{type(layer).__name__} does not hand on the keyword arguments that it is given, by which the pass "
+            "reaches its attention"
+        )
     if companions is None or attend.layer_idx >= companions.shape[1]:
         return hidden
     return hidden.index_add(1, attend.layout.visual_rows, companions[None, :, attend.layer_idx])

@@ -143,8 +143,9 @@ class ModelAdapter:
             mask: [B, N] bool, False on padding.
         """
         position_ids = inputs.get("position_ids")
-        if position_ids is None:
-            position_ids = (mask.long().cumsum(-1) - 1).clamp_min(0)
+        if position_ids is None:  # columns, as the host counts them; what stands before a row shifts all of it alike
+            columns = torch.arange(mask.shape[1], device=mask.device)
+            position_ids = (columns - mask.long().argmax(-1, keepdim=True)).clamp_min(0)
         return position_ids.expand(mask.shape)[mask].double()[None]
 
     def rotary(

@@ -1,4 +1,4 @@
-"""One call of the host's `generate` on a patched model, and what it took."""
+"""One call of the host's `generate` through our pass, and what it took."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mminfer.errors import UnsupportedModelError
 from mminfer.forward.call_state import CallState
 from mminfer.metrics.memory import Peak
 from mminfer.metrics.stats import CallTimes
-from mminfer.patching import PatchHandle
+from mminfer.patching import ModelPass
 from mminfer.running.row_ends import RowEnds
 from mminfer.running.settings import GenerationSettings
 
@@ -21,8 +22,8 @@ class GenerationCall:
     """One call of the host's `generate`, and what it took.
 
     Args:
-        handle: the patch that is on the model.
-        state: what the call is doing, in force on the patch.
+        handle: the pass behind the model.
+        state: what the call is doing, in force on the pass.
         settings: of the call.
         backends: what runs each op, filled in on the way.
         peak: of the memory, known once the call is over.
@@ -35,7 +36,7 @@ class GenerationCall:
 
     def __init__(
         self,
-        handle: PatchHandle,
+        handle: ModelPass,
         state: CallState,
         settings: GenerationSettings,
         backends: dict[str, str],
@@ -48,7 +49,11 @@ class GenerationCall:
         self.logits: Tensor | None = None
 
     def generate(self, inputs: dict[str, Any]) -> None:
-        """Runs it; inputs: the model's, with `input_ids` [B, N]."""
+        """Runs it; inputs: the model's, with `input_ids` [B, N].
+
+        Raises:
+            UnsupportedModelError: the model answered by another way than our pass.
+        """
         columns, ends = inputs["input_ids"].shape[1], RowEnds()
         beams, criteria = self.settings.num_beams > 1, self.settings.stopping_criteria
         result = self.handle.model.generate(
@@ -58,6 +63,11 @@ class GenerationCall:
             stopping_criteria=list(criteria if beams else ends.watched(criteria)),
         )
         self._end = time.perf_counter()
+        if not self.handle.records or self.state.waits:
+            raise UnsupportedModelError(
+                f"{type(self.handle.model).__name__}.generate did not call the model it belongs to, so that the "
+                "settings had no effect: take away what has replaced it on this model"
+            )
         self.new_ids = result.sequences[:, columns:]
         stopped = ends.columns() or [0] * len(self.new_ids)
         if beams:

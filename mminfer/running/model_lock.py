@@ -1,33 +1,72 @@
-"""One call at a time on one model, whichever engines share it."""
+"""One call at a time on one model, whichever engines share it; and no call that would wait for itself."""
 
 from __future__ import annotations
 
-from threading import Lock, get_ident
-from weakref import WeakKeyDictionary
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from threading import get_ident
+from weakref import WeakKeyDictionary, ref
 
 from torch import nn
 
 from mminfer.errors import InputError
+from mminfer.forward.turns import TurnLock, undone
 
 
 class ModelLock:
-    """A lock that refuses a thread that would wait for itself."""
+    """The turns of a model's calls.
 
-    def __init__(self) -> None:
-        self._lock = Lock()
-        self._owner: int | None = None
+    Content that is being read may come from a caller's iterator, which may wait for whomever it likes: while it runs,
+    nobody holds the lock. It is its own thread alone that may not ask the model meanwhile.
 
-    def __enter__(self) -> None:
-        if self._owner == get_ident():
+    Args:
+        model: the host's.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._turns = TurnLock()
+        self._model = ref(model)
+        self._readers: set[int] = set()  # threads
+
+    def check(self) -> None:
+        """Raises `InputError` if this thread asks a model from within a call of that model."""
+        if get_ident() in self._readers:
             raise InputError(
                 "content that is being read asks the model that reads it: make it before, or load the model once more"
             )
-        self._lock.acquire()
-        self._owner = get_ident()
+        if self._turns.is_mine:
+            raise InputError(
+                "a streamer, a logits processor or a hook asks the model that is calling it: wait until the answer is "
+                "there, or load the model once more"
+            )
 
-    def __exit__(self, *args: object) -> None:
-        self._owner = None
-        self._lock.release()
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Within it, this thread reads content for the model, whose turns it takes piece by piece."""
+        self.check()
+        thread = get_ident()
+        with undone(lambda: self._readers.discard(thread)):
+            self._readers.add(thread)
+            yield
+
+    @contextmanager
+    def turn(self, wait: Callable[[], object] | None = None) -> Iterator[None]:
+        """Within it the model is this thread's, and in eval mode; its modules' modes are put back.
+
+        Args:
+            wait: called now and then while others have their turn; gives up by raising.
+        """
+        with self._turns.held(wait):
+            model = self._model()
+            training = [] if model is None else [module for module in model.modules() if module.training]
+            with undone(lambda: _set_training(training, True)):
+                _set_training(training, False)
+                yield
+
+
+def _set_training(modules: list[nn.Module], mode: bool) -> None:
+    for module in modules:
+        module.training = mode
 
 
 _locks: WeakKeyDictionary[nn.Module, ModelLock] = WeakKeyDictionary()
@@ -35,4 +74,4 @@ _locks: WeakKeyDictionary[nn.Module, ModelLock] = WeakKeyDictionary()
 
 def lock_of(model: nn.Module) -> ModelLock:
     """The one lock of this model."""
-    return _locks.setdefault(model, ModelLock())
+    return _locks.setdefault(model, ModelLock(model))

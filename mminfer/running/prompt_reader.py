@@ -1,8 +1,9 @@
-"""Taking readings in: the pieces of a prompt go through a patched model, one after the other, into a cache."""
+"""Taking readings in: the pieces of a prompt go through a model's pass, one after the other, into a cache."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 
 import torch
@@ -14,7 +15,7 @@ from mminfer.inputs.progress import ReadingBar, reading_bar
 from mminfer.inputs.reading import Reading
 from mminfer.layout import GIVEN_ROWS
 from mminfer.metrics.records import PromptRecord, joined
-from mminfer.patching import PatchHandle
+from mminfer.patching import ModelPass
 
 
 class ReadingCancelled(Exception):
@@ -22,11 +23,12 @@ class ReadingCancelled(Exception):
 
 
 class PromptReader:
-    """Takes readings in on a patched model.
+    """Takes readings in. What they read of is opened between the turns: it may come from a caller's iterator.
 
     Args:
-        handle: the patch that is on the model.
-        state: what the call is doing, in force on the patch.
+        handle: the pass behind the model.
+        state: what the call is doing, in force on the pass.
+        turn: holds the model while a piece goes through it.
         show_progress: whether to show a bar of the tokens read.
         stopped: called after each chunk; ends the reading if it gives True.
         check_length: told how many tokens a prompt has so far, before they go in; raises where these are too many.
@@ -34,13 +36,14 @@ class PromptReader:
 
     def __init__(
         self,
-        handle: PatchHandle,
+        handle: ModelPass,
         state: CallState,
+        turn: Callable[[], AbstractContextManager[None]],
         show_progress: bool,
         stopped: Callable[[], bool] | None = None,
         check_length: Callable[[int], object] | None = None,
     ) -> None:
-        self._handle, self._state = handle, state
+        self._handle, self._state, self._turn = handle, state, turn
         self._show_progress, self._stopped, self._check_length = show_progress, stopped, check_length
 
     def read(self, readings: Sequence[Reading], caches: Sequence[CompressedCache]) -> tuple[Tensor, list[PromptRecord]]:
@@ -70,7 +73,8 @@ class PromptReader:
             if self._check_length is not None:
                 self._check_length(cache.logical_length + inputs["input_ids"].shape[1])
             self._state.given_embeddings = inputs.pop(GIVEN_ROWS, None)
-            output = self._handle.model(**inputs, **{CACHE_NAME: cache}, logits_to_keep=1, use_cache=True)
+            with self._turn():
+                output = self._handle.model(**inputs, **{CACHE_NAME: cache}, logits_to_keep=1, use_cache=True)
             bar.expect(reading.parts_done, reading.parts_expected)
         return None if output is None else output.logits
 

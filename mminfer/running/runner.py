@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,11 +23,11 @@ from mminfer.metrics.vision import vision_shares
 from mminfer.models.adapter import ModelAdapter
 from mminfer.models.structure import running_device
 from mminfer.output import GenerationOutput
-from mminfer.patching import patched
+from mminfer.patching import StandIn
 from mminfer.running.call import GenerationCall
 from mminfer.running.model_lock import lock_of
 from mminfer.running.options import RunOptions
-from mminfer.running.prompt_reader import PromptReader
+from mminfer.running.prompt_reader import PromptReader, ReadingCancelled
 from mminfer.running.settings import GenerationSettings, resolve
 
 
@@ -57,16 +58,24 @@ class Runner:
         tokenizer, vocab_size = self._processor.tokenizer, self._adapter.spec.vocab_size
         return resolve(self._model, tokenizer, vocab_size, given, one_answer_for)
 
-    def run(self, inputs: dict[str, Any], start: float, settings: GenerationSettings) -> list[GenerationOutput]:
+    def run(
+        self,
+        inputs: dict[str, Any],
+        start: float,
+        settings: GenerationSettings,
+        stopped: Callable[[], bool] | None = None,
+    ) -> list[GenerationOutput]:
         """Generates from prepared inputs.
 
         Args:
             inputs: of a batch, as the processor makes them.
             start: `time.perf_counter()` when the request came in.
             settings: of the generation.
+            stopped: as for `answer`, but called before the prompt only, since one pass cannot be stopped.
 
         Raises:
             InputError: the prompt leaves no room for an answer.
+            ReadingCancelled: `stopped` gave True.
         """
         chats, columns = inputs["input_ids"].shape
         settings.check_rows(chats)
@@ -74,7 +83,7 @@ class Runner:
         given = inputs.get(GIVEN_ROWS)
         if given is not None:
             given = given.repeated(settings.expand_size)
-        with self._generating(settings, given_embeddings=given) as call:
+        with self._generating(settings, given_embeddings=given) as call, self._turn(stopped):
             call.generate({name: value for name, value in inputs.items() if name != GIVEN_ROWS})
         record = call.handle.records[0]  # the host's guidance has prompts of its own behind it
         if not record.vision_flops:  # the host's `generate` encodes before it calls the model
@@ -87,8 +96,10 @@ class Runner:
         If anything raises, what some pieces left in a cache stays there: it is the caller's to put it back.
         """
         state = CallState(options.chunk_size)
-        with self._lock, patched(self._model, self._config) as handle, handle.begin(state):
-            PromptReader(handle, state, options.progress).read(readings, caches)
+        with self._lock.reading():
+            handle = StandIn(self._model, self._config)
+            with handle.begin(state):
+                PromptReader(handle, state, self._turn, options.progress).read(readings, caches)
 
     def answer(
         self,
@@ -115,30 +126,48 @@ class Runner:
         """
         settings.check_rows(len(readings))
         with self._generating(settings, options.chunk_size) as call:
-            reader = PromptReader(call.handle, call.state, options.progress, stopped, settings.check_prompt)
-            logits, records = reader.read(readings, caches)
+            turn = partial(self._turn, stopped)
+            reader = PromptReader(call.handle, call.state, turn, options.progress, stopped, settings.check_prompt)
+            with self._lock.reading():
+                logits, records = reader.read(readings, caches)
             cache, expand_size = CompressedCache.stack(caches), settings.expand_size
             if expand_size > 1:  # the host repeats its inputs so, but not a cache that it is given
                 cache.batch_repeat_interleave(expand_size)
                 logits = logits.repeat_interleave(expand_size, 0)
-            with call.state.resuming(cache, logits):
+            with self._turn(stopped), call.state.resuming(cache, logits):
                 call.generate({**self._placeholders([r.ids for r in readings], settings), CACHE_NAME: cache})
         return self._outputs(call, stacked(records), start)
+
+    def check_free(self) -> None:
+        """Raises `InputError` if this thread asks the model from within a call of it, for which it would wait."""
+        self._lock.check()
 
     @contextmanager
     def _generating(
         self, settings: GenerationSettings, chunk_size: int | None = None, given_embeddings: GivenRows | None = None
     ) -> Iterator[GenerationCall]:
         """A call, whose state is in force within the `with` block and nowhere else."""
+        self.check_free()
         state = CallState(chunk_size, settings.finishing_ids, settings.headroom, given_embeddings=given_embeddings)
+        handle = StandIn(self._model, self._config, self._compile)
         with (
-            self._lock,
-            patched(self._model, self._config, self._compile) as handle,
             handle.begin(state),
             record_backends() as backends,
             peak_memory(self.device) as peak,
         ):
             yield GenerationCall(handle, state, settings, backends, peak)
+
+    @contextmanager
+    def _turn(self, stopped: Callable[[], bool] | None = None) -> Iterator[None]:
+        """Within it the model is this call's; `ReadingCancelled` is raised in place of waiting for nobody."""
+
+        def wait() -> None:
+            if stopped is not None and stopped():
+                raise ReadingCancelled
+
+        with self._lock.turn(None if stopped is None else wait):
+            wait()
+            yield
 
     def _placeholders(self, rows: Sequence[list[int]], settings: GenerationSettings) -> dict[str, Tensor]:
         """What the host's `generate` wants to see of prompts that the cache holds already: what it would see else.

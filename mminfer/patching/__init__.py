@@ -1,0 +1,7 @@
+"""Drop-in patching: a loaded model's own `forward` and `generate` take our prompt pass until it is undone."""
+
+from mminfer.patching.handle import PatchHandle, patch, patched
+from mminfer.patching.model_pass import ModelPass
+from mminfer.patching.stand_in import StandIn
+
+__all__ = ["ModelPass", "PatchHandle", "StandIn", "patch", "patched"]
