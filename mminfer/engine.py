@@ -12,7 +12,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from mminfer import nano
-from mminfer.chat import MAX_NEW_TOKENS, OF_ALL_TURNS, ONE_ANSWER, CallOptions, Chat, ChatIdentity
+from mminfer.chat import MAX_NEW_TOKENS, OF_ALL_TURNS, ONE_ANSWER, CallOptions, Chat
+from mminfer.chat_files import ChatIdentity
 from mminfer.config import InferenceConfig, checked_config
 from mminfer.errors import ConfigError, InputError, UnsupportedModelError
 from mminfer.forward.kv_cache import CompressedCache
@@ -57,6 +58,7 @@ class Engine:
         self.config.check(self.adapter.spec)
         self.runner = Runner(self.model, processor, self.adapter, self.config, compile)
         self.reader = RequestReader(self.model, processor, self.adapter)
+        self._identity = ChatIdentity(self.adapter, processor, self.config)
 
     @classmethod
     def from_pretrained(
@@ -115,7 +117,7 @@ class Engine:
     @property
     def fingerprint(self) -> str:
         """Tells models apart whose caches do not fit each other: geometry and dtype, not weights."""
-        return f"{self.adapter.spec} {self.model.dtype}"
+        return self._identity.geometry
 
     @overload
     def generate(
@@ -202,15 +204,14 @@ class Engine:
             ConfigError: the settings do not go with `prefill_chunk_size`.
         """
         options = self._call_options(kwargs, ONE_ANSWER)
-        identity = ChatIdentity(self.fingerprint, self.config.to_dict())
-        return Chat(self.reader, self.runner, identity, options, system)
+        return Chat(self.reader, self.runner, self._identity, options, system)
 
     def load_chat(self, path: str | Path, **kwargs: Any) -> Chat:
         """A chat that `chat.save(path)` wrote, ready for its next turn; arguments as for `chat`.
 
         Raises:
-            InputError: there is no such file, it holds no chat, another model or config made it, or an argument is
-                wrong.
+            InputError: there is no such file, it holds no chat, it was damaged or changed, another model or config made
+                it, or an argument is wrong.
         """
         if kwargs.get("system") is not None:
             raise InputError("system: a saved chat has kept its own system prompt: leave it out")
