@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import Any, overload
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText
 
 from mminfer import nano
 from mminfer.chat import MAX_NEW_TOKENS, OF_ALL_TURNS, ONE_ANSWER, CallOptions, Chat
 from mminfer.chat_files import ChatIdentity
 from mminfer.config import InferenceConfig, checked_config
-from mminfer.errors import ConfigError, InputError, UnsupportedModelError
+from mminfer.errors import ConfigError, InputError
 from mminfer.forward.kv_cache import CompressedCache
 from mminfer.forward.native_build import check_native_isa, prepare_kernels
 from mminfer.inputs.content import MEDIA_OPTIONS, MediaOptions
@@ -23,8 +24,9 @@ from mminfer.inputs.messages import is_batch
 from mminfer.inputs.parts import Message, Part
 from mminfer.inputs.reader import RequestReader
 from mminfer.inputs.request import Request
-from mminfer.models.loading import chosen_device, chosen_dtype
-from mminfer.models.registry import adapter_for, check_family
+from mminfer.models.checkpoint import checked_name
+from mminfer.models.loading import Checkpoint, check_model, chosen_device, chosen_dtype
+from mminfer.models.registry import adapter_for
 from mminfer.output import GenerationOutput
 from mminfer.running import Runner, RunOptions, check_length
 from mminfer.streaming import TextStream
@@ -45,6 +47,7 @@ class Engine:
 
     Raises:
         UnsupportedModelError: the family has no adapter.
+        InputError: the processor is none, or the model holds no numbers that passes can be made with.
         ConfigError: a setting does not fit the model, or the config is none.
     """
 
@@ -52,9 +55,12 @@ class Engine:
         self, model: nn.Module, processor: Any, config: InferenceConfig | None = None, compile: bool = False
     ) -> None:
         self.config = InferenceConfig() if config is None else checked_config(config)
+        self.adapter = adapter_for(model)
+        check_model(model)
+        if getattr(processor, "tokenizer", None) is None:
+            raise InputError(f"processor {processor!r:.100} has no tokenizer: pass the model's own, by AutoProcessor")
         self.model: Any = model.eval()
         self.processor = processor
-        self.adapter = adapter_for(model)
         self.config.check(self.adapter.spec)
         self.runner = Runner(self.model, processor, self.adapter, self.config, compile)
         self.reader = RequestReader(self.model, processor, self.adapter)
@@ -63,7 +69,7 @@ class Engine:
     @classmethod
     def from_pretrained(
         cls,
-        name_or_path: str = nano.NANO,
+        name_or_path: str | PathLike[str] = nano.NANO,
         config: InferenceConfig | None = None,
         device: str | torch.device | None = None,
         dtype: torch.dtype | str | None = None,
@@ -71,6 +77,10 @@ class Engine:
         **hf_kwargs: Any,
     ) -> Engine:
         """Loads a model and its processor by the host library; safetensors only.
+
+        Weights that are missing or of other sizes than the config says are an error, and nothing is loaded before
+        config, settings and processor are known to fit. Code that lies beside the weights is run only with
+        `trust_remote_code=True`.
 
         Args:
             name_or_path: a checkpoint's folder or hub name, or "nano" for the bundled model.
@@ -82,28 +92,21 @@ class Engine:
 
         Raises:
             UnsupportedModelError: the family has no adapter; nothing was loaded.
-            InputError: there is no such checkpoint.
+            InputError: there is no such checkpoint, something of it is missing or damaged, or an argument is wrong.
             ConfigError: a setting does not fit the model, or the config is none.
         """
         config = InferenceConfig() if config is None else checked_config(config)
-        path = str(nano.checkpoint_path()) if name_or_path == nano.NANO else name_or_path
-        shared = {k: hf_kwargs[k] for k in ("revision", "token", "cache_dir", "trust_remote_code") if k in hf_kwargs}
+        name = checked_name(name_or_path)
+        if device is not None and "device_map" in hf_kwargs:
+            raise InputError(f"device={device!r:.100} and device_map: pass one of them")
         device = chosen_device(device)
         dtype = chosen_dtype(dtype, device)
         check_native_isa()
-        try:
-            model_config = AutoConfig.from_pretrained(path, **shared)
-            check_family(model_config.model_type)
-            check_before_loading(model_config, config)
-            model: Any = AutoModelForImageTextToText.from_pretrained(
-                path, dtype=dtype, use_safetensors=True, **hf_kwargs
-            )
-            processor = AutoProcessor.from_pretrained(path, **shared)
-        except OSError as error:
-            raise InputError(f"no model, or no whole one, at {name_or_path!r}: {error}") from error
-        except KeyError as error:
-            raise UnsupportedModelError(f"{name_or_path}: {error}") from error
-        return cls(model if "device_map" in hf_kwargs else model.to(device=device), processor, config, compile)
+        checkpoint = Checkpoint(str(nano.checkpoint_path()) if name == nano.NANO else name, hf_kwargs)
+        model_config = checkpoint.config()
+        check_before_loading(model_config, config)
+        processor = checkpoint.processor(model_config)
+        return cls(checkpoint.model(dtype, device), processor, config, compile)
 
     @property
     def device(self) -> torch.device:
@@ -293,6 +296,11 @@ class Engine:
 
 def check_before_loading(model_config: Any, config: InferenceConfig) -> None:
     """Checks the settings against a model without weights: real ones may take minutes to load."""
-    with torch.device("meta"):
-        skeleton = AutoModelForImageTextToText.from_config(model_config)
+    try:
+        with torch.device("meta"):
+            skeleton = AutoModelForImageTextToText.from_config(model_config)
+    except Exception as error:  # the host raises anything
+        raise InputError(
+            f"no model can be made by this config.json: {error!r:.400}: wanted the checkpoint's own"
+        ) from error
     config.check(adapter_for(skeleton).spec)
