@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,13 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-
+from mminfer.chat_files import ChatIdentity, read_chat, write_chat
 from mminfer.errors import InputError
 from mminfer.forward.kv_cache import CompressedCache
 from mminfer.forward.native_build import prepare_kernels
-from mminfer.forward.storage import cache_facts, cache_tensors, restore_cache
 from mminfer.forward.turns import undone
 from mminfer.inputs.content import MEDIA_OPTIONS, MediaOptions
 from mminfer.inputs.parts import TextPart
@@ -27,26 +23,8 @@ from mminfer.inputs.transcript import Transcript
 from mminfer.output import GenerationOutput
 from mminfer.running import Runner, RunOptions, overridden
 
-FILE_FORMAT = 3  # since entries keep their size apart from their score
 ONE_ANSWER = "a chat goes on from one answer; use generate()"
 OF_ALL_TURNS = (*MEDIA_OPTIONS, "prefill_chunk_size", "progress")
-
-
-@dataclass(frozen=True)
-class ChatIdentity:
-    """What a saved chat must have in common with the engine that takes it up.
-
-    Args:
-        model: tells models apart whose caches do not fit each other.
-        config: the techniques, as `InferenceConfig.to_dict` gives them.
-    """
-
-    model: str
-    config: dict[str, Any]
-
-    def to_dict(self) -> dict[str, Any]:
-        """What the file says."""
-        return {"format": FILE_FORMAT, "model": self.model, "config": self.config}
 
 
 @dataclass(frozen=True)
@@ -163,39 +141,22 @@ class Chat:
     def save(self, path: str | Path) -> None:
         """Writes the chat to a safetensors file: cache, turns so far, and what made them. Pixels are not kept.
 
+        The file is written whole or not at all: an error or a killed process leaves there what was there before.
+
         Raises:
             InputError: the file cannot be written, or a turn is under way.
         """
         with self._turn("save"):
-            self._write(path)
-
-    def _write(self, path: str | Path) -> None:
-        facts = {**self._identity.to_dict(), "cache": cache_facts(self.cache), **self._transcript.to_dict()}
-        try:
-            save_file(cache_tensors(self.cache), path, {"mminfer_chat": json.dumps(facts)})
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{path}: could not be written ({error}): wanted a folder that is there") from error
+            write_chat(path, self.cache, self._transcript, self._identity)
 
     def restore(self, path: str | Path) -> Chat:
         """Takes up a saved chat in place of this one's turns; `engine.load_chat(path)` is the usual way in.
 
         Raises:
-            InputError: there is no such file, it holds no chat, another model or config made it, or a turn is
-                under way.
+            InputError: there is no such file, it holds no chat, it was damaged or changed, another model or config made
+                it, or a turn is under way; this chat is as it was.
         """
-        try:
-            with safe_open(path, "pt") as file:
-                facts = json.loads((file.metadata() or {})["mminfer_chat"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            cache = restore_cache(tensors, facts["cache"], self._reader.device)
-            transcript = Transcript.from_dict(facts)
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{path}: no saved chat ({error!r}): pass a file that chat.save() wrote") from error
-        for name, value in json.loads(json.dumps(self._identity.to_dict())).items():
-            if facts.get(name) != value:
-                raise InputError(
-                    f"{path}: its {name} is {facts.get(name)}, this engine's {value}: load it where it fits"
-                )
+        cache, transcript = read_chat(path, self._identity, self._reader.device)
         with self._turn("restore"):
             vars(self).update(cache=cache, _transcript=transcript)
         return self

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import Any, overload
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText
 
 from mminfer import nano
-from mminfer.chat import OF_ALL_TURNS, ONE_ANSWER, CallOptions, Chat, ChatIdentity
+from mminfer.chat import OF_ALL_TURNS, ONE_ANSWER, CallOptions, Chat
+from mminfer.chat_files import ChatIdentity
 from mminfer.config import InferenceConfig, checked_config
-from mminfer.errors import ConfigError, InputError, UnsupportedModelError
+from mminfer.errors import ConfigError, InputError
 from mminfer.forward.host_check import check_host
 from mminfer.forward.kv_cache import CompressedCache
 from mminfer.forward.native_build import check_native_isa, prepare_kernels
@@ -23,9 +25,10 @@ from mminfer.inputs.messages import is_batch
 from mminfer.inputs.parts import Message, Part
 from mminfer.inputs.reader import RequestReader
 from mminfer.inputs.request import Request
-from mminfer.models.loading import chosen_device, chosen_dtype
-from mminfer.models.registry import adapter_for, check_family
-from mminfer.models.wrappers import check_weights, unwrapped
+from mminfer.models.checkpoint import checked_name
+from mminfer.models.loading import Checkpoint, chosen_device, chosen_dtype
+from mminfer.models.registry import adapter_for
+from mminfer.models.wrappers import check_loaded, unwrapped
 from mminfer.output import GenerationOutput
 from mminfer.running import GenerationSettings, Runner, RunOptions
 from mminfer.streaming import TextStream
@@ -69,16 +72,17 @@ class Engine:
         self.model: Any = unwrapped(model)
         self.processor = processor
         self.adapter = adapter_for(self.model)
-        check_weights(self.model)
+        check_loaded(self.model)
         self.config.check(self.adapter.spec)
         check_host(self.adapter, self.config, verify)
         self.runner = Runner(self.model, processor, self.adapter, self.config, compile)
         self.reader = RequestReader(self.model, processor, self.adapter)
+        self._identity = ChatIdentity(self.adapter, processor, self.config)
 
     @classmethod
     def from_pretrained(
         cls,
-        name_or_path: str = nano.NANO,
+        name_or_path: str | PathLike[str] = nano.NANO,
         config: InferenceConfig | None = None,
         device: str | torch.device | None = None,
         dtype: torch.dtype | str | None = None,
@@ -87,6 +91,10 @@ class Engine:
         **hf_kwargs: Any,
     ) -> Engine:
         """Loads a model and its processor by the host library; safetensors only.
+
+        Weights that are missing or of other sizes than the config says are an error, and nothing is loaded before
+        config, settings and processor are known to fit. Code that lies beside the weights is run only with
+        `trust_remote_code=True`.
 
         Args:
             name_or_path: a checkpoint's folder or hub name, or "nano" for the bundled model.
@@ -99,29 +107,21 @@ class Engine:
 
         Raises:
             UnsupportedModelError: the family has no adapter; nothing was loaded.
-            InputError: there is no such checkpoint.
+            InputError: there is no such checkpoint, something of it is missing or damaged, or an argument is wrong.
             ConfigError: a setting does not fit the model, or the config is none.
         """
         config = InferenceConfig() if config is None else checked_config(config)
-        path = str(nano.checkpoint_path()) if name_or_path == nano.NANO else name_or_path
-        shared = {k: hf_kwargs[k] for k in ("revision", "token", "cache_dir", "trust_remote_code") if k in hf_kwargs}
+        name = checked_name(name_or_path)
+        if device is not None and "device_map" in hf_kwargs:
+            raise InputError(f"device={device!r:.100} and device_map: pass one of them")
         device = chosen_device(device)
         dtype = chosen_dtype(dtype, device)
         check_native_isa()
-        try:
-            model_config = AutoConfig.from_pretrained(path, **shared)
-            check_family(model_config.model_type)
-            check_before_loading(model_config, config)
-            model: Any = AutoModelForImageTextToText.from_pretrained(
-                path, dtype=dtype, use_safetensors=True, **hf_kwargs
-            )
-            processor = AutoProcessor.from_pretrained(path, **shared)
-        except OSError as error:
-            raise InputError(f"no model, or no whole one, at {name_or_path!r}: {error}") from error
-        except KeyError as error:
-            raise UnsupportedModelError(f"{name_or_path}: {error}") from error
-        model = model if "device_map" in hf_kwargs else model.to(device=device)
-        return cls(model, processor, config, compile, verify)
+        checkpoint = Checkpoint(str(nano.checkpoint_path()) if name == nano.NANO else name, hf_kwargs)
+        model_config = checkpoint.config()
+        check_before_loading(model_config, config)
+        processor = checkpoint.processor(model_config)
+        return cls(checkpoint.model(dtype, device), processor, config, compile, verify)
 
     @property
     def device(self) -> torch.device:
@@ -135,7 +135,7 @@ class Engine:
     @property
     def fingerprint(self) -> str:
         """Tells models apart whose caches do not fit each other: geometry and dtype, not weights."""
-        return f"{self.adapter.spec} {self.model.dtype}"
+        return self._identity.geometry
 
     @overload
     def generate(
@@ -230,15 +230,14 @@ class Engine:
             ConfigError: the settings do not go with `prefill_chunk_size`.
         """
         options = self._call_options(kwargs, ONE_ANSWER)
-        identity = ChatIdentity(self.fingerprint, self.config.to_dict())
-        return Chat(self.reader, self.runner, identity, options, system)
+        return Chat(self.reader, self.runner, self._identity, options, system)
 
     def load_chat(self, path: str | Path, **kwargs: Any) -> Chat:
         """A chat that `chat.save(path)` wrote, ready for its next turn; arguments as for `chat`.
 
         Raises:
-            InputError: there is no such file, it holds no chat, another model or config made it, or an argument is
-                wrong.
+            InputError: there is no such file, it holds no chat, it was damaged or changed, another model or config made
+                it, or an argument is wrong.
         """
         if kwargs.get("system") is not None:
             raise InputError("system: a saved chat has kept its own system prompt: leave it out")
@@ -341,6 +340,11 @@ def _with_length(kwargs: dict[str, Any], max_new_tokens: Any) -> dict[str, Any]:
 
 def check_before_loading(model_config: Any, config: InferenceConfig) -> None:
     """Checks the settings against a model without weights: real ones may take minutes to load."""
-    with torch.device("meta"):
-        skeleton = AutoModelForImageTextToText.from_config(model_config)
+    try:
+        with torch.device("meta"):
+            skeleton = AutoModelForImageTextToText.from_config(model_config)
+    except Exception as error:  # the host raises anything
+        raise InputError(
+            f"no model can be made by this config.json: {error!r:.400}: wanted the checkpoint's own"
+        ) from error
     config.check(adapter_for(skeleton).spec)

@@ -26,7 +26,7 @@ ORDER = (
     ("inputs",),
     ("patching",),
     ("running",),
-    ("streaming",),
+    ("streaming", "chat_files"),
     ("chat",),
     ("engine",),
     ("media",),

@@ -327,7 +327,7 @@ def test_unknown_media_options_are_named(engine):
     ],
 )
 def test_what_is_no_config_is_refused_at_once(engine, monkeypatch, config, found):
-    monkeypatch.setattr("mminfer.engine.AutoConfig.from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("mminfer.models.loading.AutoConfig.from_pretrained", lambda *_, **__: pytest.fail("loaded"))
     for act in (
         lambda: Engine(engine.model, engine.processor, config),
         lambda: Engine.from_pretrained("nano", config),

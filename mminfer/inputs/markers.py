@@ -18,6 +18,21 @@ _ROLES = (
 )
 
 
+def tokenizer_of(processor: Any) -> Any:
+    """The tokenizer of a processor.
+
+    Raises:
+        InputError: it is no processor of a vision-language model.
+    """
+    tokenizer = getattr(processor, "tokenizer", None)
+    if tokenizer is None or not hasattr(processor, "apply_chat_template"):
+        raise InputError(
+            f"the processor is {type(processor).__name__}: wanted the model's own, with a tokenizer and a chat "
+            "template: transformers.AutoProcessor.from_pretrained(...)"
+        )
+    return tokenizer
+
+
 class Markers:
     """Placeholders of media, and the filler of embeddings; each is found once.
 
@@ -32,12 +47,7 @@ class Markers:
 
     def __init__(self, processor: Any) -> None:
         self._processor = processor
-        self._tokenizer: Any = getattr(processor, "tokenizer", None)
-        if self._tokenizer is None or not hasattr(processor, "apply_chat_template"):
-            raise InputError(
-                f"the processor is {type(processor).__name__}: wanted the model's own, with a tokenizer and a chat "
-                "template: transformers.AutoProcessor.from_pretrained(...)"
-            )
+        self._tokenizer: Any = tokenizer_of(processor)
 
     @cached_property
     def kinds(self) -> dict[str, str]:

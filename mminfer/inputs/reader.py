@@ -14,7 +14,7 @@ from mminfer.inputs.assembling import Assembling
 from mminfer.inputs.content import Content, Entry, MediaOptions, PendingPart
 from mminfer.inputs.cutting import Cutting
 from mminfer.inputs.joints import Joints
-from mminfer.inputs.markers import Markers
+from mminfer.inputs.markers import Markers, tokenizer_of
 from mminfer.inputs.messages import load_entry, parse_chat, refuse_empty
 from mminfer.inputs.model_inputs import InputBuilder
 from mminfer.inputs.parts import EmbeddingPart, ImagePart, Message, Part, VideoPart
@@ -78,7 +78,8 @@ class RequestReader:
         return InputBuilder(self.processor, self.markers, self.device, self._model.dtype)
 
     def check_options(self, media: MediaOptions) -> None:
-        """Raises `InputError` for options that this model does not take."""
+        """Raises `InputError` for options that this model does not take, or where there is no processor to ask."""
+        tokenizer_of(self.processor)
         if media.max_video_tokens is not None and not self.supports_video:
             raise InputError("max_video_tokens: this model takes a video as single images; use num_frames")
 

@@ -1,13 +1,16 @@
-"""Models that stand in a wrapper: which are looked through, and which are refused by name."""
+"""Models as they are handed over: which wrappers are looked through, and which models are refused by name."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from mminfer.errors import UnsupportedModelError
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def unwrapped(model: Any) -> Any:
@@ -29,8 +32,20 @@ def unwrapped(model: Any) -> Any:
     return model
 
 
-def check_weights(model: nn.Module) -> None:
-    """Raises `UnsupportedModelError` where weights are missing, unless somebody's hook brings them in time."""
+def named_dtypes() -> str:
+    """Those that passes can be made in, for messages."""
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+
+
+def check_loaded(model: Any) -> None:
+    """Raises `UnsupportedModelError` where a model holds no numbers that passes can be made with.
+
+    Weights may be elsewhere if somebody's hook brings them in time.
+    """
+    if model.dtype not in DTYPES:
+        raise UnsupportedModelError(
+            f"the model is of dtype {model.dtype}: wanted one of {named_dtypes()}; load it with dtype="
+        )
     for name, module in model.named_modules():
         for own, parameter in module._parameters.items():
             if parameter is not None and parameter.is_meta and not hasattr(module, "_hf_hook"):

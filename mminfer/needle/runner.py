@@ -9,15 +9,14 @@ from itertools import chain
 from typing import Any
 
 from tqdm import tqdm
-from transformers import AutoConfig
 
 from mminfer import nano
 from mminfer.config import InferenceConfig
 from mminfer.engine import Engine, check_before_loading
-from mminfer.errors import ConfigError, UnsupportedModelError
+from mminfer.errors import ConfigError, InputError, UnsupportedModelError
 from mminfer.forward.native_build import prepare_kernels
 from mminfer.inputs.progress import PROGRESS
-from mminfer.models.registry import check_family
+from mminfer.models.loading import Checkpoint
 from mminfer.needle.protocol import NeedleProtocol, Question, Sample
 from mminfer.needle.scores import Answer
 from mminfer.output import GenerationOutput
@@ -122,11 +121,9 @@ def run(
 def _model_config(model: str) -> Any:
     """The host's configuration, or None where there is none: the engine says so better."""
     try:
-        config = AutoConfig.from_pretrained(str(nano.checkpoint_path()) if model == nano.NANO else model)
-        check_family(config.model_type)
-    except (OSError, ValueError, KeyError, UnsupportedModelError):
+        return Checkpoint(str(nano.checkpoint_path()) if model == nano.NANO else model).config()
+    except (InputError, UnsupportedModelError):
         return None
-    return config
 
 
 def _answers(name: str, engine: Engine, protocol: NeedleProtocol, sample: Sample, asking: Asking) -> Iterator[Answer]:

@@ -12,7 +12,7 @@ from mminfer.config import InferenceConfig
 from mminfer.errors import InputError
 from mminfer.forward.host_check import check_host
 from mminfer.forward.turns import TurnLock, undone
-from mminfer.models.wrappers import check_weights, unwrapped
+from mminfer.models.wrappers import check_loaded, unwrapped
 from mminfer.patching.model_pass import ModelPass
 from mminfer.patching.replacement import Hanging
 
@@ -38,7 +38,7 @@ class PatchHandle(ModelPass):
     ) -> None:
         model = unwrapped(model)
         super().__init__(model, config, compile, prefill_chunk_size)
-        check_weights(model)
+        check_loaded(model)
         check_host(self.adapter, config, verify)
         self._host_state = {name: getattr(self.adapter.base, name) for name in self.adapter.host_state}
         self._turns = TurnLock()

@@ -14,6 +14,7 @@ from torch import Tensor
 from mminfer.config import InferenceConfig
 from mminfer.forward.call_state import CallState
 from mminfer.forward.kv_cache import CACHE_NAME, CompressedCache
+from mminfer.inputs.markers import tokenizer_of
 from mminfer.inputs.reading import Reading
 from mminfer.layout import GIVEN_ROWS, GivenRows
 from mminfer.metrics.memory import peak_memory
@@ -55,7 +56,7 @@ class Runner:
 
     def settings(self, given: Mapping[str, Any], *, one_answer_for: str | None = None) -> GenerationSettings:
         """A call's arguments as settings of generation, before anything runs; see `resolve`."""
-        tokenizer, vocab_size = self._processor.tokenizer, self._adapter.spec.vocab_size
+        tokenizer, vocab_size = tokenizer_of(self._processor), self._adapter.spec.vocab_size
         return resolve(self._model, tokenizer, vocab_size, given, one_answer_for)
 
     def run(

@@ -152,6 +152,9 @@ def fake_processor():
     class Processor:
         tokenizer = Tokenizer()
 
+        def apply_chat_template(self, *args, **kwargs):
+            raise NotImplementedError
+
     return Processor()
 
 
