@@ -42,6 +42,7 @@ ISA_FLAGS = {  # the widest first
     "avx2": ("-march=x86-64-v3",),
     "baseline": (),
 }
+CAPABILITIES_ELSEWHERE = ("default", "vsx", "zvector", "sve", "sve128", "sve256", "sve512")  # than on x86
 SEAL_BYTES = 32  # a digest behind the library: a file cut short would not fail to load, but end the process later
 COMPILER_SECONDS, LONGEST_FILE_SECONDS = 30, 8  # on one core, all sources and the slowest of them
 LONGEST_WAIT_SECONDS = 300  # for another process that builds the same
@@ -59,24 +60,47 @@ def sources() -> Path:
     return (beside if beside.is_dir() else here.parents[1] / "csrc").resolve()  # git may write links as plain files
 
 
-def runnable_isas() -> tuple[str, ...]:
-    """The instruction sets that this processor runs, the widest first."""
+def processor_isas() -> tuple[str, ...]:
+    """The instruction sets that this processor runs, the widest first, whatever the environment says."""
     names = tuple(ISA_FLAGS)
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return names[-1:]
-    widest = {"AVX512": "avx512", "AVX2": "avx2"}.get(torch.backends.cpu.get_cpu_capability(), "baseline")
-    return names[names.index(widest) :]
+    asked = (("avx512", "_is_avx512_supported"), ("avx2", "_is_avx2_supported"))
+    found = [name for name, question in asked if getattr(torch.cpu, question, lambda: False)()]
+    return names[names.index(found[0] if found else "baseline") :]
+
+
+def runnable_isas() -> tuple[str, ...]:
+    """Those of them that torch uses, too: `ATEN_CPU_CAPABILITY` may keep it to fewer.
+
+    Raises:
+        ValueError: it names none, or one that this processor does not run, which ends the process in torch's kernels.
+    """
+    names = processor_isas()
+    chosen = os.environ.get("ATEN_CPU_CAPABILITY")
+    if not chosen:
+        return names
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        known = CAPABILITIES_ELSEWHERE
+    else:
+        known = tuple("default" if name == "baseline" else name for name in names)
+    if chosen not in known:
+        wanted = ", ".join(known)
+        raise ValueError(f"ATEN_CPU_CAPABILITY is {chosen[:100]!r}, wanted one of {wanted} on this machine, or nothing")
+    return names[names.index("baseline" if chosen not in names else chosen) :]
 
 
 def native_isa() -> str:
     """The instruction set to build for: the widest that this processor runs, or what `MMINFER_ISA` names.
 
     Raises:
-        ValueError: `MMINFER_ISA` names none, or one that this processor does not run.
+        ValueError: `MMINFER_ISA` or `ATEN_CPU_CAPABILITY` names none, or one that this processor does not run.
     """
     runnable, chosen = runnable_isas(), os.environ.get("MMINFER_ISA")
     if chosen and chosen not in runnable:
-        raise ValueError(f"MMINFER_ISA is {chosen!r}, wanted one of {', '.join(runnable)} on this machine, or nothing")
+        raise ValueError(
+            f"MMINFER_ISA is {chosen[:100]!r}, wanted one of {', '.join(runnable)} on this machine, or nothing"
+        )
     return chosen or runnable[0]
 
 

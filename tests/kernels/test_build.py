@@ -360,6 +360,49 @@ def test_an_instruction_set_that_cannot_be(monkeypatch):
     assert build.native_isa() == "avx2"
 
 
+def test_what_torch_is_told_to_use_is_held_to_the_processor(monkeypatch):
+    """Torch believes it, and ends in an illegal instruction."""
+    monkeypatch.setattr(build, "processor_isas", lambda: ("avx2", "baseline"))
+    monkeypatch.setattr(build.platform, "machine", lambda: "x86_64")
+    monkeypatch.delenv("MMINFER_ISA", raising=False)
+    for chosen, wanted in ((None, "avx2"), ("", "avx2"), ("avx2", "avx2"), ("default", "baseline")):
+        monkeypatch.setenv("ATEN_CPU_CAPABILITY", chosen or "")
+        assert build.native_isa() == wanted
+    for chosen in ("avx512", "AVX2", "baseline", "sve256", "nonsense", "x" * 1000):
+        monkeypatch.setenv("ATEN_CPU_CAPABILITY", chosen)
+        with pytest.raises(ValueError, match=r"ATEN_CPU_CAPABILITY is '\w{1,100}', wanted one of avx2, default on"):
+            build.native_isa()
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")
+    monkeypatch.setenv("MMINFER_ISA", "avx2")
+    with pytest.raises(ValueError, match="MMINFER_ISA is 'avx2', wanted one of baseline"):
+        build.native_isa()
+
+
+def test_the_processor_is_asked_and_not_the_environment(monkeypatch):
+    monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
+    assert build.runnable_isas() == build.processor_isas()
+    for names in (build.ISA_FLAGS, tuple(build.ISA_FLAGS)[1:], ("baseline",)):
+        monkeypatch.setattr(build.torch.cpu, "_is_avx512_supported", lambda names=names: "avx512" in names)
+        monkeypatch.setattr(build.torch.cpu, "_is_avx2_supported", lambda names=names: "avx2" in names)
+        monkeypatch.setattr(build.platform, "machine", lambda: "x86_64")
+        assert build.processor_isas() == tuple(names)
+    monkeypatch.setattr(build.platform, "machine", lambda: "aarch64")
+    assert build.processor_isas() == ("baseline",)
+
+
+@pytest.mark.parametrize("name", ["ATEN_CPU_CAPABILITY", "MMINFER_ISA"])
+def test_the_command_line_names_the_variable(name):
+    run = subprocess.run(
+        [sys.executable, "-c", "from mminfer.cli.main import main; main()", "generate", "--max-new-tokens", "1"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {name: "beyond"},
+    )
+    assert run.returncode == 2 and "Traceback" not in run.stderr
+    assert f"{name} is 'beyond'" in " ".join(run.stderr.split())
+
+
 def test_threads_load_once(monkeypatch):
     loads = []
 
