@@ -14,6 +14,7 @@ import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
 import threading
@@ -53,6 +54,10 @@ _loading = threading.Lock()
 _why_not = ""
 
 
+class UnsafeCacheError(RuntimeError):
+    """Another user may have put something into the kernel cache, which this process would run."""
+
+
 def sources() -> Path:
     """The folder of the C++ sources: beside this file, where a wheel has a copy and a checkout a link to it."""
     here = Path(__file__).resolve().parent
@@ -66,7 +71,7 @@ def processor_isas() -> tuple[str, ...]:
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return names[-1:]
     asked = (("avx512", "_is_avx512_supported"), ("avx2", "_is_avx2_supported"))
-    found = [name for name, question in asked if getattr(torch.cpu, question, lambda: False)()]
+    found = [name for name, question in asked if getattr(getattr(torch, "cpu", None), question, lambda: False)()]
     return names[names.index(found[0] if found else "baseline") :]
 
 
@@ -81,7 +86,7 @@ def runnable_isas() -> tuple[str, ...]:
     if not chosen:
         return names
     if platform.machine().lower() not in ("x86_64", "amd64"):
-        known = CAPABILITIES_ELSEWHERE
+        known: tuple[str, ...] = CAPABILITIES_ELSEWHERE
     else:
         known = tuple("default" if name == "baseline" else name for name in names)
     if chosen not in known:
@@ -111,6 +116,9 @@ def library(on_progress: Progress | None = None) -> ctypes.CDLL | None:
 
     Args:
         on_progress: told how many files are done, and of how many, if something is built.
+
+    Raises:
+        UnsafeCacheError: others may write to the folder that libraries are kept in, or have.
     """
     isa = native_isa()
     if isa not in _loaded:
@@ -176,19 +184,59 @@ def cache_folder() -> Path:
     return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mminfer"
 
 
+def check_private(path: Path) -> None:
+    """Raises `UnsafeCacheError` if anybody but this user and root may have put something at `path` or on the way.
+
+    On Windows, which keeps a user's folders from others, and for what is not there, it does nothing.
+
+    Args:
+        path: a file or folder of the cache; the folders from it up to the cache folder count as well.
+    """
+    if not hasattr(os, "geteuid"):
+        return
+    top = cache_folder()
+    for place in (path, *(folder for folder in path.parents if folder == top or top in folder.parents)):
+        link, found = (_stat(place, follow) for follow in (False, True))
+        if link is None or found is None:
+            continue
+        foreign = {link.st_uid, found.st_uid} - {0, os.geteuid()}
+        if foreign:
+            why, cure = f"belongs to user {foreign.pop()}", "remove it"
+        elif stat.S_IMODE(found.st_mode) & 0o022:
+            why, cure = f"may be written by others (mode {stat.S_IMODE(found.st_mode):o})", f"chmod -R go-w {place}"
+        elif place == path and stat.S_ISLNK(link.st_mode):
+            why, cure = f"is a link to {place.resolve()}", "remove it"
+        else:
+            continue
+        raise UnsafeCacheError(
+            f"{place} {why}, and what lies there would be run: {cure}, or set MMINFER_CACHE to a folder of your own"
+        )
+
+
+def _stat(path: Path, follow: bool) -> os.stat_result | None:
+    try:
+        return os.stat(path, follow_symlinks=follow)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
 def _load(isa: str, on_progress: Progress | None) -> ctypes.CDLL | None:
     global _why_not
     try:
         if _switched_off():
             raise OSError("MMINFER_NATIVE=0")
         path = cached_path(isa)
+        check_private(path)
         if not _is_whole(path):
             _check_buildable()
-            path.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(mode=0o700, exist_ok=True)
             with _alone_in(path.parent):
                 if not _is_whole(path):  # or another process was first
                     _build(path, isa, on_progress)
         return ctypes.CDLL(str(path))  # torch is loaded: one OpenMP runtime serves both
+    except UnsafeCacheError:  # not to be passed over: somebody may have meant it
+        raise
     except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
         _why_not = f"no native CPU kernels: {error}"
         logger.warning("mminfer: %s; the PyTorch reference runs instead", _why_not)
@@ -278,6 +326,7 @@ def _build(path: Path, isa: str, on_progress: Progress | None) -> None:
         _run([*_compiler(), "-shared", "-fopenmp", *map(str, units.values()), "-o", str(whole)])
         code = whole.read_bytes()
         whole.write_bytes(code + hashlib.sha256(code).digest())
+        whole.chmod(0o755)  # however the user's mask is: what others may write is not loaded
         os.replace(whole, path)  # where folders cannot be locked the last of several processes wins, each whole
     logger.info("mminfer: built the native CPU kernels in %.1f s (%s)", time.perf_counter() - start, path)
 

@@ -14,6 +14,9 @@ from pathlib import Path
 import pytest
 from mminfer_kernels import build
 
+from mminfer import InputError
+from mminfer.forward.native_build import prepare_kernels
+
 ROOT = Path(__file__).parents[2]
 SWITCHES = ("CXX", "MMINFER_CACHE", "MMINFER_ISA", "MMINFER_NATIVE")
 
@@ -401,6 +404,88 @@ def test_the_command_line_names_the_variable(name):
     )
     assert run.returncode == 2 and "Traceback" not in run.stderr
     assert f"{name} is 'beyond'" in " ".join(run.stderr.split())
+
+
+posix = pytest.mark.skipif(not hasattr(os, "geteuid"), reason="there are no owners here")
+
+
+def opened(folder, path):
+    folder.chmod(0o777)
+
+
+def opened_to_the_group(folder, path):
+    folder.chmod(0o770)
+
+
+def opened_file(folder, path):
+    path.chmod(0o666)
+
+
+def linked_file(folder, path):
+    path.rename(folder / "elsewhere.so")
+    path.symlink_to(folder / "elsewhere.so")
+
+
+def given_away(folder, path):
+    os.chown(path, 12345, -1)
+
+
+def folder_given_away(folder, path):
+    os.chown(folder, 12345, -1)
+
+
+def linked_to_anothers(folder, path):
+    folder.rename(folder.with_name("theirs"))
+    os.chown(folder.with_name("theirs"), 12345, -1)
+    folder.symlink_to(folder.with_name("theirs"))
+
+
+WAYS = (opened, opened_to_the_group, opened_file, linked_file, given_away, folder_given_away, linked_to_anothers)
+
+
+@posix
+@pytest.mark.parametrize("spoil", WAYS)
+def test_what_others_may_have_put_into_the_cache_is_not_run(monkeypatch, tmp_path, spoil):
+    monkeypatch.setenv("MMINFER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("MMINFER_ISA", "baseline")
+    monkeypatch.setattr(build, "_loaded", {})
+    path = build.cached_path("baseline")
+    path.parent.mkdir(mode=0o700)
+    path.write_bytes(b"never loaded")
+    path.chmod(0o644)
+    build.check_private(path)
+    try:
+        spoil(path.parent, path)
+    except PermissionError:
+        pytest.skip("only root gives files away")
+    with pytest.raises(build.UnsafeCacheError, match=rf"{tmp_path}/cache.*MMINFER_CACHE"):
+        build._load("baseline", None)
+    with pytest.raises(InputError, match="or set MMINFER_CACHE"):
+        prepare_kernels("cpu")
+
+
+@posix
+def test_a_folder_of_ones_own_behind_a_link_is_used(monkeypatch, tmp_path):
+    (tmp_path / "disk").mkdir(mode=0o700)
+    (tmp_path / "cache").symlink_to(tmp_path / "disk")
+    monkeypatch.setenv("MMINFER_CACHE", str(tmp_path / "cache"))
+    build.check_private(build.cached_path("baseline"))
+
+
+def test_where_there_are_no_owners_nothing_is_asked(monkeypatch, tmp_path):
+    monkeypatch.delattr(os, "geteuid", raising=False)
+    monkeypatch.setenv("MMINFER_CACHE", str(tmp_path))
+    tmp_path.chmod(0o777)
+    build.check_private(build.cached_path("baseline"))
+
+
+@posix
+def test_a_build_is_private_whatever_the_mask(small, native, tmp_path):
+    finish(start("import os; os.umask(0)\n" + LOAD, small, MMINFER_CACHE=tmp_path / "deep" / "cache"))
+    path = library_in(tmp_path / "deep" / "cache")
+    assert path.stat().st_mode & 0o022 == 0 and path.parent.stat().st_mode & 0o077 == 0
+    out, errors = finish(start("import os; os.umask(0)\n" + LOAD, small, MMINFER_CACHE=tmp_path / "deep" / "cache"))
+    assert out[0] == "native" and not errors
 
 
 def test_threads_load_once(monkeypatch):
