@@ -14,6 +14,7 @@ import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
 import threading
@@ -42,6 +43,7 @@ ISA_FLAGS = {  # the widest first
     "avx2": ("-march=x86-64-v3",),
     "baseline": (),
 }
+CAPABILITIES_ELSEWHERE = ("default", "vsx", "zvector", "sve", "sve128", "sve256", "sve512")  # than on x86
 SEAL_BYTES = 32  # a digest behind the library: a file cut short would not fail to load, but end the process later
 COMPILER_SECONDS, LONGEST_FILE_SECONDS = 30, 8  # on one core, all sources and the slowest of them
 LONGEST_WAIT_SECONDS = 300  # for another process that builds the same
@@ -52,6 +54,10 @@ _loading = threading.Lock()
 _why_not = ""
 
 
+class UnsafeCacheError(RuntimeError):
+    """Another user may have put something into the kernel cache, which this process would run."""
+
+
 def sources() -> Path:
     """The folder of the C++ sources: beside this file, where a wheel has a copy and a checkout a link to it."""
     here = Path(__file__).resolve().parent
@@ -59,24 +65,47 @@ def sources() -> Path:
     return (beside if beside.is_dir() else here.parents[1] / "csrc").resolve()  # git may write links as plain files
 
 
-def runnable_isas() -> tuple[str, ...]:
-    """The instruction sets that this processor runs, the widest first."""
+def processor_isas() -> tuple[str, ...]:
+    """The instruction sets that this processor runs, the widest first, whatever the environment says."""
     names = tuple(ISA_FLAGS)
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return names[-1:]
-    widest = {"AVX512": "avx512", "AVX2": "avx2"}.get(torch.backends.cpu.get_cpu_capability(), "baseline")
-    return names[names.index(widest) :]
+    asked = (("avx512", "_is_avx512_supported"), ("avx2", "_is_avx2_supported"))
+    found = [name for name, question in asked if getattr(getattr(torch, "cpu", None), question, lambda: False)()]
+    return names[names.index(found[0] if found else "baseline") :]
+
+
+def runnable_isas() -> tuple[str, ...]:
+    """Those of them that torch uses, too: `ATEN_CPU_CAPABILITY` may keep it to fewer.
+
+    Raises:
+        ValueError: it names none, or one that this processor does not run, which ends the process in torch's kernels.
+    """
+    names = processor_isas()
+    chosen = os.environ.get("ATEN_CPU_CAPABILITY")
+    if not chosen:
+        return names
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        known: tuple[str, ...] = CAPABILITIES_ELSEWHERE
+    else:
+        known = tuple("default" if name == "baseline" else name for name in names)
+    if chosen not in known:
+        wanted = ", ".join(known)
+        raise ValueError(f"ATEN_CPU_CAPABILITY is {chosen[:100]!r}, wanted one of {wanted} on this machine, or nothing")
+    return names[names.index("baseline" if chosen not in names else chosen) :]
 
 
 def native_isa() -> str:
     """The instruction set to build for: the widest that this processor runs, or what `MMINFER_ISA` names.
 
     Raises:
-        ValueError: `MMINFER_ISA` names none, or one that this processor does not run.
+        ValueError: `MMINFER_ISA` or `ATEN_CPU_CAPABILITY` names none, or one that this processor does not run.
     """
     runnable, chosen = runnable_isas(), os.environ.get("MMINFER_ISA")
     if chosen and chosen not in runnable:
-        raise ValueError(f"MMINFER_ISA is {chosen!r}, wanted one of {', '.join(runnable)} on this machine, or nothing")
+        raise ValueError(
+            f"MMINFER_ISA is {chosen[:100]!r}, wanted one of {', '.join(runnable)} on this machine, or nothing"
+        )
     return chosen or runnable[0]
 
 
@@ -87,6 +116,9 @@ def library(on_progress: Progress | None = None) -> ctypes.CDLL | None:
 
     Args:
         on_progress: told how many files are done, and of how many, if something is built.
+
+    Raises:
+        UnsafeCacheError: others may write to the folder that libraries are kept in, or have.
     """
     isa = native_isa()
     if isa not in _loaded:
@@ -152,19 +184,59 @@ def cache_folder() -> Path:
     return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mminfer"
 
 
+def check_private(path: Path) -> None:
+    """Raises `UnsafeCacheError` if anybody but this user and root may have put something at `path` or on the way.
+
+    On Windows, which keeps a user's folders from others, and for what is not there, it does nothing.
+
+    Args:
+        path: a file or folder of the cache; the folders from it up to the cache folder count as well.
+    """
+    if not hasattr(os, "geteuid"):
+        return
+    top = cache_folder()
+    for place in (path, *(folder for folder in path.parents if folder == top or top in folder.parents)):
+        link, found = (_stat(place, follow) for follow in (False, True))
+        if link is None or found is None:
+            continue
+        foreign = {link.st_uid, found.st_uid} - {0, os.geteuid()}
+        if foreign:
+            why, cure = f"belongs to user {foreign.pop()}", "remove it"
+        elif stat.S_IMODE(found.st_mode) & 0o022:
+            why, cure = f"may be written by others (mode {stat.S_IMODE(found.st_mode):o})", f"chmod -R go-w {place}"
+        elif place == path and stat.S_ISLNK(link.st_mode):
+            why, cure = f"is a link to {place.resolve()}", "remove it"
+        else:
+            continue
+        raise UnsafeCacheError(
+            f"{place} {why}, and what lies there would be run: {cure}, or set MMINFER_CACHE to a folder of your own"
+        )
+
+
+def _stat(path: Path, follow: bool) -> os.stat_result | None:
+    try:
+        return os.stat(path, follow_symlinks=follow)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
 def _load(isa: str, on_progress: Progress | None) -> ctypes.CDLL | None:
     global _why_not
     try:
         if _switched_off():
             raise OSError("MMINFER_NATIVE=0")
         path = cached_path(isa)
+        check_private(path)
         if not _is_whole(path):
             _check_buildable()
-            path.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(mode=0o700, exist_ok=True)
             with _alone_in(path.parent):
                 if not _is_whole(path):  # or another process was first
                     _build(path, isa, on_progress)
         return ctypes.CDLL(str(path))  # torch is loaded: one OpenMP runtime serves both
+    except UnsafeCacheError:  # not to be passed over: somebody may have meant it
+        raise
     except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
         _why_not = f"no native CPU kernels: {error}"
         logger.warning("mminfer: %s; the PyTorch reference runs instead", _why_not)
@@ -254,6 +326,7 @@ def _build(path: Path, isa: str, on_progress: Progress | None) -> None:
         _run([*_compiler(), "-shared", "-fopenmp", *map(str, units.values()), "-o", str(whole)])
         code = whole.read_bytes()
         whole.write_bytes(code + hashlib.sha256(code).digest())
+        whole.chmod(0o755)  # however the user's mask is: what others may write is not loaded
         os.replace(whole, path)  # where folders cannot be locked the last of several processes wins, each whole
     logger.info("mminfer: built the native CPU kernels in %.1f s (%s)", time.perf_counter() - start, path)
 

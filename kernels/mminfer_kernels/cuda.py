@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mminfer_kernels.build import cache_folder, sources
+from mminfer_kernels.build import cache_folder, check_private, sources
 
 logger = logging.getLogger(__name__)
 
@@ -159,6 +159,7 @@ def cubin_of(variant: Variant, arch: int) -> bytes:
     version = nvrtc().nvrtcVersion()[1:]
     key = hashlib.sha256("\0".join([text, *headers, str(version), str(arch), *variant.defines]).encode()).hexdigest()
     file = cache_folder() / "cuda" / f"{variant.kernel}-sm_{arch}-{key[:16]}.cubin"
+    check_private(file)
     if file.is_file():
         return file.read_bytes()
     cubin = _compile(text, variant, options)
@@ -169,7 +170,9 @@ def cubin_of(variant: Variant, arch: int) -> bytes:
 def _keep(file: Path, content: bytes) -> None:
     """Write in one step, since other processes may be about to; a folder that cannot be written to is no cache."""
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
+        for folder in (file.parent.parent, file.parent):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(mode=0o700, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as part:
             part.write(content)
         os.replace(part.name, file)

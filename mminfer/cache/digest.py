@@ -141,8 +141,12 @@ class Digest(CacheTechnique):
         places = torch.arange(len(entries), device=is_visual.device)
         end = len(entries) - tail
         older = places < end
-        halves = ((places[~is_visual & older], text), (places[is_visual], image), (places[end:], tail))
-        kept = [cluster_runs(entries, rows, n, self.spread, self.join) for rows, n in halves if n > 0]
+        parts = ((places[~is_visual & older], text), (places[is_visual], image), (places[end:], tail))
+        kept = [
+            cluster_runs(entries, rows, n, self.spread, self.join, each=bool(is_visual[rows[0]]))
+            for rows, n in parts
+            if n > 0
+        ]
         place, keys, values, size = (torch.cat(column, 2) for column in zip(*kept, strict=True))
         order = place.argsort(-1)
         wide = order[..., None].expand(*order.shape, keys.shape[-1])

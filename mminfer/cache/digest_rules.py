@@ -51,7 +51,7 @@ def share_out(
 
 
 def cluster_runs(
-    entries: CacheEntries, rows: Tensor, count: int, spread: str = "farthest", join: bool = True
+    entries: CacheEntries, rows: Tensor, count: int, spread: str = "farthest", join: bool = True, each: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Some entries of one sequence as fewer, each run by itself.
 
@@ -62,6 +62,7 @@ def cluster_runs(
             passes does not shrink beside what is new.
         spread: "farthest" or "even", see `Digest`.
         join: whether the others are averaged into the nearest, or dropped.
+        each: whether no run goes empty, where there is one entry for each.
 
     Returns:
         place [1, G, count] int64, the entry at which each result stands; keys and values [1, G, count, D]; sizes
@@ -71,9 +72,13 @@ def cluster_runs(
     if count >= len(rows):
         place = rows.expand(*entries.keys.shape[:2], len(rows))
         return place, entries.keys[:, :, rows], entries.values[:, :, rows], sizes[:, :, rows]
-    lengths = _pieces(rows)
+    runs = _run_lengths(rows)
+    lengths = [length for run in runs for length in _pieces(run)]
     stand_for = [float(part.sum()) for part in sizes[0, 0, rows].split(lengths)]
     kept = share_out(lengths, stand_for, count)
+    if each and count >= len(runs) and not all(kept):
+        firsts = [int(i == 0) for run in runs for i, _ in enumerate(_pieces(run))]
+        kept = share_out(lengths, stand_for, count, firsts if count < len(lengths) else [1] * len(lengths))
     starts = torch.tensor([0, *lengths], device=rows.device).cumsum(0)[:-1]
     table = torch.tensor([lengths, kept], device=rows.device)
     found = []
@@ -86,15 +91,16 @@ def cluster_runs(
     return place, keys, values, size
 
 
-def _pieces(rows: Tensor) -> list[int]:
-    """Lengths of the runs of consecutive rows, those beyond `PIECE` cut into about equal pieces."""
+def _run_lengths(rows: Tensor) -> list[int]:
+    """How many rows follow each other without a gap, run by run."""
     ends = torch.cat([(rows.diff() > 1).nonzero()[:, 0] + 1, rows.new_tensor([len(rows)])])
-    lengths = ends.diff(prepend=ends.new_zeros(1)).tolist()
-    pieces = []
-    for length in lengths:
-        parts = -(-length // PIECE)
-        pieces += [length * (i + 1) // parts - length * i // parts for i in range(parts)]
-    return pieces
+    return ends.diff(prepend=ends.new_zeros(1)).tolist()
+
+
+def _pieces(length: int) -> list[int]:
+    """A run's length, cut into about equal pieces of `PIECE` at most."""
+    parts = -(-length // PIECE)
+    return [length * (i + 1) // parts - length * i // parts for i in range(parts)]
 
 
 def _clustered(

@@ -9,7 +9,7 @@ from typing import Any
 
 import mminfer_kernels
 import torch
-from mminfer_kernels.build import Progress, native_isa
+from mminfer_kernels.build import Progress, UnsafeCacheError, native_isa
 from tqdm import tqdm
 
 from mminfer.errors import InputError
@@ -19,11 +19,17 @@ def prepare_kernels(device: torch.device | str) -> float:
     """Builds the native kernels for a device if need be, and gives the seconds that took.
 
     Whoever measures calls it before the clock starts, or moves the start by what it gives.
+
+    Raises:
+        InputError: the environment asks for what this processor does not run, or others may write to the kernel cache.
     """
     start = time.perf_counter()
     check_native_isa()
-    with _build_bar() as on_progress:
-        mminfer_kernels.prepare(device, on_progress)
+    try:
+        with _build_bar() as on_progress:
+            mminfer_kernels.prepare(device, on_progress)
+    except UnsafeCacheError as error:
+        raise InputError(str(error)) from error
     return time.perf_counter() - start
 
 

@@ -69,6 +69,38 @@ def test_the_farthest_come_first():
     assert sorted(farthest_first(same, 6).tolist()) == list(range(6))  # none twice, even among equals
 
 
+@pytest.mark.parametrize("spread", ["farthest", "even"])
+@pytest.mark.parametrize(
+    "pattern", [(3, 256, 2, 4, 2, 256, 2, 4, 3), (1, 1, 1, 400, 1, 1), (5, 129, 1, 1, 1, 1, 1, 1, 9)]
+)
+def test_small_pictures_keep_something_beside_large_ones(pattern, spread):
+    entries = made(pattern)
+    pictures = runs_of(entries.is_visual[0, 0]).tolist()
+    layers = [entries, made(pattern, seed=1), made(pattern, seed=2)]
+    for ratio in (0.06, 0.1, 0.3):
+        if ratio * len(entries) < 4 * len(pictures):
+            continue  # not enough for all
+        technique = Digest(ratio=ratio, recent=0, spread=spread)
+        for kept in technique.compress_layers(layers, [0.0, 0.1, 5.0], [len(entries)] * 3):
+            for first, end in pictures:
+                sources = kept.source[0]  # [G, S]
+                assert ((sources >= first) & (sources < end)).any(-1).all(), (ratio, first)
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=6), st.floats(0, 1))
+@settings(max_examples=60, deadline=None)
+def test_every_run_keeps_something_of_what_is_enough_for_all(lengths, share):
+    entries = made([n for length in lengths for n in (1, length)])
+    rows = entries.is_visual[0, 0].nonzero()[:, 0]
+    count = len(lengths) + int(share * (len(rows) - len(lengths)))
+    place, _, _, size = cluster_runs(entries, rows, count, each=True)
+    assert place.shape[-1] == count
+    if count >= sum(-(-length // PIECE) for length in lengths):  # and so does every piece of a long one
+        assert size.sum(-1).tolist() == [[len(rows)] * 2]
+    for first, end in runs_of(entries.is_visual[0, 0]).tolist():
+        assert ((place >= first) & (place < end)).any(-1).all()
+
+
 def test_what_is_alike_becomes_one_mean_by_size():
     entries = made([0, 4])
     two = torch.tensor([[1.0, 0, 0, 0], [0, 1, 0, 0]])

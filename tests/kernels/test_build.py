@@ -14,6 +14,9 @@ from pathlib import Path
 import pytest
 from mminfer_kernels import build
 
+from mminfer import InputError
+from mminfer.forward.native_build import prepare_kernels
+
 ROOT = Path(__file__).parents[2]
 SWITCHES = ("CXX", "MMINFER_CACHE", "MMINFER_ISA", "MMINFER_NATIVE")
 
@@ -358,6 +361,131 @@ def test_an_instruction_set_that_cannot_be(monkeypatch):
         build.native_isa()
     monkeypatch.setenv("MMINFER_ISA", "")
     assert build.native_isa() == "avx2"
+
+
+def test_what_torch_is_told_to_use_is_held_to_the_processor(monkeypatch):
+    """Torch believes it, and ends in an illegal instruction."""
+    monkeypatch.setattr(build, "processor_isas", lambda: ("avx2", "baseline"))
+    monkeypatch.setattr(build.platform, "machine", lambda: "x86_64")
+    monkeypatch.delenv("MMINFER_ISA", raising=False)
+    for chosen, wanted in ((None, "avx2"), ("", "avx2"), ("avx2", "avx2"), ("default", "baseline")):
+        monkeypatch.setenv("ATEN_CPU_CAPABILITY", chosen or "")
+        assert build.native_isa() == wanted
+    for chosen in ("avx512", "AVX2", "baseline", "sve256", "nonsense", "x" * 1000):
+        monkeypatch.setenv("ATEN_CPU_CAPABILITY", chosen)
+        with pytest.raises(ValueError, match=r"ATEN_CPU_CAPABILITY is '\w{1,100}', wanted one of avx2, default on"):
+            build.native_isa()
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")
+    monkeypatch.setenv("MMINFER_ISA", "avx2")
+    with pytest.raises(ValueError, match="MMINFER_ISA is 'avx2', wanted one of baseline"):
+        build.native_isa()
+
+
+def test_the_processor_is_asked_and_not_the_environment(monkeypatch):
+    monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
+    assert build.runnable_isas() == build.processor_isas()
+    for names in (build.ISA_FLAGS, tuple(build.ISA_FLAGS)[1:], ("baseline",)):
+        monkeypatch.setattr(build.torch.cpu, "_is_avx512_supported", lambda names=names: "avx512" in names)
+        monkeypatch.setattr(build.torch.cpu, "_is_avx2_supported", lambda names=names: "avx2" in names)
+        monkeypatch.setattr(build.platform, "machine", lambda: "x86_64")
+        assert build.processor_isas() == tuple(names)
+    monkeypatch.setattr(build.platform, "machine", lambda: "aarch64")
+    assert build.processor_isas() == ("baseline",)
+
+
+@pytest.mark.parametrize("name", ["ATEN_CPU_CAPABILITY", "MMINFER_ISA"])
+def test_the_command_line_names_the_variable(name):
+    run = subprocess.run(
+        [sys.executable, "-c", "from mminfer.cli.main import main; main()", "generate", "--max-new-tokens", "1"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {name: "beyond"},
+    )
+    assert run.returncode == 2 and "Traceback" not in run.stderr
+    assert f"{name} is 'beyond'" in " ".join(run.stderr.split())
+
+
+posix = pytest.mark.skipif(not hasattr(os, "geteuid"), reason="there are no owners here")
+
+
+def opened(folder, path):
+    folder.chmod(0o777)
+
+
+def opened_to_the_group(folder, path):
+    folder.chmod(0o770)
+
+
+def opened_file(folder, path):
+    path.chmod(0o666)
+
+
+def linked_file(folder, path):
+    path.rename(folder / "elsewhere.so")
+    path.symlink_to(folder / "elsewhere.so")
+
+
+def given_away(folder, path):
+    os.chown(path, 12345, -1)
+
+
+def folder_given_away(folder, path):
+    os.chown(folder, 12345, -1)
+
+
+def linked_to_anothers(folder, path):
+    folder.rename(folder.with_name("theirs"))
+    os.chown(folder.with_name("theirs"), 12345, -1)
+    folder.symlink_to(folder.with_name("theirs"))
+
+
+WAYS = (opened, opened_to_the_group, opened_file, linked_file, given_away, folder_given_away, linked_to_anothers)
+
+
+@posix
+@pytest.mark.parametrize("spoil", WAYS)
+def test_what_others_may_have_put_into_the_cache_is_not_run(monkeypatch, tmp_path, spoil):
+    monkeypatch.setenv("MMINFER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("MMINFER_ISA", "baseline")
+    monkeypatch.setattr(build, "_loaded", {})
+    path = build.cached_path("baseline")
+    path.parent.mkdir(mode=0o700)
+    path.write_bytes(b"never loaded")
+    path.chmod(0o644)
+    build.check_private(path)
+    try:
+        spoil(path.parent, path)
+    except PermissionError:
+        pytest.skip("only root gives files away")
+    with pytest.raises(build.UnsafeCacheError, match=rf"{tmp_path}/cache.*MMINFER_CACHE"):
+        build._load("baseline", None)
+    with pytest.raises(InputError, match="or set MMINFER_CACHE"):
+        prepare_kernels("cpu")
+
+
+@posix
+def test_a_folder_of_ones_own_behind_a_link_is_used(monkeypatch, tmp_path):
+    (tmp_path / "disk").mkdir(mode=0o700)
+    (tmp_path / "cache").symlink_to(tmp_path / "disk")
+    monkeypatch.setenv("MMINFER_CACHE", str(tmp_path / "cache"))
+    build.check_private(build.cached_path("baseline"))
+
+
+def test_where_there_are_no_owners_nothing_is_asked(monkeypatch, tmp_path):
+    monkeypatch.delattr(os, "geteuid", raising=False)
+    monkeypatch.setenv("MMINFER_CACHE", str(tmp_path))
+    tmp_path.chmod(0o777)
+    build.check_private(build.cached_path("baseline"))
+
+
+@posix
+def test_a_build_is_private_whatever_the_mask(small, native, tmp_path):
+    finish(start("import os; os.umask(0)\n" + LOAD, small, MMINFER_CACHE=tmp_path / "deep" / "cache"))
+    path = library_in(tmp_path / "deep" / "cache")
+    assert path.stat().st_mode & 0o022 == 0 and path.parent.stat().st_mode & 0o077 == 0
+    out, errors = finish(start("import os; os.umask(0)\n" + LOAD, small, MMINFER_CACHE=tmp_path / "deep" / "cache"))
+    assert out[0] == "native" and not errors
 
 
 def test_threads_load_once(monkeypatch):

@@ -15,13 +15,13 @@ from mminfer.models.spec import ModelSpec
 from mminfer.technique import LayerRange, PositionTechnique, is_bundled
 
 BEYOND = (
-    2**31,
+    2**32,
     2**45,
     2**60,
     2**63,
     2**64,
     2**70,
-    -(2**31),
+    -(2**32),
     -(2**70),
     10**5000,
     1e10,
