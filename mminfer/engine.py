@@ -207,8 +207,8 @@ class Engine:
         given = _with_length(kwargs, max_new_tokens)
         if given.pop("streamer", None) is not None:
             raise InputError("streamer: stream() has one of its own; use generate() with yours")
-        options = self._call_options(given, "a stream is of one answer; use generate()")
-        settings = self.runner.settings(options.generation)
+        options = self._call_options(given)
+        settings = self.runner.settings(options.generation, one_answer_for="a stream is of one answer; use generate()")
         self.runner.check_free()
         request = self.prepare_request(messages, options.media, options.run.chunk_size)
 
@@ -229,7 +229,8 @@ class Engine:
             InputError: an argument is unknown, or does not go with a chat.
             ConfigError: the settings do not go with `prefill_chunk_size`.
         """
-        options = self._call_options(kwargs, ONE_ANSWER)
+        options = self._call_options(kwargs)
+        self.runner.settings(options.generation, one_answer_for=ONE_ANSWER)
         return Chat(self.reader, self.runner, self._identity, options, system)
 
     def load_chat(self, path: str | Path, **kwargs: Any) -> Chat:
@@ -310,12 +311,11 @@ class Engine:
         caches = [CompressedCache() for _ in readings]
         return self.runner.answer(readings, caches, start, options, settings, stopped)
 
-    def _call_options(self, kwargs: dict[str, Any], one_answer_for: str) -> CallOptions:
-        """A call's arguments, checked and sorted by who takes them."""
+    def _call_options(self, kwargs: dict[str, Any]) -> CallOptions:
+        """A call's arguments, sorted by who takes them; those of generation are not checked yet."""
         media = MediaOptions(**{name: kwargs[name] for name in MEDIA_OPTIONS if name in kwargs})
         run = RunOptions(kwargs.get("prefill_chunk_size"), kwargs.get("progress", False))
         generation = {name: value for name, value in kwargs.items() if name not in OF_ALL_TURNS}
-        self.runner.settings(generation, one_answer_for=one_answer_for)
         self.reader.check_options(media)
         self._check_chunks(run.chunk_size)
         return CallOptions(media, run, generation)

@@ -54,13 +54,15 @@ class GenerationCall:
         Raises:
             UnsupportedModelError: the model answered by another way than our pass.
         """
-        columns, ends = inputs["input_ids"].shape[1], RowEnds()
+        (chats, columns), ends = inputs["input_ids"].shape, RowEnds()
         beams, criteria = self.settings.num_beams > 1, self.settings.stopping_criteria
+        if not beams and chats * self.settings.expand_size > 1:  # a row alone ends with the call
+            criteria = ends.watched(criteria)
         result = self.handle.model.generate(
             **inputs,
             **self.settings.arguments,
             streamer=self.settings.streamer,
-            stopping_criteria=list(criteria if beams else ends.watched(criteria)),
+            stopping_criteria=list(criteria),
         )
         self._end = time.perf_counter()
         if not self.handle.records or self.state.waits:

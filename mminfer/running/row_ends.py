@@ -19,9 +19,9 @@ class RowEnds:
     def __init__(self) -> None:
         self._columns: Tensor | None = None  # [rows] int64, columns at which each row was stopped; 0: it was not
 
-    def watched(self, criteria: Iterable[Any]) -> list[Any]:
+    def watched(self, criteria: Iterable[Any]) -> tuple[Any, ...]:
         """The criteria, to be passed on in place of those given."""
-        return [one if isinstance(one, _UNWATCHED) else _Watched(one, self) for one in criteria]
+        return tuple(one if isinstance(one, _UNWATCHED) else _Watched(one, self) for one in criteria)
 
     def note(self, done: Any, input_ids: Tensor) -> None:
         """Takes in what a criterion says of rows [rows, columns]; a row that it stopped stays stopped."""
