@@ -124,8 +124,6 @@ class Content:
             content = content.parts
         if isinstance(content, (str, Part)):
             content = [content]
-        if isinstance(content, Message):
-            raise InputError(f"{where}: content is a message of the {content.role}'s: wanted parts of the user's")
         if isinstance(content, (Mapping, bytes, bytearray)) or not isinstance(content, Iterable):
             raise InputError(f"{where}: content is {type(content).__name__}: wanted a string or a list of parts")
         self._given, self._where, self._options = content, where, options

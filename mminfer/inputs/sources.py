@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import os
 import re
 import stat
 from collections.abc import Iterator
@@ -83,10 +84,18 @@ def _scheme(source: str | Path) -> str | None:
 
 
 def _open_local(path: Path, name: str, kind: str) -> IO[bytes]:
+    """Opens a regular file, also where something else has come to its place since it was looked at."""
     try:
-        return path.open("rb")
+        flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+        descriptor = os.open(path, flags)
     except (OSError, ValueError) as error:
         raise _unreadable(name, kind, error) from error
+    try:
+        _check_regular(os.fstat(descriptor).st_mode, name, kind)
+    except InputError:
+        os.close(descriptor)
+        raise
+    return os.fdopen(descriptor, "rb")
 
 
 def _check_local(path: Path, name: str, kind: str) -> None:
@@ -94,6 +103,10 @@ def _check_local(path: Path, name: str, kind: str) -> None:
         mode = path.stat().st_mode
     except (OSError, ValueError) as error:
         raise _unreadable(name, kind, error) from error
+    _check_regular(mode, name, kind)
+
+
+def _check_regular(mode: int, name: str, kind: str) -> None:
     if not stat.S_ISREG(mode):  # also keeps us from pipes and devices, which may never end
         found = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
         raise InputError(f"{name}: {found}: wanted the path of one {kind} file")

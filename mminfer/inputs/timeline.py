@@ -50,9 +50,9 @@ class Timeline:
         most_off = max(mean, Fraction(2))
         even = all(2 * abs(stamp - first - n * mean) <= most_off for n, stamp in enumerate(ordered))
         if even:
-            measured = 1 / (mean * tick)
-            believed = rate if rate and abs(rate - measured) <= OFF * measured else measured
-            return cls(claimed, believed, total=len(ordered))
+            rounded = Fraction(2, steps)  # both ends may be off by a tick
+            believed = rate and abs(1 / (rate * tick) - mean) <= max(OFF * mean, rounded)
+            return cls(claimed, rate if believed else 1 / (mean * tick), total=len(ordered))
         shown = ordered[-1] - first + (last or mean)
         times = tuple((stamp - first) * tick for stamp in ordered)
         return cls(claimed, len(ordered) / (shown * tick), times, len(ordered), tick)

@@ -1,5 +1,7 @@
 """Chunks hold the tokens of the whole prompt, whatever stands beside a medium; compared with the host's rendering."""
 
+from functools import cache
+
 import numpy as np
 import pytest
 import torch
@@ -51,11 +53,18 @@ def content_of(kinds, width):
     return [made[kind](k) if kind in made else kind for k, kind in enumerate(kinds)]
 
 
-def whole_and_pieces(family, kinds, size):
+def whole_and_pieces(family, kinds, size, before=()):
+    """Model inputs of a chat at once and in pieces; the parts before stand in an earlier turn."""
     reader = reader_of(family)
     chat = [{"role": "user", "content": [*content_of(kinds, 64), "What?"]}]
+    if before:
+        chat = [{"role": "system", "content": "Look. "}, *turns(content_of(before, 64)), *chat]
     pieces = list(reader.readings(chat, MediaOptions(), size)())
     return reader.inputs([chat], MediaOptions()), pieces
+
+
+def turns(content):
+    return [{"role": "user", "content": content}, {"role": "assistant", "content": " It is\n7 "}]
 
 
 def ids_of(pieces):
@@ -64,14 +73,32 @@ def ids_of(pieces):
 
 @pytest.mark.parametrize("family", PROCESSORS)
 @settings(max_examples=30, deadline=None, derandomize=True)
-@given(kinds=PARTS, size=st.sampled_from([1, 40, 10_000]))
-def test_pieces_hold_the_tokens_of_the_whole(family, kinds, size):
+@given(kinds=PARTS, before=st.one_of(st.just([]), PARTS), size=st.sampled_from([1, 40, 10_000]))
+def test_pieces_hold_the_tokens_of_the_whole(family, kinds, before, size):
     if family not in VIDEO_FAMILIES:
-        kinds = [kind for kind in kinds if kind != "VIDEO"]
-    if family == "smolvlm" and {"IMAGE", "VIDEO"} <= set(kinds):
+        kinds, before = ([kind for kind in given if kind != "VIDEO"] for given in (kinds, before))
+    if family == "smolvlm" and {"IMAGE", "VIDEO"} <= {*kinds, *before}:
         return  # this processor takes the one or the other
-    whole, pieces = whole_and_pieces(family, kinds, size)
+    whole, pieces = whole_and_pieces(family, kinds, size, before)
     assert ids_of(pieces).tolist() == whole["input_ids"].tolist()
+
+
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(kinds=PARTS, before=st.one_of(st.just([]), PARTS), size=st.sampled_from([70, 200, 10_000]))
+def test_the_bundled_model_answers_chunks_as_the_whole(kinds, before, size):
+    engine = _nano()
+    chat = [*turns(content_of(before, 192)), {"role": "user", "content": [*content_of(kinds, 192), "Which?"]}]
+    whole, pieces = (engine.generate(chat, 2, output_logits=True, prefill_chunk_size=s) for s in (None, size))
+    assert pieces.stats.prompt_tokens == whole.stats.prompt_tokens
+    torch.testing.assert_close(pieces.logits, whole.logits, rtol=0, atol=1e-4)
+    turn = engine.chat(prefill_chunk_size=size, output_logits=True).send(chat[-1]["content"], 2)
+    at_once = engine.generate(chat[-1:], 2, output_logits=True)
+    torch.testing.assert_close(turn.logits, at_once.logits, rtol=0, atol=1e-4)
+
+
+@cache
+def _nano():
+    return Engine.from_pretrained("nano")
 
 
 @pytest.mark.parametrize("family", PROCESSORS)

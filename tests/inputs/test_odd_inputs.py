@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from mminfer import Engine, InputError, MminferError
+from mminfer.inputs import sources
 from mminfer.inputs.content import MediaOptions
 from mminfer.inputs.parts import EmbeddingPart, VideoPart
 from mminfer.inputs.quoting import shortened, shown
@@ -296,6 +297,15 @@ def test_odd_paths(engine, refused, tmp_path):
             with pytest.raises(InputError) as caught:
                 load(path)
             str(caught.value).encode()
+
+
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path, monkeypatch):
+    """It may come there after the path was looked at."""
+    os.mkfifo(tmp_path / "a.png")
+    monkeypatch.setattr(sources, "check_source", lambda *_, **__: None)
+    for load in (load_image, load_video):
+        with pytest.raises(InputError, match="not a regular file"):
+            load(tmp_path / "a.png")
 
 
 def test_bombs_of_arrays_and_frames(refused):
