@@ -1,6 +1,7 @@
 """A stream ends with its loop, whoever holds it and however the loop is left; and with the program."""
 
 import gc
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -104,7 +105,8 @@ def test_the_end_of_the_program_stops_streams():
         "raise SystemExit(3)"
     )
     root = Path(__file__).parents[1]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "kernels")])}
     run = subprocess.run(
-        [sys.executable, "-c", program], cwd=root, env=None, capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=300, check=False
     )
     assert run.returncode == 3, run.stderr

@@ -1,5 +1,6 @@
 """Threads on one model: each gets what it gets alone, and nobody waits for himself."""
 
+import copy
 import sys
 import threading
 from functools import partial
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from mminfer import V2PE, AIMMerge, Engine, InferenceConfig, InputError, LookM, OperatorSkip, nano, patched
+from tests.tiny import IMAGE, tiny_inputs, tiny_model
 
 QUESTION = "What is the code of owl?"
 SKIPPED = InferenceConfig(V2PE(1 / 16), skip=OperatorSkip(ffn=[1, 2], attention=[3]), cache=LookM(0.5, 0.2))
@@ -83,6 +85,26 @@ def test_the_host_answers_while_a_stream_runs(engine):
     with engine.stream(QUESTION, 5000, min_new_tokens=5000) as stream:
         next(stream)
         assert host_answer(engine.model, inputs) == before
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_a_pass_is_for_its_own_thread(implementation):
+    """Neither the route of the attention nor the hooks of skipping are seen by who runs the model's parts meanwhile."""
+    model = copy.deepcopy(tiny_model("llava"))
+    model.set_attn_implementation(implementation)
+    inputs, seen = tiny_inputs("llava", [[4, IMAGE, 5], [6]]), []
+    host = base_states(model, inputs)
+    layer = model.model.language_model.layers[1]
+
+    def elsewhere(*args):
+        if threading.current_thread() is threading.main_thread():
+            seen.append(in_a_thread(lambda: base_states(model, inputs)))
+
+    for skipped in (layer.mlp.gate_proj, layer.self_attn.k_proj):
+        skipped.register_forward_pre_hook(elsewhere)
+    with patched(model, InferenceConfig(skip=OperatorSkip(block=[1]))):
+        model(**inputs)
+    assert seen == [host] * 2
 
 
 def in_a_thread(ask):
