@@ -1,6 +1,7 @@
 """By how much two implementations may differ: flash-attention's rule, with the reference on float64 inputs as truth."""
 
 import torch
+from mminfer_kernels import best_match
 from torch.utils._pytree import tree_leaves, tree_map
 
 # Where the reference happens to be exact, rounding the result once to the kernel's dtype must still be allowed: four
@@ -46,3 +47,18 @@ def agree(op, *inputs, least_size=0.0, **settings):
     reference = op(*inputs, **settings, backend="reference")
     truth = op(*as_double(inputs), **as_double(settings), backend="reference")
     return assert_agrees(found, reference, truth, least_size)
+
+
+def agree_on_best_match(src, dst):
+    """The native best match is as right as the reference, and no other row is nearer than the one that it chose.
+
+    Two rows may be about as near, and the best cosine may cancel to next to nothing: the bar is the size of the terms
+    that cosines sum, and of what was chosen the cosine counts, not the place.
+    """
+    (similarity, index), (reference, _) = (best_match(src, dst, backend=x) for x in ("native", "reference"))
+    src, dst = src.double(), dst.double()
+    (truth, _), (terms, _) = (best_match(*x, backend="reference") for x in ((src, dst), (src.abs(), dst.abs())))
+    size = float(terms.max()) if terms.numel() else 0.0
+    assert_agrees(similarity, reference, truth, least_size=size)
+    chosen = torch.nn.functional.cosine_similarity(src, dst.gather(-2, index[..., None].expand_as(src)), -1)
+    torch.testing.assert_close(chosen, truth, rtol=0, atol=2e-6)

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from mminfer_kernels import (
     add_rows,
     apply_rotary,
-    best_match,
     column_mass,
     decode_attention,
     gather_rms_norm,
@@ -20,7 +19,7 @@ from mminfer_kernels import (
     swiglu,
 )
 
-from tests.kernels.agreement import agree, assert_agrees
+from tests.kernels.agreement import agree, agree_on_best_match, assert_agrees
 
 pytestmark = [pytest.mark.usefixtures("native"), pytest.mark.slow]
 
@@ -119,14 +118,7 @@ def test_decode_attention(inputs, data):
 @given(rows_of_two())
 def test_best_match(rows):
     dst, src = rows
-    similarity, index = best_match(src, dst, backend="native")
-    truth, _ = best_match(src.double(), dst.double(), backend="reference")
-    reference, _ = best_match(src, dst, backend="reference")
-    assert_agrees(similarity, reference, truth)
-    found = torch.nn.functional.cosine_similarity(
-        src.double(), dst.double().gather(1, index[..., None].expand_as(src)), -1
-    )
-    torch.testing.assert_close(found, truth, rtol=0, atol=2e-6)  # drawn rows may nearly tie
+    agree_on_best_match(src, dst)
 
 
 @drawn
