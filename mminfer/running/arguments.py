@@ -122,7 +122,10 @@ NUMBERS: dict[str, Numbers] = {
     **dict.fromkeys(LENGTHS, Numbers(whole=True, least=1, most=MOST_TOKENS)),
     **dict.fromkeys(REPEATING, Numbers(whole=True, least=1, most=MOST_ROWS)),
     **dict.fromkeys(("min_length", "min_new_tokens", "top_k"), _COUNT),
-    **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size"), _COUNT),
+    "no_repeat_ngram_size": Numbers(whole=True, least=0, most=1024),
+    "encoder_no_repeat_ngram_size": Numbers(
+        whole=True, least=0, most=64
+    ),  # so many copies of the prompt the host makes
     **dict.fromkeys(("top_p", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"), _SHARE),
     **dict.fromkeys(("temperature", "repetition_penalty", "encoder_repetition_penalty", "max_time"), Numbers(least=0)),
     **dict.fromkeys(("length_penalty", "guidance_scale"), Numbers()),
@@ -219,8 +222,8 @@ def token_ids(name: str, value: Any) -> tuple[int, ...]:
     if value is None:
         return ()
     try:
-        ids = torch.as_tensor(value)
-    except (TypeError, ValueError, RuntimeError, OverflowError):
+        ids = torch.as_tensor(value).cpu()
+    except Exception:  # a value of any type may come, and tensors of kinds that hold nothing
         ids = torch.empty(0)
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool or ids.ndim > 1 or not ids.numel():
         raise InputError(f"{name}={shown(value)}: wanted a token id or several, or None")
