@@ -128,7 +128,8 @@ NUMBERS: dict[str, Numbers] = {
     ),  # so many copies of the prompt the host makes
     **dict.fromkeys(("top_p", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"), _SHARE),
     **dict.fromkeys(("temperature", "repetition_penalty", "encoder_repetition_penalty", "max_time"), Numbers(least=0)),
-    **dict.fromkeys(("length_penalty", "guidance_scale"), Numbers()),
+    "guidance_scale": Numbers(least=-1e6, most=1e6),
+    "length_penalty": Numbers(least=-10, most=10),  # the exponent of an answer's length
 }
 
 
@@ -199,7 +200,7 @@ def check_values(asked: Mapping[str, Any], vocab_size: int) -> None:
         vocab_size: token ids that there are.
     """
     for name, value in asked.items():
-        if value is None and name != "max_new_tokens":
+        if value is None and name not in ("max_new_tokens", "length_penalty"):  # of which the host makes no default
             continue
         if name in NUMBERS:
             NUMBERS[name].check(name, value)

@@ -54,6 +54,9 @@ WRONG = [
     {"watermarking_config": 5},
     {"guidance_scale": "x"},
     {"length_penalty": "x", "num_beams": 2},
+    {"length_penalty": None, "num_beams": 2},
+    {"length_penalty": 1e30, "num_beams": 2},
+    {"guidance_scale": 2**70},
     {"early_stopping": [1], "num_beams": 2},
     {"num_beams": "2"},
     {"num_beams": 10**9},
@@ -181,6 +184,7 @@ def test_what_says_nothing_new_is_accepted(tiny_engine):
     off = {"output_attentions": False, "output_scores": False, "cache_implementation": None, "token_healing": False}
     want = tiny_engine.generate("w5", 2).token_ids
     assert tiny_engine.generate("w5", 2, temperature=0.0, **said, **off).token_ids == want
+    assert tiny_engine.generate("w5", 2, prefill_chunk_size=64, **dict.fromkeys(said)).token_ids == want
 
 
 def test_settings_of_a_checkpoint_go_with_its_own_config(tiny_engine, monkeypatch):
