@@ -235,7 +235,7 @@ def _check_token_ids(name: str, value: Any, vocab_size: int) -> None:
     ids = token_ids(name, value)
     if name == "eos_token_id":
         return  # an id that never comes is a way to say that nothing ends an answer
-    if name != "forced_eos_token_id" and len(ids) != 1:
+    if name != "forced_eos_token_id" and (len(ids) != 1 or torch.as_tensor(value).ndim):
         raise InputError(f"{name}={shown(value)}: wanted one token id, or None")
     if not all(0 <= number < vocab_size for number in ids):
         raise InputError(f"{name}={shown(value)}: wanted a token id from 0 to {vocab_size - 1}")

@@ -70,6 +70,7 @@ WRONG = [
     {"eos_token_id": torch.empty(1, device="meta")},
     {"eos_token_id": list(range(501)), "num_beams": 2},
     {"pad_token_id": [1, 2]},
+    {"pad_token_id": [1]},
     {"pad_token_id": 10**9},
     {"forced_eos_token_id": 10**9},
     {"max_time": "x"},
