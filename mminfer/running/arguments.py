@@ -122,10 +122,14 @@ NUMBERS: dict[str, Numbers] = {
     **dict.fromkeys(LENGTHS, Numbers(whole=True, least=1, most=MOST_TOKENS)),
     **dict.fromkeys(REPEATING, Numbers(whole=True, least=1, most=MOST_ROWS)),
     **dict.fromkeys(("min_length", "min_new_tokens", "top_k"), _COUNT),
-    **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size"), _COUNT),
+    "no_repeat_ngram_size": Numbers(whole=True, least=0, most=1024),
+    "encoder_no_repeat_ngram_size": Numbers(
+        whole=True, least=0, most=64
+    ),  # so many copies of the prompt the host makes
     **dict.fromkeys(("top_p", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"), _SHARE),
     **dict.fromkeys(("temperature", "repetition_penalty", "encoder_repetition_penalty", "max_time"), Numbers(least=0)),
-    **dict.fromkeys(("length_penalty", "guidance_scale"), Numbers()),
+    "guidance_scale": Numbers(least=-1e6, most=1e6),
+    "length_penalty": Numbers(least=-10, most=10),  # the exponent of an answer's length
 }
 
 
@@ -196,7 +200,7 @@ def check_values(asked: Mapping[str, Any], vocab_size: int) -> None:
         vocab_size: token ids that there are.
     """
     for name, value in asked.items():
-        if value is None and name != "max_new_tokens":
+        if value is None and name not in ("max_new_tokens", "length_penalty"):  # of which the host makes no default
             continue
         if name in NUMBERS:
             NUMBERS[name].check(name, value)
@@ -219,8 +223,8 @@ def token_ids(name: str, value: Any) -> tuple[int, ...]:
     if value is None:
         return ()
     try:
-        ids = torch.as_tensor(value)
-    except (TypeError, ValueError, RuntimeError, OverflowError):
+        ids = torch.as_tensor(value).cpu()
+    except Exception:  # a value of any type may come, and tensors of kinds that hold nothing
         ids = torch.empty(0)
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool or ids.ndim > 1 or not ids.numel():
         raise InputError(f"{name}={shown(value)}: wanted a token id or several, or None")
@@ -231,7 +235,7 @@ def _check_token_ids(name: str, value: Any, vocab_size: int) -> None:
     ids = token_ids(name, value)
     if name == "eos_token_id":
         return  # an id that never comes is a way to say that nothing ends an answer
-    if name != "forced_eos_token_id" and len(ids) != 1:
+    if name != "forced_eos_token_id" and (len(ids) != 1 or torch.as_tensor(value).ndim):
         raise InputError(f"{name}={shown(value)}: wanted one token id, or None")
     if not all(0 <= number < vocab_size for number in ids):
         raise InputError(f"{name}={shown(value)}: wanted a token id from 0 to {vocab_size - 1}")

@@ -110,7 +110,7 @@ def host_arguments(model: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     """
     asked = asked_settings(given, model.generation_config)
     arguments = {name: value for name, value in given.items() if name not in OF_CALL}
-    arguments |= {"return_dict_in_generate": True, "stop_strings": None}
+    arguments |= {"return_dict_in_generate": True, "use_cache": True, "stop_strings": None}
     if all(setting(model, asked, name) is None for name in LENGTHS):
         arguments["max_new_tokens"] = MAX_NEW_TOKENS
     if arguments.get("max_new_tokens") is not None:

@@ -104,7 +104,7 @@ def resolve(
         raise InputError(f"num_beams or num_return_sequences is {expand_size}: {one_answer_for}")
     prepared = prepare(model, given, vocab_size)
     criteria = _stopping(given, setting(model, asked, "stop_strings"), tokenizer)
-    return _settings(host_arguments(model, given), prepared, criteria, given.get("streamer"))
+    return _settings(host_arguments(model, given), prepared, criteria, given.get("streamer"), vocab_size)
 
 
 def _stopping(given: Mapping[str, Any], strings: Any, tokenizer: Any) -> list[Any]:
@@ -120,7 +120,9 @@ def _stopping(given: Mapping[str, Any], strings: Any, tokenizer: Any) -> list[An
         ) from error
 
 
-def _settings(arguments: dict[str, Any], prepared: Prepared, criteria: list[Any], streamer: Any) -> GenerationSettings:
+def _settings(
+    arguments: dict[str, Any], prepared: Prepared, criteria: list[Any], streamer: Any, vocab_size: int
+) -> GenerationSettings:
     config = prepared.config
     ends = [number for one in prepared.criteria if type(one) is EosTokenCriteria for number in _ids_of(one)]
     length, pad, num_beams = config.max_new_tokens, config.pad_token_id, config.num_beams or 1
@@ -131,6 +133,10 @@ def _settings(arguments: dict[str, Any], prepared: Prepared, criteria: list[Any]
         raise InputError(
             f"num_beams={num_beams} with {length or config.max_length} tokens each: wanted {MOST_BEAM_TOKENS} in all "
             "at most, for which the host keeps room; pass a smaller max_new_tokens"
+        )
+    if num_beams > 1 and len(ends) >= vocab_size:
+        raise InputError(
+            f"eos_token_id has {len(ends)} ids: with beams wanted fewer than the {vocab_size} tokens there are"
         )
     return GenerationSettings(
         arguments,

@@ -43,6 +43,8 @@ WRONG = [
     {"repetition_penalty": -1.0},
     {"repetition_penalty": "x"},
     {"no_repeat_ngram_size": 1.5},
+    {"no_repeat_ngram_size": 10**9},
+    {"encoder_no_repeat_ngram_size": 10**9},
     {"bad_words_ids": 5},
     {"bad_words_ids": [[10**9]]},
     {"sequence_bias": {(10**9,): 1.0}},
@@ -52,6 +54,9 @@ WRONG = [
     {"watermarking_config": 5},
     {"guidance_scale": "x"},
     {"length_penalty": "x", "num_beams": 2},
+    {"length_penalty": None, "num_beams": 2},
+    {"length_penalty": 1e30, "num_beams": 2},
+    {"guidance_scale": 2**70},
     {"early_stopping": [1], "num_beams": 2},
     {"num_beams": "2"},
     {"num_beams": 10**9},
@@ -62,7 +67,10 @@ WRONG = [
     {"eos_token_id": {"a": 1}},
     {"eos_token_id": 1.5},
     {"eos_token_id": []},
+    {"eos_token_id": torch.empty(1, device="meta")},
+    {"eos_token_id": list(range(501)), "num_beams": 2},
     {"pad_token_id": [1, 2]},
+    {"pad_token_id": [1]},
     {"pad_token_id": 10**9},
     {"forced_eos_token_id": 10**9},
     {"max_time": "x"},
@@ -177,6 +185,7 @@ def test_what_says_nothing_new_is_accepted(tiny_engine):
     off = {"output_attentions": False, "output_scores": False, "cache_implementation": None, "token_healing": False}
     want = tiny_engine.generate("w5", 2).token_ids
     assert tiny_engine.generate("w5", 2, temperature=0.0, **said, **off).token_ids == want
+    assert tiny_engine.generate("w5", 2, prefill_chunk_size=64, **dict.fromkeys(said)).token_ids == want
 
 
 def test_settings_of_a_checkpoint_go_with_its_own_config(tiny_engine, monkeypatch):
