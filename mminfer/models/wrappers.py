@@ -30,7 +30,9 @@ def unwrapped(model: Any) -> Any:
 
 
 def check_weights(model: nn.Module) -> None:
-    """Raises `UnsupportedModelError` where weights are missing, unless somebody's hook brings them in time."""
+    """Raises `UnsupportedModelError` where weights are missing, unless accelerate's hooks bring them in time."""
+    if hasattr(model, "_hf_hook"):
+        return
     for name, module in model.named_modules():
         for own, parameter in module._parameters.items():
             if parameter is not None and parameter.is_meta and not hasattr(module, "_hf_hook"):

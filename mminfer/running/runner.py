@@ -12,6 +12,7 @@ from mminfer_kernels import record_backends
 from torch import Tensor
 
 from mminfer.config import InferenceConfig
+from mminfer.errors import InputError
 from mminfer.forward.call_state import CallState
 from mminfer.forward.kv_cache import CACHE_NAME, CompressedCache
 from mminfer.inputs.reading import Reading
@@ -113,10 +114,12 @@ class Runner:
             generation_kwargs: the host's.
 
         Raises:
-            InputError: the host knows no such argument.
+            InputError: the host knows no such argument, or it is to do without a cache.
             ReadingCancelled: `stopped` gave True.
         """
         arguments = self._checked(generation_kwargs)
+        if arguments.setting("use_cache") is False:
+            raise InputError("use_cache=False: what a chat or a prompt in chunks has read stands in its cache alone")
         with self._generating(arguments, options.chunk_size) as call:
             reader = PromptReader(call.handle, call.state, partial(self._turn, stopped), options.progress, stopped)
             with self._lock.reading():
@@ -135,9 +138,11 @@ class Runner:
 
     def check_arguments(self, generation_kwargs: dict[str, Any], *, one_answer_for: str | None = None) -> None:
         """Refuses what the host would refuse behind the prompt only; see `GenerationArguments.check`."""
+        _refuse_caches(generation_kwargs)
         GenerationArguments(self._model, generation_kwargs).check(one_answer_for)
 
     def _checked(self, generation_kwargs: dict[str, Any]) -> GenerationArguments:
+        _refuse_caches(generation_kwargs)
         arguments = GenerationArguments(self._model, generation_kwargs)
         arguments.check()
         return arguments
@@ -196,3 +201,9 @@ class Runner:
             text = self._processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
             outputs.append(GenerationOutput(text, ids, stats, logits))
         return outputs
+
+
+def _refuse_caches(generation_kwargs: dict[str, Any]) -> None:
+    for name in ("cache", "past_key_values"):
+        if generation_kwargs.get(name) is not None:
+            raise InputError(f"{name}: an engine's calls have caches of their own: use chat(), or patch the model")
