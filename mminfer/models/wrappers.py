@@ -40,12 +40,14 @@ def named_dtypes() -> str:
 def check_loaded(model: Any) -> None:
     """Raises `UnsupportedModelError` where a model holds no numbers that passes can be made with.
 
-    Weights may be elsewhere if somebody's hook brings them in time.
+    Weights may be elsewhere if accelerate's hooks bring them in time.
     """
     if model.dtype not in DTYPES:
         raise UnsupportedModelError(
             f"the model is of dtype {model.dtype}: wanted one of {named_dtypes()}; load it with dtype="
         )
+    if hasattr(model, "_hf_hook"):
+        return
     for name, module in model.named_modules():
         for own, parameter in module._parameters.items():
             if parameter is not None and parameter.is_meta and not hasattr(module, "_hf_hook"):

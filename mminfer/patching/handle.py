@@ -57,6 +57,9 @@ class PatchHandle(ModelPass):
                 "the patched model is in training mode, and a pass has neither dropout nor gradients: call eval() "
                 "on the model, or undo() the patch to train it"
             )
+        embeds = inputs.get("inputs_embeds")
+        if embeds is not None and embeds.requires_grad and torch.is_grad_enabled():
+            raise InputError("inputs_embeds ask for gradients, which a pass does not give: undo() the patch for them")
         if self._turns.is_mine:  # a hook on a layer asks the model
             return super().forward(inputs)
         with self._turns.held():

@@ -196,5 +196,10 @@ def test_a_patched_model_in_training_is_refused(model, inputs):
         with pytest.raises(InputError, match="training mode"):
             model(**inputs)
         model.eval()
+        embeds = torch.zeros(1, 3, 64, requires_grad=True)
+        with pytest.raises(InputError, match="gradients"):
+            model(inputs_embeds=embeds)
+        with torch.no_grad():
+            model(inputs_embeds=embeds)
         model(**inputs)
-    assert len(handle.records) == 1
+    assert len(handle.records) == 2

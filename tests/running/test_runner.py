@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from transformers import LogitsProcessor
+from transformers import DynamicCache, LogitsProcessor
 
-from mminfer import Engine, InferenceConfig, LookM, nano
+from mminfer import Engine, InferenceConfig, InputError, LookM, nano
 
 QUESTION = "Which image shows a blue 1?"
 CONTENT = nano.sample_messages()[0]["content"][:-1]
@@ -56,3 +56,16 @@ def test_a_turn_after_one_that_failed(engine):
         assert (chat.cache.logical_length, chat.cache.lengths) == before
     again = chat.send(QUESTION, output_logits=True)
     assert again.token_ids == want.token_ids and torch.equal(again.logits, want.logits)
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_caches_of_callers_are_refused_and_none_at_all_where_one_is_needed(engine, name):
+    chat = engine.chat()
+    for ask in (engine.generate, engine.stream, chat.send):
+        with pytest.raises(InputError, match=name):
+            ask("Hi", **{name: DynamicCache()})
+    assert engine.generate(QUESTION, use_cache=False).token_ids == engine.generate(QUESTION).token_ids
+    for ask in (chat.send, lambda *args, **kwargs: engine.generate(*args, prefill_chunk_size=64, **kwargs)):
+        with pytest.raises(InputError, match="use_cache=False"):
+            ask("Hi", use_cache=False)
+    assert chat.cache.tokens == ()
