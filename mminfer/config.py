@@ -67,7 +67,7 @@ class InferenceConfig:
             technique = getattr(self, stage.value)
             if technique is not None and (not isinstance(technique, Technique) or technique.stage is not stage):
                 raise ConfigError(
-                    f"{stage.value}={technique!r} is no {stage.value} technique: "
+                    f"{stage.value}={technique!r:.200} is no {stage.value} technique: "
                     f"use {', '.join(n for n, c in TECHNIQUES.items() if c.stage is stage)} or None"
                 )
             if technique is not None:
@@ -104,7 +104,8 @@ class InferenceConfig:
         for technique in techniques:
             if not isinstance(technique, Technique):
                 raise ConfigError(
-                    f"{technique!r} is no technique: pass one such as LookM(), or use from_preset for a preset's name"
+                    f"{technique!r:.200} is no technique: pass one such as LookM(), or use from_preset for a "
+                    "preset's name"
                 )
             name = technique.stage.value
             if name in stages:
@@ -120,7 +121,7 @@ class InferenceConfig:
             ConfigError: there is no preset of this name.
         """
         if not isinstance(name, str) or name not in PRESETS:
-            raise ConfigError(f"unknown preset {name!r}; presets: {', '.join(PRESETS)}")
+            raise ConfigError(f"unknown preset {name!r:.200}; presets: {', '.join(PRESETS)}")
         return PRESETS[name]
 
     def to_dict(self) -> dict[str, Any]:
@@ -139,16 +140,48 @@ class InferenceConfig:
         """
         stages = {s.value for s in Stage}
         if not isinstance(data, dict) or set(data) - stages:
-            raise ConfigError(f"config {data!r}: wanted an object with the keys {', '.join(sorted(stages))}")
+            raise ConfigError(f"config {_shown(data)}: wanted an object with the keys {', '.join(sorted(stages))}")
         techniques: dict[str, Any] = {stage: _from_data(stage, value) for stage, value in data.items()}
         return cls(**techniques)
 
     @classmethod
     def from_json(cls, text: str) -> InferenceConfig:
+        """The inverse of `to_json`.
+
+        Raises:
+            ConfigError: it is no JSON of a config, or names a field twice.
+        """
+        if not isinstance(text, (str, bytes, bytearray)):
+            raise ConfigError(
+                f"config of type {type(text).__name__}: wanted the string that InferenceConfig.to_json() made"
+            )
         try:
-            return cls.from_dict(json.loads(text))
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"config is not JSON ({error}); write it with InferenceConfig.to_json()") from error
+            data = json.loads(text, object_pairs_hook=_object)
+        except ConfigError:
+            raise
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(
+                f"config is not JSON ({error!s:.200}); write it with InferenceConfig.to_json()"
+            ) from error
+        return cls.from_dict(data)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, of which every field is told once."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ConfigError(f"config: {twice!r:.200} stands there twice: leave one of them out")
+    return found
+
+
+def _shown(value: Any) -> str:
+    """A value in a message: 200 characters of it, however deep it goes."""
+    try:
+        return f"{value!r:.200}"
+    except RecursionError:
+        return f"of type {type(value).__name__}, nested too deeply to be shown"
 
 
 def _to_data(technique: Technique | None) -> dict[str, Any] | None:
@@ -162,27 +195,43 @@ def _from_data(stage: str, data: Any) -> Technique | None:
     if data is None:
         return None
     if not isinstance(data, dict):
-        raise ConfigError(f'{stage}={data!r}: wanted null, or an object with "technique" and its settings')
+        raise ConfigError(f'{stage}={_shown(data)}: wanted null, or an object with "technique" and its settings')
     name = data.get("technique")
     if not isinstance(name, str) or name not in TECHNIQUES:
         raise ConfigError(
-            f"{stage}: unknown technique {name!r}; techniques: {', '.join(TECHNIQUES)}; import the module of one of "
-            "your own first, on the command line by --technique-file"
+            f"{stage}: unknown technique {_shown(name)}; techniques: {', '.join(TECHNIQUES)}; import the module "
+            "of one of your own first, on the command line by --technique-file"
         )
+    fields = {
+        key: _field_from_data(f"{stage}: {key!s:.200}", value) for key, value in data.items() if key != "technique"
+    }
     try:
-        fields = {key: _field_from_data(value) for key, value in data.items() if key != "technique"}
         return TECHNIQUES[name](**fields)
     except TypeError as error:
-        raise ConfigError(f"{stage}: {error}") from error
+        raise ConfigError(f"{stage}: {error!s:.400}") from error
 
 
 _LAYER_RANGE = {field.name for field in dataclasses.fields(LayerRange)}
+_DEEPEST, _LONGEST, _LARGEST = 4, 200, 2**63  # of what a setting may be made of
 
 
-def _field_from_data(value: Any) -> Any:
+def _field_from_data(name: str, value: Any, depth: int = 0) -> Any:
+    """A setting as its technique takes it.
+
+    Raises:
+        ConfigError: it is too large, too long or too deep to be one.
+    """
+    if depth > _DEEPEST:
+        raise ConfigError(f"{name}: nested more than {_DEEPEST} deep: wanted numbers, words or lists of them")
+    if isinstance(value, str) and len(value) > _LONGEST:
+        raise ConfigError(f"{name}={value[:20]!r}... of {len(value)} characters: wanted {_LONGEST} at most")
+    if isinstance(value, int) and not -_LARGEST <= value < _LARGEST:
+        raise ConfigError(f"{name}: a whole number of {value.bit_length()} bits: wanted 63 at most")
     if isinstance(value, dict) and value.keys() == _LAYER_RANGE:
-        return LayerRange(**value)
-    return tuple(map(_field_from_data, value)) if isinstance(value, list) else value
+        return LayerRange(**{key: _field_from_data(name, own, depth + 1) for key, own in value.items()})
+    if isinstance(value, list):
+        return tuple(_field_from_data(name, own, depth + 1) for own in value)
+    return value
 
 
 class Presets(Mapping[str, InferenceConfig]):
@@ -265,4 +314,4 @@ def checked_config(given: Any) -> InferenceConfig:
         wanted = "pass InferenceConfig.of(...) with it"
     elif isinstance(given, str) and given in PRESETS:
         wanted = f"pass InferenceConfig.from_preset({given!r})"
-    raise ConfigError(f"the config is {given!r}, no InferenceConfig: {wanted}")
+    raise ConfigError(f"the config is {_shown(given)}, no InferenceConfig: {wanted}")

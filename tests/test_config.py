@@ -115,6 +115,59 @@ def test_what_is_not_json_is_refused(text):
         InferenceConfig.from_json(text)
 
 
+HOSTILE = {
+    "none": (None, "of type NoneType: wanted the string"),
+    "a list": ([], "of type list: wanted the string"),
+    "bytes of no text": (b"\xff", "not JSON"),
+    "deep": ("[" * 100_000, "not JSON"),
+    "deep objects": ('{"merge":' * 100_000, "not JSON"),
+    "a deep setting": (
+        '{"merge": {"technique": "AIMMerge", "ratio": [[[[[[1]]]]]]}}',
+        "merge: ratio: nested more than 4",
+    ),
+    "a number of 71 bits": (f'{{"cache": {{"technique": "LookM", "budget": {2**70}}}}}', "budget: .* of 71 bits"),
+    "a number in a list": (f'{{"skip": {{"technique": "OperatorSkip", "ffn": [{-(2**70)}]}}}}', "ffn: .* of 71 bits"),
+    "5,000 digits": ('{"cache": {"technique": "LookM", "budget": ' + "1" * 5000 + "}}", "not JSON .*4300 digits"),
+    "1e999": ('{"merge": {"technique": "AIMMerge", "ratio": 1e999}}', "AIMMerge.ratio=inf"),
+    "NaN": ('{"merge": {"technique": "AIMMerge", "ratio": NaN}}', "AIMMerge.ratio=nan"),
+    "Infinity": ('{"cache": {"technique": "LookM", "budget": Infinity}}', "LookM.budget=inf"),
+    "a stage twice": ('{"merge": null, "merge": {"technique": "AIMMerge"}}', "'merge' stands there twice"),
+    "a field twice": ('{"merge": {"technique": "AIMMerge", "ratio": 0.5, "ratio": 0.1}}', "'ratio' stands there twice"),
+    "a long name": ('{"' + "x" * 9999 + '": 1}', "config {'xxx"),
+    "a long word": ('{"cache": {"technique": "LookM", "merge": "' + "x" * 9999 + '"}}', "of 9999 characters"),
+    "half a pair": ('{"merge": {"technique": "\\ud800"}}', "unknown technique"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_json_is_refused_in_a_few_words(name):
+    text, says = HOSTILE[name]
+    with pytest.raises(ConfigError, match=says) as caught:
+        InferenceConfig.from_json(text)
+    assert len(str(caught.value)) < 500
+
+
+def test_hostile_data_is_refused_in_a_few_words():
+    ring: list = []
+    ring.append(ring)
+    for data in (
+        {"merge": ring},
+        {"merge": {"technique": ring}},
+        {"merge": {"technique": "AIMMerge", "ratio": ring}},
+        {"merge": {"technique": "AIMMerge", "ratio": 10**400}},
+        {"merge": {"technique": "AIMMerge", 3: 4}},
+        {"x" * 9999: 1},
+        {(1,): 2, None: 3},
+    ):
+        with pytest.raises(ConfigError) as caught:
+            InferenceConfig.from_dict(data)
+        assert len(str(caught.value)) < 700
+    for name in (["a"], None, {}, "x" * 9999):
+        with pytest.raises(ConfigError, match="unknown preset") as caught:
+            InferenceConfig.from_preset(name)
+        assert len(str(caught.value)) < 600
+
+
 def test_an_unknown_preset_is_refused_with_the_known_ones():
     with pytest.raises(ConfigError, match=r"'fastest'.*lookm-20"):
         InferenceConfig.from_preset("fastest")

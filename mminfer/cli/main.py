@@ -5,6 +5,7 @@ Nothing here loads torch or transformers: a command does so once its options are
 
 from __future__ import annotations
 
+import sys
 import warnings
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +14,7 @@ import typer
 
 from mminfer import __version__
 from mminfer.cli.bench import bench
-from mminfer.cli.console import ERR, reports_errors
+from mminfer.cli.console import ERR, exit_code, reports_errors
 from mminfer.cli.doctor import doctor
 from mminfer.cli.generate import generate
 from mminfer.cli.inspect import inspect
@@ -60,4 +61,4 @@ def main() -> None:
     warnings.showwarning = lambda message, *_, **__: ERR.print(
         f"warning: {message}", style="yellow", markup=False, highlight=False
     )
-    app()
+    sys.exit(exit_code(app))

@@ -85,10 +85,18 @@ class ListedPaths:
             yield from self._lines
             return
         read = []
-        with nullcontext(sys.stdin) if self._path == "-" else Path(self._path).open() as lines:
-            for line in filter(None, map(str.strip, lines)):
+        try:
+            for line in self._opened():
                 read.append(line)
                 yield line
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"--images-from {self._path}: {error}: wanted paths of images in UTF-8") from error
         if not read:
             raise InputError(f"--images-from {self._path}: no path in it: wanted one of an image on each line")
         self._lines = read
+
+    def _opened(self) -> Iterator[str]:
+        if self._path == "-" and sys.stdin is None:
+            raise InputError("--images-from -: the standard input is closed: pass a file")
+        with nullcontext(sys.stdin) if self._path == "-" else Path(self._path).open(encoding="utf-8") as lines:
+            yield from filter(None, map(str.strip, lines))

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mminfer.config import InferenceConfig
 
 DEFAULT_PRESET = "balanced"
+_LARGEST_CONFIG = 2**20  # characters
 ROWS_OF_OTHERS = {"host", "blind"}  # names of rows that are no setting
 
 
@@ -90,10 +91,16 @@ def read_config(path: Path) -> InferenceConfig:
     from mminfer.config import InferenceConfig
 
     try:
-        return InferenceConfig.from_json(path.read_text())
+        with path.open(encoding="utf-8") as file:
+            text = file.read(_LARGEST_CONFIG + 1)
+        if len(text) > _LARGEST_CONFIG:
+            raise InputError(f"--config {path}: more than {_LARGEST_CONFIG:,} characters: wanted the settings alone")
+        return InferenceConfig.from_json(text)
     except ConfigError as error:
         raise ConfigError(f"--config {path}: {error}") from error
-    except (OSError, UnicodeDecodeError) as error:
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:  # a null byte in a path is a ValueError
         raise InputError(f"--config {path}: {error}") from error
 
 

@@ -130,3 +130,36 @@ def test_an_instruction_set_that_cannot_be_is_refused(monkeypatch):
     for args in (["doctor"], ["doctor", "--build"], ["generate"]):
         result = invoke(*args)
         assert result.exit_code == 2 and "InputError: MMINFER_ISA is 'avx3'" in " ".join(result.stderr.split())
+
+
+def on_console(redirections, *args, **env):
+    """The command line in a shell; the console is whatever these redirections make of it."""
+    command = " ".join([sys.executable, "-m", "mminfer", *args, redirections])
+    return subprocess.run(command, shell=True, cwd=ROOT, env={**ENV, **env}, capture_output=True, timeout=120)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="redirections of Linux")
+@pytest.mark.parametrize(
+    ("redirections", "code", "told"),
+    [
+        ("> /dev/full", 2, b"standard output could not be written"),
+        (">&-", 2, b"standard output is closed"),
+        (">&- 2>&-", 2, b""),
+        ("2> /dev/full", 0, b""),
+    ],
+)
+def test_consoles_that_cannot_print(redirections, code, told):
+    run = on_console(redirections, "--version")
+    assert run.returncode == code and told in run.stderr
+    assert b"Traceback" not in run.stderr and b"Exception ignored" not in run.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="redirections of Linux")
+def test_errors_end_with_their_code_where_nobody_can_be_told():
+    assert on_console("2> /dev/full", "bench", "--csv", "/nowhere/x").returncode == 2
+    assert on_console("2>&-", "generate", "--nope").returncode == 2
+
+
+def test_what_a_console_cannot_show_is_escaped():
+    run = on_console("", "bench", "--csv", "/nowhere/caf\u00e9", PYTHONIOENCODING="ascii", PYTHONUTF8="1")
+    assert run.returncode == 2 and rb"caf\xe9" in run.stderr
