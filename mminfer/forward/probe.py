@@ -56,8 +56,8 @@ def rotary_kept(adapter: ModelAdapter) -> Iterator[None]:
 
 
 def is_close(ours: Tensor, host: Tensor, bar: float, half_bar: float) -> bool:
-    """Whether they differ by so small a part of the host's, by norm."""
-    off = float((ours.double() - host.double()).norm())
+    """Whether they differ by so small a part of the host's, by norm; a model's parts may be on several devices."""
+    off = float((ours.to(host.device).double() - host.double()).norm())
     return off <= (half_bar if is_half(host) else bar) * float(host.double().norm())
 
 
