@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mminfer.cache.digest_rules import PIECE, SPREADS, cluster_runs, runs_of, share_out
-from mminfer.errors import ConfigError
+from mminfer.errors import ConfigError, shown
 from mminfer.technique import (
     CACHE_SHARES,
     CacheEntries,
@@ -74,19 +74,19 @@ class Digest(CacheTechnique):
         check_fraction("Digest.ratio", self.ratio)
         check_fraction("Digest.text_share", self.text_share)
         if self.budget is not None and not is_whole(self.budget, least=1):
-            raise ConfigError(f"Digest.budget={self.budget!r}, wanted a number of entries, 1 or more, or None")
+            raise ConfigError(f"Digest.budget={shown(self.budget)}, wanted a number of entries, 1 or more, or None")
         if not is_whole(self.recent, least=0):
-            raise ConfigError(f"Digest.recent={self.recent!r}, wanted a number of entries, 0 or more")
+            raise ConfigError(f"Digest.recent={shown(self.recent)}, wanted a number of entries, 0 or more")
         power = is_number(self.contrast, most=MOST_CONTRAST) and self.contrast >= 0
         if not power or not is_whole(self.queries, least=1):
             raise ConfigError(
-                f"Digest(contrast={self.contrast!r}, queries={self.queries!r}): wanted a power of 0 or more, "
+                f"Digest(contrast={shown(self.contrast)}, queries={shown(self.queries)}): wanted a power of 0 or more, "
                 f"{MOST_CONTRAST} at most, and at least one query"
             )
         if self.spread not in SPREADS or not isinstance(self.join, bool):
             raise ConfigError(
-                f"Digest(spread={self.spread!r}, join={self.join!r}): wanted one of {', '.join(SPREADS)}, and True or "
-                "False"
+                f"Digest(spread={shown(self.spread)}, join={shown(self.join)}): wanted one of {', '.join(SPREADS)}, "
+                "and True or False"
             )
 
     def apply(self, view: LayerView) -> CacheEntries:
