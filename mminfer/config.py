@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mminfer import cache, operators, positions, tokens
-from mminfer.errors import ConfigError
+from mminfer.errors import ConfigError, shown
 from mminfer.operators.skip import OperatorSkip
 from mminfer.technique import (
     CacheTechnique,
@@ -67,7 +67,7 @@ class InferenceConfig:
             technique = getattr(self, stage.value)
             if technique is not None and (not isinstance(technique, Technique) or technique.stage is not stage):
                 raise ConfigError(
-                    f"{stage.value}={technique!r:.200} is no {stage.value} technique: "
+                    f"{stage.value}={shown(technique)} is no {stage.value} technique: "
                     f"use {', '.join(n for n, c in TECHNIQUES.items() if c.stage is stage)} or None"
                 )
             if technique is not None:
@@ -104,12 +104,14 @@ class InferenceConfig:
         for technique in techniques:
             if not isinstance(technique, Technique):
                 raise ConfigError(
-                    f"{technique!r:.200} is no technique: pass one such as LookM(), or use from_preset for a "
+                    f"{shown(technique)} is no technique: pass one such as LookM(), or use from_preset for a "
                     "preset's name"
                 )
             name = technique.stage.value
             if name in stages:
-                raise ConfigError(f"{stages[name]!r} and {technique!r} both work in {name}: wanted one a stage")
+                raise ConfigError(
+                    f"{shown(stages[name])} and {shown(technique)} both work in {name}: wanted one a stage"
+                )
             stages[name] = technique
         return cls(**stages)
 
@@ -121,7 +123,7 @@ class InferenceConfig:
             ConfigError: there is no preset of this name.
         """
         if not isinstance(name, str) or name not in PRESETS:
-            raise ConfigError(f"unknown preset {name!r:.200}; presets: {', '.join(PRESETS)}")
+            raise ConfigError(f"unknown preset {shown(name)}; presets: {', '.join(PRESETS)}")
         return PRESETS[name]
 
     def to_dict(self) -> dict[str, Any]:
@@ -140,7 +142,7 @@ class InferenceConfig:
         """
         stages = {s.value for s in Stage}
         if not isinstance(data, dict) or set(data) - stages:
-            raise ConfigError(f"config {_shown(data)}: wanted an object with the keys {', '.join(sorted(stages))}")
+            raise ConfigError(f"config {shown(data)}: wanted an object with the keys {', '.join(sorted(stages))}")
         techniques: dict[str, Any] = {stage: _from_data(stage, value) for stage, value in data.items()}
         return cls(**techniques)
 
@@ -172,16 +174,8 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ConfigError(f"config: {twice!r:.200} stands there twice: leave one of them out")
+        raise ConfigError(f"config: {shown(twice)} stands there twice: leave one of them out")
     return found
-
-
-def _shown(value: Any) -> str:
-    """A value in a message: 200 characters of it, however deep it goes."""
-    try:
-        return f"{value!r:.200}"
-    except RecursionError:
-        return f"of type {type(value).__name__}, nested too deeply to be shown"
 
 
 def _to_data(technique: Technique | None) -> dict[str, Any] | None:
@@ -195,11 +189,11 @@ def _from_data(stage: str, data: Any) -> Technique | None:
     if data is None:
         return None
     if not isinstance(data, dict):
-        raise ConfigError(f'{stage}={_shown(data)}: wanted null, or an object with "technique" and its settings')
+        raise ConfigError(f'{stage}={shown(data)}: wanted null, or an object with "technique" and its settings')
     name = data.get("technique")
     if not isinstance(name, str) or name not in TECHNIQUES:
         raise ConfigError(
-            f"{stage}: unknown technique {_shown(name)}; techniques: {', '.join(TECHNIQUES)}; import the module "
+            f"{stage}: unknown technique {shown(name)}; techniques: {', '.join(TECHNIQUES)}; import the module "
             "of one of your own first, on the command line by --technique-file"
         )
     fields = {
@@ -301,6 +295,12 @@ def _combinations() -> dict[str, InferenceConfig]:
     }
 
 
+def check_flag(name: str, value: Any) -> None:
+    """Raises `ConfigError` unless an argument of this name is True or False: words and None mean neither."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name}={shown(value)}: wanted True or False")
+
+
 def checked_config(given: Any) -> InferenceConfig:
     """What was given, if it is a config.
 
@@ -314,4 +314,4 @@ def checked_config(given: Any) -> InferenceConfig:
         wanted = "pass InferenceConfig.of(...) with it"
     elif isinstance(given, str) and given in PRESETS:
         wanted = f"pass InferenceConfig.from_preset({given!r})"
-    raise ConfigError(f"the config is {_shown(given)}, no InferenceConfig: {wanted}")
+    raise ConfigError(f"the config is {shown(given)}, no InferenceConfig: {wanted}")

@@ -15,12 +15,13 @@ from transformers import AutoModelForImageTextToText
 from mminfer import nano
 from mminfer.chat import OF_ALL_TURNS, ONE_ANSWER, CallOptions, Chat
 from mminfer.chat_files import ChatIdentity
-from mminfer.config import InferenceConfig, checked_config
-from mminfer.errors import ConfigError, InputError
+from mminfer.config import InferenceConfig, check_flag, checked_config
+from mminfer.errors import ConfigError, InputError, shown
 from mminfer.forward.host_check import check_host
 from mminfer.forward.kv_cache import CompressedCache
 from mminfer.forward.native_build import check_native_isa, prepare_kernels
 from mminfer.inputs.content import MEDIA_OPTIONS, MediaOptions
+from mminfer.inputs.markers import tokenizer_of
 from mminfer.inputs.messages import is_batch
 from mminfer.inputs.parts import Message, Part
 from mminfer.inputs.reader import RequestReader
@@ -49,7 +50,7 @@ class Engine:
     Args:
         model: a `...ForConditionalGeneration` of a supported family; also within `torch.compile(model)`, which then has
             no effect, or with adapters of peft that change its layers.
-        processor: its processor.
+        processor: its processor; None: calls that read messages are refused.
         config: the techniques; None: all off.
         compile: decode by the host's modules under torch.compile; see `mminfer.patch`.
         verify: whether to compare our pass with the host's own first; see `mminfer.patch`.
@@ -57,7 +58,8 @@ class Engine:
     Raises:
         UnsupportedModelError: the family has no adapter, weights are missing, the model stands in another wrapper, or
             our pass is not the host's own for this language model.
-        ConfigError: a setting does not fit the model, or the config is none.
+        ConfigError: a setting does not fit the model, the config is none, or `compile` or `verify` no bool.
+        InputError: the processor is none of a vision-language model.
     """
 
     def __init__(
@@ -69,9 +71,12 @@ class Engine:
         verify: bool = True,
     ) -> None:
         self.config = InferenceConfig() if config is None else checked_config(config)
+        check_flag("compile", compile)
         self.model: Any = unwrapped(model)
         self.processor = processor
         self.adapter = adapter_for(self.model)
+        if processor is not None:
+            tokenizer_of(processor)
         check_loaded(self.model)
         self.config.check(self.adapter.spec)
         check_host(self.adapter, self.config, verify)
@@ -113,7 +118,7 @@ class Engine:
         config = InferenceConfig() if config is None else checked_config(config)
         name = checked_name(name_or_path)
         if device is not None and "device_map" in hf_kwargs:
-            raise InputError(f"device={device!r:.100} and device_map: pass one of them")
+            raise InputError(f"device={shown(device)} and device_map: pass one of them")
         device = chosen_device(device)
         dtype = chosen_dtype(dtype, device)
         check_native_isa()

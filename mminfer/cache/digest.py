@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mminfer.cache.digest_rules import PIECE, SPREADS, cluster_runs, runs_of, share_out
-from mminfer.errors import ConfigError
+from mminfer.errors import ConfigError, shown
 from mminfer.technique import (
     CACHE_SHARES,
     CacheEntries,
@@ -42,7 +42,7 @@ class Digest(CacheTechnique):
     Args:
         ratio: entries kept, as a fraction of the tokens that the layers took in, in (0, 1].
         budget: entries a head of the average layer, in place of the ratio.
-        text_share: of all entries, what text may take at most, in (0, 1].
+        text_share: of all entries, what text may take at most, in (0, 1]; less where pictures would not get one each.
         recent: entries of text behind the last picture that stay as they are, if they fit in half of the budget.
         contrast: power of the need by which layers share; 0 shares evenly.
         queries: text queries whose reading tells the need, evenly spread over those of a pass.
@@ -74,19 +74,19 @@ class Digest(CacheTechnique):
         check_fraction("Digest.ratio", self.ratio)
         check_fraction("Digest.text_share", self.text_share)
         if self.budget is not None and not is_whole(self.budget, least=1):
-            raise ConfigError(f"Digest.budget={self.budget!r}, wanted a number of entries, 1 or more, or None")
+            raise ConfigError(f"Digest.budget={shown(self.budget)}, wanted a number of entries, 1 or more, or None")
         if not is_whole(self.recent, least=0):
-            raise ConfigError(f"Digest.recent={self.recent!r}, wanted a number of entries, 0 or more")
+            raise ConfigError(f"Digest.recent={shown(self.recent)}, wanted a number of entries, 0 or more")
         power = is_number(self.contrast, most=MOST_CONTRAST) and self.contrast >= 0
         if not power or not is_whole(self.queries, least=1):
             raise ConfigError(
-                f"Digest(contrast={self.contrast!r}, queries={self.queries!r}): wanted a power of 0 or more, "
+                f"Digest(contrast={shown(self.contrast)}, queries={shown(self.queries)}): wanted a power of 0 or more, "
                 f"{MOST_CONTRAST} at most, and at least one query"
             )
         if self.spread not in SPREADS or not isinstance(self.join, bool):
             raise ConfigError(
-                f"Digest(spread={self.spread!r}, join={self.join!r}): wanted one of {', '.join(SPREADS)}, and True or "
-                "False"
+                f"Digest(spread={shown(self.spread)}, join={shown(self.join)}): wanted one of {', '.join(SPREADS)}, "
+                "and True or False"
             )
 
     def apply(self, view: LayerView) -> CacheEntries:
@@ -122,17 +122,19 @@ class Digest(CacheTechnique):
         if sum(map(len, layers)) <= total:
             return list(layers)
         flags = [v for v in visual if v is not None]
-        most = int(total / (2 * len(layers)))
-        tails = [min(self.recent, most, _text_behind_pictures(v)) for v in flags]
+        runs = [len(runs_of(v)) for v in flags]
+        tails = [
+            min(self.recent, _most_recent(int(total / len(layers)), n), _text_behind_pictures(v))
+            for v, n in zip(flags, runs, strict=True)
+        ]
         total -= sum(tails)
         texts = [int((~v).sum()) - tail for v, tail in zip(flags, tails, strict=True)]
         pictures = [int(v.sum()) for v in flags]
-        of_text = max(min(sum(texts), self.text_share * total), total - sum(pictures))
+        of_text = max(min(sum(texts), self.text_share * total, total - sum(runs)), total - sum(pictures))
         text = share_out(texts, [1.0] * len(layers), max(int(of_text), len(layers)))
         weights = [demand**self.contrast for demand in demands]
-        runs = [len(runs_of(v)) for v in flags]
-        left = int(total) - sum(text)
-        image = share_out(pictures, weights, left, runs if sum(runs) <= left else None)
+        left = max(int(total) - sum(text), 0)
+        image = share_out(pictures, weights, left, share_out(runs, runs, left))
         return [self._digest(*parts) for parts in zip(layers, flags, text, image, tails, strict=True)]
 
     def _digest(self, entries: CacheEntries, is_visual: Tensor, text: int, image: int, tail: int) -> CacheEntries:
@@ -186,6 +188,12 @@ class Digest(CacheTechnique):
 
 def _is_visual(entries: CacheEntries) -> Tensor | None:
     return None if entries.is_visual is None else entries.is_visual[0, 0]
+
+
+def _most_recent(budget: int, pictures: int) -> int:
+    """How many entries of a layer may stay as they are: half, unless pictures need one each, and older text another."""
+    room = budget - pictures - 1
+    return min(budget // 2, room) if room > 0 else budget // 2
 
 
 def _text_behind_pictures(is_visual: Tensor) -> int:

@@ -12,7 +12,7 @@ from mminfer_kernels import column_mass
 from torch import Tensor
 
 from mminfer.cache.lookm_rules import MERGES, lookm_keep, lookm_merge
-from mminfer.errors import ConfigError
+from mminfer.errors import ConfigError, shown
 from mminfer.technique import CACHE_SHARES, CacheEntries, CacheTechnique, LayerView, LayerWork, check_fraction, is_whole
 
 if TYPE_CHECKING:
@@ -77,25 +77,25 @@ class LookM(CacheTechnique):
             for ratio in value if isinstance(value, (list, tuple)) else (value,):
                 check_fraction(f"LookM.{name}", ratio, zero=zero)
         if self.merge not in MERGES:
-            raise ConfigError(f"LookM.merge={self.merge!r}, wanted one of {', '.join(MERGES)}")
+            raise ConfigError(f"LookM.merge={shown(self.merge)}, wanted one of {', '.join(MERGES)}")
         if not isinstance(self.text_prior, bool):
-            raise ConfigError(f"LookM.text_prior={self.text_prior!r}, wanted True or False")
+            raise ConfigError(f"LookM.text_prior={shown(self.text_prior)}, wanted True or False")
         if self.budget is not None and not is_whole(self.budget, least=1):
-            raise ConfigError(f"LookM.budget={self.budget!r}, wanted 1 or more entries, or None for the ratios")
+            raise ConfigError(f"LookM.budget={shown(self.budget)}, wanted 1 or more entries, or None for the ratios")
         if self.recent is not None and (self.budget is None or not is_whole(self.recent, least=0)):
-            raise ConfigError(f"LookM.recent={self.recent!r}, wanted a whole number of entries beside a budget")
+            raise ConfigError(f"LookM.recent={shown(self.recent)}, wanted a whole number of entries beside a budget")
         if self.budget is not None and self.recent is not None and self.budget <= self.recent:
             raise ConfigError(
                 f"LookM.budget={self.budget} leaves nothing beside the recent window of {self.recent} entries: wanted "
                 f"{self.recent + 1} or more, or a smaller LookM.recent"
             )
         if self.text_overflow not in OVERFLOWS:
-            raise ConfigError(f"LookM.text_overflow={self.text_overflow!r}, wanted one of {', '.join(OVERFLOWS)}")
+            raise ConfigError(f"LookM.text_overflow={shown(self.text_overflow)}, wanted one of {', '.join(OVERFLOWS)}")
         if self.queries not in QUERIES:
-            raise ConfigError(f"LookM.queries={self.queries!r}, wanted one of {', '.join(QUERIES)}")
+            raise ConfigError(f"LookM.queries={shown(self.queries)}, wanted one of {', '.join(QUERIES)}")
         for name in ("stride", "window"):
             if not is_whole(getattr(self, name), least=1):
-                raise ConfigError(f"LookM.{name}={getattr(self, name)!r}, wanted a whole number of 1 or more")
+                raise ConfigError(f"LookM.{name}={shown(getattr(self, name))}, wanted a whole number of 1 or more")
 
     def check(self, spec: ModelSpec) -> None:
         for name in ("important_ratio", "recent_ratio"):

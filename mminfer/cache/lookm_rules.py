@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from mminfer_kernels import best_match, gather_rows, merge_rows
 
-from mminfer.errors import ConfigError
+from mminfer.errors import ConfigError, shown
 
 MERGES = ("average", "weighted", "pivot", "none")
 SINKS = 4  # first tokens, always kept where text has no priority
@@ -142,7 +142,7 @@ def lookm_merge(
         LOOK-M (arXiv 2406.18139), merging of key-value pairs.
     """
     if merge is not None and merge not in MERGES:
-        raise ConfigError(f"merge is {merge!r}, wanted one of {', '.join(MERGES)}")
+        raise ConfigError(f"merge is {shown(merge)}, wanted one of {', '.join(MERGES)}")
     if kept.shape[-1] == k.shape[2]:
         return k, v
     kept_k, kept_v = gather_rows(k, kept), gather_rows(v, kept)

@@ -11,7 +11,7 @@ from torch.nn.functional import avg_pool1d
 
 from mminfer.cache.lookm import LookM
 from mminfer.cache.lookm_rules import SINKS
-from mminfer.errors import ConfigError
+from mminfer.errors import ConfigError, shown
 from mminfer.technique import LayerView, is_whole
 
 MOST_POOL = 1024  # neighbours that are averaged
@@ -44,12 +44,12 @@ class SnapKV(LookM):
         super().__post_init__()
         if not is_whole(self.pool, least=1, most=MOST_POOL) or self.pool % 2 == 0:
             raise ConfigError(
-                f"SnapKV.pool={self.pool!r}, wanted an odd number of neighbours, 1 or more, below {MOST_POOL}"
+                f"SnapKV.pool={shown(self.pool)}, wanted an odd number of neighbours, 1 or more, below {MOST_POOL}"
             )
         if self.text_prior or self.queries != "last" or self.recent is not None:
             raise ConfigError(
-                f"SnapKV(text_prior={self.text_prior}, queries={self.queries!r}, recent={self.recent}): its window "
-                "alone counts and stays; leave these out, or use LookM"
+                f"SnapKV(text_prior={self.text_prior}, queries={shown(self.queries)}, recent={self.recent}): its "
+                "window alone counts and stays; leave these out, or use LookM"
             )
 
     def quota(self, tokens_seen: int, layer_idx: int) -> tuple[int, int]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mminfer.chat_files.identity import ChatIdentity
-from mminfer.errors import InputError
+from mminfer.errors import InputError, shown
 from mminfer.forward.storage import CONTINUATION_NAMES
 
 FACTS = {
@@ -147,4 +147,4 @@ def _same(found: Any, wanted: int | Sequence[int]) -> bool:
 
 def _require(holds: bool, what: str, found: object) -> None:
     if not holds:
-        raise InputError(f"its {what} cannot be: found {found!r:.200}; the file was changed or is damaged")
+        raise InputError(f"its {what} cannot be: found {shown(found)}; the file was changed or is damaged")

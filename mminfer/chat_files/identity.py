@@ -11,7 +11,7 @@ import torch
 
 from mminfer.chat_files.digests import settings_digest, template_digest, tokenizer_digest, weights_digest
 from mminfer.config import InferenceConfig
-from mminfer.errors import InputError
+from mminfer.errors import InputError, shortened, shown
 from mminfer.models.adapter import ModelAdapter
 
 FILE_FORMAT = 4  # since a checksum and digests of what made a chat stand in its file
@@ -66,7 +66,7 @@ class ChatIdentity:
         try:
             plain: dict[str, Any] = json.loads(json.dumps(facts))
         except (TypeError, ValueError) as error:
-            raise InputError(f"config {self.config!r:.200}: its settings have no place in JSON ({error})") from error
+            raise InputError(f"config {shown(self.config)}: its settings have no place in JSON ({error})") from error
         return plain
 
     def check(self, found: dict[str, Any]) -> None:
@@ -77,7 +77,7 @@ class ChatIdentity:
         """
         for name, value in self.facts().items():
             if found.get(name) != value:
-                theirs = f"its {name} is {found.get(name)!s:.200}, this engine's {value!s:.200}"
+                theirs = f"its {name} is {shortened(found.get(name))}, this engine's {shortened(value)}"
                 raise InputError(f"{theirs}: {_OTHERS.get(name, 'load it where it fits')}")
 
     @property

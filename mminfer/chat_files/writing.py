@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from mminfer.errors import InputError
+from mminfer.errors import InputError, shown
 
 _NEW = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 
@@ -22,14 +22,14 @@ def checked_path(path: Any) -> str:
     """
     wanted = "wanted the path of a file, as a string or a pathlib.Path"
     if not isinstance(path, (str, os.PathLike)):
-        raise InputError(f"path {path!r:.200}, of type {type(path).__name__}: {wanted}")
+        raise InputError(f"path {shown(path)}, of type {type(path).__name__}: {wanted}")
     found = os.fspath(path)
     if not isinstance(found, str) or not found or "\0" in found:
-        raise InputError(f"path {found!r:.200}: {wanted}")
+        raise InputError(f"path {shown(found)}: {wanted}")
     try:
         os.fsencode(found)
     except UnicodeEncodeError as error:
-        raise InputError(f"path {found!r:.200}: no file can have such a name ({error.reason}): {wanted}") from error
+        raise InputError(f"path {shown(found)}: no file can have such a name ({error.reason}): {wanted}") from error
     return found
 
 

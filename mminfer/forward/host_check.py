@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from mminfer.config import InferenceConfig
+from mminfer.config import InferenceConfig, check_flag
 from mminfer.errors import UnsupportedModelError
 from mminfer.forward.attention import routed_attention
 from mminfer.forward.decode import Decoder
@@ -76,8 +76,9 @@ def check_host(adapter: ModelAdapter, config: InferenceConfig, verify: bool = Tr
 
     Raises:
         UnsupportedModelError: the passes differ, or one of them fails.
-        ConfigError: a technique does not go with the way the layers are built.
+        ConfigError: a technique does not go with the way the layers are built, or `verify` is no bool.
     """
+    check_flag("verify", verify)
     done = _checked.setdefault(adapter.model, {repr(None)})
     due = [(verify, str(adapter.model.dtype), partial(_compare, adapter))]
     due += [(config.positions is not None, f"{config.positions!r}", partial(check_positions, adapter, config))]

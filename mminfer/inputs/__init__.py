@@ -1,7 +1,6 @@
 """From what a user writes to model inputs, in the order of the way:
 
 parts           what a message holds, as types
-quoting         what errors say of values
 sources, remote files and URLs, opened
 pixels, images, timeline, video_files, videos
                 media of them, loaded

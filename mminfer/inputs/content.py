@@ -6,10 +6,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, TypeVar
 
-from mminfer.errors import InputError
+from mminfer.errors import InputError, shortened, shown
 from mminfer.inputs.images import load_image
 from mminfer.inputs.parts import EmbeddingPart, ImagePart, Message, Part, TextPart, VideoPart
-from mminfer.inputs.quoting import shortened, shown
 from mminfer.inputs.sources import check_source
 from mminfer.inputs.videos import check_sampling, read_video
 from mminfer.technique import is_whole

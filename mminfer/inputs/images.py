@@ -8,9 +8,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from mminfer.errors import InputError
+from mminfer.errors import InputError, shortened
 from mminfer.inputs.pixels import MAX_PIXELS, check_size, given_pixels
-from mminfer.inputs.quoting import shortened
 from mminfer.inputs.sources import open_source
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")

@@ -6,10 +6,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
-from mminfer.errors import InputError
+from mminfer.errors import InputError, shown
 from mminfer.inputs.content import Content, Entry, MediaOptions, PendingPart
 from mminfer.inputs.parts import ROLES, Message, Part, is_blank
-from mminfer.inputs.quoting import shown
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from transformers import BatchFeature
 
-from mminfer.errors import InputError
+from mminfer.errors import InputError, shortened
 from mminfer.inputs.embeddings import given_rows
 from mminfer.inputs.markers import Markers
 from mminfer.inputs.parts import EmbeddingPart, ImagePart, Message, Part, VideoPart
-from mminfer.inputs.quoting import shortened
 from mminfer.layout import GIVEN_ROWS
 
 LEFT_PADDED = {"padding": True, "padding_side": "left"}

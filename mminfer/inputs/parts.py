@@ -11,9 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mminfer.errors import InputError
+from mminfer.errors import InputError, shown
 from mminfer.inputs.pixels import check_pixels, check_size, described
-from mminfer.inputs.quoting import shown
 from mminfer.inputs.videos import is_positive, video_metadata
 
 ROLES = ("system", "user", "assistant")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from mminfer.errors import InputError
+from mminfer.errors import InputError, shortened
 from mminfer.inputs.assembling import Assembling
 from mminfer.inputs.content import Content, Entry, MediaOptions, PendingPart
 from mminfer.inputs.cutting import Cutting
@@ -18,7 +18,6 @@ from mminfer.inputs.markers import Markers, tokenizer_of
 from mminfer.inputs.messages import load_entry, parse_chat, refuse_empty
 from mminfer.inputs.model_inputs import InputBuilder
 from mminfer.inputs.parts import EmbeddingPart, ImagePart, Message, Part, VideoPart
-from mminfer.inputs.quoting import shortened
 from mminfer.inputs.reading import Reading
 from mminfer.inputs.rendering import GroupwiseRendering, Rendering, Turn, WholeRendering
 from mminfer.inputs.template import Template

@@ -8,14 +8,14 @@ import ssl
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from http import HTTPStatus
 from http.client import HTTPConnection, HTTPResponse, HTTPSConnection
 from threading import Lock, Timer
 from typing import Any
 from urllib.error import HTTPError
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, urlsplit, urlunsplit
 
-from mminfer.errors import InputError
-from mminfer.inputs.quoting import shortened
+from mminfer.errors import InputError, shortened
 
 MAX_REMOTE_BYTES = 64 * 2**20
 REMOTE_TIMEOUT_S = 20.0  # for all of it: names, redirects, headers and body
@@ -37,11 +37,11 @@ def fetch(url: str, *, allow_private_hosts: bool = False) -> bytes:
     Raises:
         InputError: it is no such URL, cannot be fetched in time, is cut short or too large, or its host is not public.
     """
-    name = shortened(url)
+    name = url_name(url)
     fetching = _Fetching(allow_private_hosts)
     try:
         with fetching.in_time():
-            content = fetching.content(quote(url, safe=_SAFE))
+            content = fetching.content(_quoted(url))
     except InputError as error:
         raise InputError(f"{name}: {error}") from error
     except Exception as error:  # of sockets, TLS, HTTP, and URLs that are none
@@ -78,8 +78,7 @@ class _Fetching:
         Raises:
             InputError: it is cut short or too large, or the URL leads nowhere that may be asked.
         """
-        if not urlsplit(url).hostname:
-            raise InputError("no host in the URL: wanted http(s)://host/...")
+        _check_url(url)
         opener = urllib.request.OpenerDirector()
         for handler in (_Http(self), _Https(self), _Redirects(), urllib.request.HTTPErrorProcessor()):
             opener.add_handler(handler)
@@ -87,6 +86,8 @@ class _Fetching:
         request = urllib.request.Request(url, headers={"User-Agent": "mminfer"})
         response: HTTPResponse
         with opener.open(request, timeout=REMOTE_TIMEOUT_S) as response:
+            if response.status != HTTPStatus.OK:
+                raise InputError(f"the answer is {response.status} {response.reason}: wanted 200 and a whole file")
             content = b"" if (response.length or 0) > MAX_REMOTE_BYTES else response.read(MAX_REMOTE_BYTES + 1)
             missing = response.length or 0  # of what Content-Length said
         if len(content) + missing > MAX_REMOTE_BYTES:
@@ -133,6 +134,29 @@ class _Fetching:
             for connection in self._sockets:
                 with suppress(OSError):  # below TLS, which another thread is reading
                     socket.socket.shutdown(connection, socket.SHUT_RDWR)
+
+
+def _check_url(url: str) -> None:
+    """Raises `InputError` where a URL names no host, or more than that."""
+    parts = urlsplit(url)
+    if not parts.hostname:
+        raise InputError("no host in the URL: wanted http(s)://host/...")
+    if parts.username is not None or parts.password is not None:
+        raise InputError("a name or password in the URL, which are not sent: download it first")
+
+
+def _quoted(url: str) -> str:
+    """A URL as it goes over the line: its host in the letters of names, all else of it in ASCII."""
+    parts = urlsplit(url)
+    host = parts.netloc if parts.netloc.isascii() else parts.netloc.encode("idna").decode()
+    return quote(urlunsplit(parts._replace(netloc=host)), safe=_SAFE)
+
+
+def url_name(url: str) -> str:
+    """A URL as messages name it: without a password that stands in it."""
+    head, at, rest = url.partition("//")
+    host, slash, path = rest.partition("/")
+    return shortened(f"{head}{at}{host.rpartition('@')[2]}{slash}{path}")
 
 
 def is_public(address: str) -> bool:
@@ -211,4 +235,5 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, request: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
         if urlsplit(newurl).scheme.lower() not in ("http", "https"):
             raise InputError(f"redirected to {shortened(newurl)}: wanted http(s)")
+        _check_url(newurl)
         return super().redirect_request(request, fp, code, msg, headers, newurl)

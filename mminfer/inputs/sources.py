@@ -13,9 +13,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import IO, Any
 
-from mminfer.errors import InputError
-from mminfer.inputs.quoting import shortened, shown
-from mminfer.inputs.remote import fetch
+from mminfer.errors import InputError, shortened, shown
+from mminfer.inputs.remote import fetch, url_name
 
 _SCHEME = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.-]*):(?=//)")
 _SPACE = re.compile(r"\s+")
@@ -51,7 +50,7 @@ def open_source(
         yield BytesIO(_decode_data_url(str(source), kind)), "the data: URL"
     elif scheme in ("http", "https"):
         content = fetch(str(source).strip(), allow_private_hosts=allow_private_hosts)
-        yield BytesIO(content), shortened(source)
+        yield BytesIO(content), url_name(str(source))
     else:
         name = shortened(source)
         with _open_local(Path(source), name, kind) as file:
@@ -65,7 +64,7 @@ def check_source(source: Any, kind: str, *, allow_remote: bool) -> None:
     if _is_data_url(source):
         return
     scheme = _scheme(source)
-    name = shortened(source)
+    name = shortened(source) if scheme is None else url_name(str(source))
     if scheme is None:
         _check_local(Path(source), name, kind)
     elif scheme not in ("http", "https"):

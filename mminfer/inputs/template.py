@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from mminfer.errors import InputError
+from mminfer.errors import InputError, shortened
 from mminfer.inputs.markers import Markers
-from mminfer.inputs.quoting import shortened
 from mminfer.inputs.transcript import new_mark
 
 

@@ -13,10 +13,9 @@ from typing import IO, Any
 import numpy as np
 from tqdm import tqdm
 
-from mminfer.errors import InputError
+from mminfer.errors import InputError, shortened
 from mminfer.inputs import pixels as limits
 from mminfer.inputs.progress import PROGRESS
-from mminfer.inputs.quoting import shortened
 from mminfer.inputs.timeline import Timeline
 
 logger = logging.getLogger(__name__)

@@ -14,10 +14,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mminfer.errors import InputError
+from mminfer.errors import InputError, shown
 from mminfer.inputs.images import load_image
 from mminfer.inputs.pixels import given_pixels
-from mminfer.inputs.quoting import shown
 from mminfer.inputs.sources import open_source
 from mminfer.inputs.video_files import VideoFile
 from mminfer.technique import is_whole

@@ -9,7 +9,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from mminfer.errors import InputError
+from mminfer.errors import InputError, shown
 
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _WEIGHTS = ".safetensors"
@@ -24,12 +24,12 @@ def checked_name(given: Any) -> str:
     """
     wanted = "wanted a checkpoint's folder or hub name, or 'nano' for the bundled model"
     if not isinstance(given, (str, os.PathLike)):
-        raise InputError(f"model {given!r:.200}, of type {type(given).__name__}: {wanted}")
+        raise InputError(f"model {shown(given)}, of type {type(given).__name__}: {wanted}")
     name = os.fspath(given)
     if not isinstance(name, str) or not name.strip() or "\0" in name:
-        raise InputError(f"model {name!r:.200}: {wanted}")
+        raise InputError(f"model {shown(name)}: {wanted}")
     if os.path.isfile(name):
-        raise InputError(f"model {name!r:.200}: that is a file: wanted the checkpoint's folder")
+        raise InputError(f"model {shown(name)}: that is a file: wanted the checkpoint's folder")
     return name
 
 
@@ -66,7 +66,7 @@ def check_weights(folder: str, variant: str | None = None, *, quantised: bool = 
 
 
 def _at(folder: str) -> str:
-    return f"no model, or no whole one, at {folder!r:.200}"
+    return f"no model, or no whole one, at {shown(folder)}"
 
 
 def _weight_files(folder: str, variant: str, at: str) -> list[str]:
@@ -94,7 +94,7 @@ def _shards(folder: str, index: str, at: str) -> list[str]:
     files = sorted(set(names.values()))
     for name in files:
         if os.path.basename(name) != name or not os.path.exists(os.path.join(folder, name)):
-            raise InputError(f"{at}: the file {name!r:.100} that its {index} names is not there: fetch it once more")
+            raise InputError(f"{at}: the file {shown(name)} that its {index} names is not there: fetch it once more")
     return files
 
 

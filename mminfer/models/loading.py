@@ -13,7 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PretrainedConfig
 from transformers.utils import logging as hf_logging
 
-from mminfer.errors import InputError, MminferError
+from mminfer.errors import InputError, MminferError, shown
 from mminfer.models.checkpoint import check_config, check_weights
 from mminfer.models.registry import check_family
 from mminfer.models.wrappers import DTYPES, check_loaded, named_dtypes
@@ -52,9 +52,9 @@ class Checkpoint:
     def __init__(self, name: str, hf_kwargs: Mapping[str, Any] | None = None) -> None:
         given = dict(hf_kwargs or {})
         for argument in _OURS.keys() & given.keys():
-            raise InputError(f"{argument}={given[argument]!r:.100}: {_OURS[argument]}")
+            raise InputError(f"{argument}={shown(given[argument])}: {_OURS[argument]}")
         if not isinstance(given.setdefault("trust_remote_code", False), bool):
-            raise InputError(f"trust_remote_code={given['trust_remote_code']!r:.100}: wanted True or False")
+            raise InputError(f"trust_remote_code={shown(given['trust_remote_code'])}: wanted True or False")
         self._name, self._kwargs = name, given
         self._is_quantised = False
         self._shared = {argument: given[argument] for argument in _OF_ALL if argument in given}
@@ -87,7 +87,7 @@ class Checkpoint:
         if os.path.isdir(folder):
             return None if "gguf_file" in self._kwargs else folder
         if os.path.isdir(self._name) or self._name.startswith(("/", ".", "~", "\\")) or self._name.count("/") > 1:
-            raise InputError(f"no model at {folder!r:.200}: there is no such folder: wanted a checkpoint's")
+            raise InputError(f"no model at {shown(folder)}: there is no such folder: wanted a checkpoint's")
         return None
 
     def processor(self, config: Any) -> Any:
@@ -105,7 +105,7 @@ class Checkpoint:
         mark, placeholder = (getattr(owner, "image_token_id", None) for owner in (processor, config))
         if mark is not None and placeholder is not None and mark != placeholder:
             raise InputError(
-                f"the processor at {self._name!r:.200} is another model's: it marks images by the token {mark}, this "
+                f"the processor at {shown(self._name)} is another model's: it marks images by the token {mark}, this "
                 f"model by {placeholder}: pass a folder whose files belong together"
             )
         return processor
@@ -165,7 +165,7 @@ class Checkpoint:
         except Exception as error:  # the host raises anything
             found = repr(error) if isinstance(error, KeyError) else " ".join(str(error).split()) or repr(error)
             raise InputError(
-                f"no model, or no whole one, at {self._name!r:.200}: {found:.300}: wanted a folder that "
+                f"no model, or no whole one, at {shown(self._name)}: {found:.300}: wanted a folder that "
                 "save_pretrained() wrote, or a hub name"
             ) from error
 
@@ -182,9 +182,9 @@ def chosen_device(device: str | torch.device | None) -> torch.device:
         torch.empty(0, device=found)
     except Exception as error:  # backends that are not there raise anything
         reason = str(error).partition("\n")[0]
-        raise InputError(f"device {device!r:.100}: {reason:.200}; {way_out}") from error
+        raise InputError(f"device {shown(device)}: {reason:.200}; {way_out}") from error
     if found.type == "meta":
-        raise InputError(f"device {device!r:.100}: it holds no numbers; {way_out}")
+        raise InputError(f"device {shown(device)}: it holds no numbers; {way_out}")
     return found
 
 
@@ -201,7 +201,7 @@ def chosen_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch
         return named
     if isinstance(named, str) and named == "auto":
         return named
-    raise InputError(f"dtype {dtype!r:.100}: wanted {named_dtypes()} or auto")
+    raise InputError(f"dtype {shown(dtype)}: wanted {named_dtypes()} or auto")
 
 
 def _check_depth(name: str, config: Mapping[str, Any]) -> None:
@@ -209,7 +209,7 @@ def _check_depth(name: str, config: Mapping[str, Any]) -> None:
         for field in ("num_hidden_layers", "depth"):
             layers = part.get(field) if isinstance(part, dict) else None
             if layers is not None and not (isinstance(layers, int) and 0 < layers <= _DEEPEST):
-                raise InputError(f"{name!r:.200}: {field} {layers!r:.100} in its config.json: wanted 1 to {_DEEPEST}")
+                raise InputError(f"{shown(name)}: {field} {shown(layers)} in its config.json: wanted 1 to {_DEEPEST}")
 
 
 def _check_whole(name: str, processor: Any) -> None:
@@ -218,12 +218,12 @@ def _check_whole(name: str, processor: Any) -> None:
     for part, there in (("tokenizer", tokenizer), ("image processor", getattr(processor, "image_processor", None))):
         if there is None:
             raise InputError(
-                f"no whole processor at {name!r:.200}: {type(processor).__name__} has no {part}: wanted the files "
+                f"no whole processor at {shown(name)}: {type(processor).__name__} has no {part}: wanted the files "
                 "of processor and tokenizer beside the weights"
             )
     if not (getattr(processor, "chat_template", None) or getattr(tokenizer, "chat_template", None)):
         raise InputError(
-            f"no chat template at {name!r:.200}: put chat_template.jinja beside the weights, or load model and "
+            f"no chat template at {shown(name)}: put chat_template.jinja beside the weights, or load model and "
             "processor by the host library, set processor.chat_template, and pass both to Engine(model, processor)"
         )
 
@@ -242,7 +242,7 @@ def _check_report(name: str, report: Mapping[str, Any]) -> None:
         found.append(f"{report['error_msgs'][0]!s:.200}")
     if found:
         raise InputError(
-            f"no whole model at {name!r:.200}: its weights do not fit its config.json: {'; '.join(found)}: pass a "
+            f"no whole model at {shown(name)}: its weights do not fit its config.json: {'; '.join(found)}: pass a "
             "folder whose files belong together"
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mminfer.errors import UnsupportedModelError
+from mminfer.errors import UnsupportedModelError, shown
 from mminfer.models.adapter import ModelAdapter
 from mminfer.models.gemma3 import Gemma3Adapter
 from mminfer.models.idefics3 import Idefics3Adapter
@@ -51,7 +51,13 @@ def adapter_for(model: Any) -> ModelAdapter:
         UnsupportedModelError: the family has no adapter, the object is not a generating vision-language model, or its
             language model is built in another way than the passes run it.
     """
-    check_family(getattr(getattr(model, "config", None), "model_type", None))
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type is None:
+        raise UnsupportedModelError(
+            f"the model is {shown(model)}, of type {type(model).__name__}: wanted a loaded ...ForConditionalGeneration "
+            f"of transformers, of one of {', '.join(supported_families())}; Engine.from_pretrained(...) loads one"
+        )
+    check_family(model_type)
     if not hasattr(model, "lm_head") or not hasattr(model, "generate"):
         raise UnsupportedModelError(
             f"{type(model).__name__} has no language-model head: pass the ...ForConditionalGeneration model"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from mminfer.errors import ConfigError
+from mminfer.errors import ConfigError, shown
 from mminfer.layout import TokenLayout
 from mminfer.technique import MOST_LAYERS, LayerRange, SkipTechnique, check_layer, is_number
 
@@ -51,10 +51,12 @@ class OperatorSkip(SkipTechnique):
             if isinstance(layers, list):
                 object.__setattr__(self, name, tuple(layers))
             elif not isinstance(layers, (tuple, LayerRange)):
-                raise ConfigError(f"OperatorSkip.{name}={layers!r}: wanted a list of layer indices or a LayerRange")
+                raise ConfigError(
+                    f"OperatorSkip.{name}={shown(layers)}: wanted a list of layer indices or a LayerRange"
+                )
             for layer in layers if isinstance(layers, (list, tuple)) else ():
                 if not is_number(layer, above=-MOST_LAYERS, most=MOST_LAYERS):
-                    raise ConfigError(f"OperatorSkip.{name} holds {layer!r}: wanted layer indices (int)")
+                    raise ConfigError(f"OperatorSkip.{name} holds {shown(layer)}: wanted layer indices (int)")
 
     def check(self, spec: ModelSpec) -> None:
         for name in ("attention", "block"):
@@ -71,7 +73,7 @@ class OperatorSkip(SkipTechnique):
             else:
                 for layer in layers:
                     if not isinstance(layer, int):
-                        raise ConfigError(f"OperatorSkip.{name} holds {layer!r}: wanted layer indices (int)")
+                        raise ConfigError(f"OperatorSkip.{name} holds {shown(layer)}: wanted layer indices (int)")
                     check_layer(f"OperatorSkip.{name}", layer, spec.num_layers)
 
     def apply(self, layout: TokenLayout, layer_idx: int, num_layers: int) -> tuple[Tensor | None, Tensor | None]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from mminfer.config import InferenceConfig, checked_config
+from mminfer.config import InferenceConfig, check_flag, checked_config
 from mminfer.errors import ConfigError, InputError
 from mminfer.forward.call_state import CallState, tokens_of
 from mminfer.forward.decode import Decoder
@@ -53,13 +53,14 @@ class ModelPass:
 
     Raises:
         UnsupportedModelError: the family has no adapter, or a layer is compiled.
-        ConfigError: a setting does not fit the model, it is patched already, or the config is none.
+        ConfigError: a setting does not fit the model, it is patched already, the config is none, or `compile` no bool.
     """
 
     def __init__(
         self, model: Any, config: InferenceConfig, compile: bool = False, prefill_chunk_size: int | None = None
     ) -> None:
         self.config = checked_config(config)
+        check_flag("compile", compile)
         self._call = CallState(prefill_chunk_size)
         self._begun_by: int | None = None  # the thread whose call is in force
         self._chunk_size = prefill_chunk_size

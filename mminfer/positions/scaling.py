@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor
 
-from mminfer.errors import ConfigError
+from mminfer.errors import ConfigError, shown
 from mminfer.layout import TokenLayout
 from mminfer.technique import MOST_FACTOR, PositionTechnique, is_number, is_whole
 
@@ -152,10 +152,11 @@ def _check_factor(owner: str, factor: Any, otherwise: str = "") -> None:
     if not is_number(factor, most=MOST_FACTOR) or factor < 1:
         wanted = " ".join(["a number of 1 or more", otherwise]).strip()
         raise ConfigError(
-            f"{owner}.factor={factor!r}, wanted {wanted}; 1 leaves frequencies as they are, {MOST_FACTOR:g} is the most"
+            f"{owner}.factor={shown(factor)}, wanted {wanted}; 1 leaves frequencies as they are, "
+            f"{MOST_FACTOR:g} is the most"
         )
 
 
 def _check_positions(name: str, value: Any, default: str) -> None:
     if value is not None and not is_whole(value, least=1):
-        raise ConfigError(f"{name}={value!r}, wanted 1 or more positions, or None for {default}")
+        raise ConfigError(f"{name}={shown(value)}, wanted 1 or more positions, or None for {default}")

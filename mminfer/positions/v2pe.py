@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Self
 
 import torch
 
-from mminfer.errors import ConfigError
+from mminfer.errors import ConfigError, shown
 from mminfer.layout import TokenLayout
 from mminfer.technique import PositionTechnique, is_number, is_whole
 
@@ -41,7 +41,9 @@ class V2PE(PositionTechnique):
         if self.delta != "auto":
             _check_delta(self.delta)
         if self.window is not None and not is_whole(self.window, least=1):
-            raise ConfigError(f"V2PE.window={self.window!r}, wanted 1 or more positions, or None for the model's own")
+            raise ConfigError(
+                f"V2PE.window={shown(self.window)}, wanted 1 or more positions, or None for the model's own"
+            )
 
     def check(self, spec: ModelSpec) -> None:
         """Any rotary model will do."""
@@ -210,4 +212,6 @@ def _ceil(x: torch.Tensor) -> torch.Tensor:
 
 def _check_delta(delta: object) -> None:
     if not is_number(delta, above=0) or delta > 1:  # type: ignore[operator]
-        raise ConfigError(f"delta is {delta!r}, wanted a step in (0, 1], such as 1/16; 1 leaves positions as they are")
+        raise ConfigError(
+            f"delta is {shown(delta)}, wanted a step in (0, 1], such as 1/16; 1 leaves positions as they are"
+        )

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from mminfer.errors import InputError
-from mminfer.running.merging import LENGTHS, same, settings_of, shown
+from mminfer.errors import InputError, shown
+from mminfer.running.merging import LENGTHS, same, settings_of
 from mminfer.technique import is_number, is_whole
 
 MOST_TOKENS = 2**31 - 1  # of an answer

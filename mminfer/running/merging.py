@@ -8,25 +8,11 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-from mminfer.errors import InputError
+from mminfer.errors import InputError, shown
 
 LENGTHS = ("max_new_tokens", "max_length")
 MAX_NEW_TOKENS = 64  # of an answer whose length nobody names
 OF_CALL = ("streamer", "stopping_criteria", "tokenizer", "generation_config")  # arguments that are no settings
-
-
-def shown(value: Any) -> str:
-    """A value as an error quotes it: of 200 characters at most."""
-    try:
-        text = repr(value)
-    except Exception:  # a caller's object may raise anything
-        text = type(value).__name__
-    return quoted(text)
-
-
-def quoted(text: str) -> str:
-    """Text as an error quotes it: of 200 characters at most."""
-    return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 def settings_of(config: Any) -> dict[str, Any]:

@@ -13,9 +13,9 @@ from transformers.generation.logits_process import (
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
-from mminfer.errors import InputError
+from mminfer.errors import InputError, shortened, shown
 from mminfer.forward.kv_cache import CACHE_NAME, CompressedCache
-from mminfer.running.merging import asked_settings, host_arguments, quoted, shown, without
+from mminfer.running.merging import asked_settings, host_arguments, without
 
 MODES = ("greedy_search", "sample", "beam_search", "beam_sample")
 # What the host asks only when it samples.
@@ -72,7 +72,7 @@ def _refusal(model: Any, given: Mapping[str, Any], vocab_size: int, error: Excep
     asked = {name: value for name, value in asked.items() if value is not None and name != "generation_config"}
     culprits = [name for name in asked if _passes(model, without(given, name), vocab_size)] or list(asked)
     found = ", ".join(f"{name}={shown(asked[name])}" for name in culprits)
-    return InputError(f"{quoted(found)}: the host refuses it ({quoted(str(error))}). Leave it out, or mend it")
+    return InputError(f"{shortened(found)}: the host refuses it ({shortened(str(error))}). Leave it out, or mend it")
 
 
 def _passes(model: Any, given: Mapping[str, Any], vocab_size: int) -> bool:

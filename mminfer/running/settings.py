@@ -8,10 +8,10 @@ from typing import Any
 
 from transformers import EosTokenCriteria, StopStringCriteria, TextStreamer
 
-from mminfer.errors import InputError
+from mminfer.errors import InputError, shown
 from mminfer.forward.kv_cache import HEADROOM
 from mminfer.running.arguments import REPEATING, check_model_settings, check_names, check_values, token_ids
-from mminfer.running.merging import asked_settings, host_arguments, setting, shown
+from mminfer.running.merging import asked_settings, host_arguments, setting
 from mminfer.running.rehearsal import Prepared, prepare
 
 MAX_HEADROOM = 1024  # beyond, a cache grows when the tokens come

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mminfer.errors import ConfigError
+from mminfer.errors import ConfigError, shown
 from mminfer.technique.registry import is_registered
 from mminfer.technique.views import COLUMNS, CacheEntries, LayerView
 
@@ -49,7 +49,7 @@ def check_columns(technique: CacheTechnique) -> None:
     columns: Any = technique.columns
     if isinstance(columns, str) or not set(columns) <= set(OPTIONAL_COLUMNS):
         raise ConfigError(
-            f"{type(technique).__name__}.columns={columns!r}, wanted a tuple of {', '.join(OPTIONAL_COLUMNS)}"
+            f"{type(technique).__name__}.columns={shown(columns)}, wanted a tuple of {', '.join(OPTIONAL_COLUMNS)}"
         )
 
 

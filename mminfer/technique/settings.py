@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mminfer.errors import ConfigError
+from mminfer.errors import ConfigError, shown
 
 # Percent that stays at each step of a sweep: of a cache's entries, of an image's tokens.
 CACHE_SHARES = (50, 20, 10, 5)
@@ -58,7 +58,8 @@ def is_whole(value: Any, *, least: int, most: int = MOST_COUNT) -> bool:
 
 
 def check_values(owner: str, values: Mapping[str, Any], largest: int) -> None:
-    """Raises `ConfigError` if a setting is a number that is not finite or beyond any sense, or too long to be one.
+    """Raises `ConfigError` if a setting is a number that is not finite or beyond any sense, too long to be one, or such
+    that two of them cannot be told apart, as arrays are.
 
     Args:
         owner: of the settings, for messages.
@@ -66,8 +67,13 @@ def check_values(owner: str, values: Mapping[str, Any], largest: int) -> None:
         largest: number; from `UNQUOTED` on, numbers that are not finite pass.
     """
     for name, value in values.items():
+        if not _is_comparable(value):
+            raise ConfigError(
+                f"{owner}.{name} is of type {type(value).__name__}, whose values cannot be compared: wanted a number, "
+                "a word, or a tuple of them"
+            )
         if isinstance(value, float) and not math.isfinite(value) and largest < UNQUOTED:
-            raise ConfigError(f"{owner}.{name}={value!r}, wanted a finite number")
+            raise ConfigError(f"{owner}.{name}={shown(value)}, wanted a finite number")
         if isinstance(value, (int, float)) and abs(value) > largest and (isinstance(value, int) or largest < UNQUOTED):
             found = repr(value) if abs(value) < UNQUOTED else "a number of more than 256 bits"
             raise ConfigError(f"{owner}.{name}={found}, wanted a number of at most {MOST_COUNT}")
@@ -79,10 +85,17 @@ def check_values(owner: str, values: Mapping[str, Any], largest: int) -> None:
             check_values(owner, {f"{name}[{i}]": x for i, x in enumerate(value)}, largest)
 
 
+def _is_comparable(value: Any) -> bool:
+    try:
+        return isinstance(bool(value == value), bool)
+    except Exception:  # arrays and tensors compare element by element
+        return False
+
+
 def check_seed(name: str, value: Any) -> None:
     """Raises `ConfigError` unless a lot can be drawn from this seed."""
     if not is_whole(value, least=0, most=MOST_SEED):
-        raise ConfigError(f"{name}={value!r}, wanted a whole number from 0 to {MOST_SEED}")
+        raise ConfigError(f"{name}={shown(value)}, wanted a whole number from 0 to {MOST_SEED}")
 
 
 def layer_index(layer: int | float, num_layers: int) -> int:
@@ -95,7 +108,7 @@ def check_layer(name: str, layer: Any, num_layers: int, *, last: int | None = No
     last = num_layers - 1 if last is None else last
     if not is_number(layer) or not 0 <= layer_index(layer, num_layers) <= last:
         raise ConfigError(
-            f"{name}={layer!r} does not fit a model of {num_layers} layers: give an index from 0 to {last}, "
+            f"{name}={shown(layer)} does not fit a model of {num_layers} layers: give an index from 0 to {last}, "
             f"or a float from 0.0 to 1.0 as a fraction of the depth"
         )
 
@@ -104,7 +117,7 @@ def check_fraction(name: str, value: Any, *, zero: bool = False) -> None:
     """Raises `ConfigError` unless value is a number in (0, 1], or in [0, 1] with `zero`."""
     if not is_number(value) or not 0 <= value <= 1 or (value == 0 and not zero):
         interval = "[0, 1]" if zero else "(0, 1]"
-        raise ConfigError(f"{name}={value!r}: a kept fraction must be a number in {interval}; 1 keeps all")
+        raise ConfigError(f"{name}={shown(value)}: a kept fraction must be a number in {interval}; 1 keeps all")
 
 
 def check_full_attention(name: str, spec: ModelSpec) -> None:

@@ -10,7 +10,7 @@ import torch
 from mminfer_kernels import column_mass
 from torch import Tensor
 
-from mminfer.errors import ConfigError
+from mminfer.errors import ConfigError, shown
 from mminfer.technique import MOST_LAYERS, LayerView, LayerWork, PruneTechnique, check_fraction, check_layer, is_whole
 from mminfer.tokens.prune import aim_keep
 
@@ -44,7 +44,7 @@ class FastV(PruneTechnique):
     def __post_init__(self) -> None:
         check_fraction("FastV.ratio", self.ratio)
         if not is_whole(self.layer, least=1, most=MOST_LAYERS):
-            raise ConfigError(f"FastV.layer={self.layer!r}, wanted a number of layers, 1 or more")
+            raise ConfigError(f"FastV.layer={shown(self.layer)}, wanted a number of layers, 1 or more")
 
     def check(self, spec: ModelSpec) -> None:
         check_layer("FastV.layer", self.layer, spec.num_layers)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Self
 import torch
 from mminfer_kernels import best_match, gather_rows, merge_rows
 
-from mminfer.errors import ConfigError
+from mminfer.errors import ConfigError, shown
 from mminfer.layout import Modality, TokenLayout
 from mminfer.technique import MERGE_SHARES, MergeTechnique, check_fraction
 
@@ -44,7 +44,7 @@ class AIMMerge(MergeTechnique):
     def __post_init__(self) -> None:
         check_fraction("AIMMerge.ratio", self.ratio)
         if not isinstance(self.across_frames, bool):
-            raise ConfigError(f"AIMMerge.across_frames={self.across_frames!r}, wanted True or False")
+            raise ConfigError(f"AIMMerge.across_frames={shown(self.across_frames)}, wanted True or False")
 
     def check(self, spec: ModelSpec) -> None:
         """Any model will do."""

@@ -11,7 +11,7 @@ from mminfer_kernels import power_iterate
 from mminfer_kernels.checks import MOST_ITERATIONS
 from torch import Tensor
 
-from mminfer.errors import ConfigError
+from mminfer.errors import ConfigError, shown
 from mminfer.technique import (
     MOST_FACTOR,
     MOST_LAYERS,
@@ -57,14 +57,14 @@ class AIMPrune(PruneTechnique):
         sound = is_number(self.temperature, above=0, most=MOST_FACTOR) and self.temperature >= 1 / MOST_FACTOR
         if not sound or not is_whole(self.iterations, least=1, most=MOST_ITERATIONS):
             raise ConfigError(
-                f"AIMPrune(temperature={self.temperature!r}, iterations={self.iterations!r}): wanted a temperature "
-                f"above 0, from {1 / MOST_FACTOR:g} to {MOST_FACTOR:g}, and at least one iteration, {MOST_ITERATIONS} "
-                "at most"
+                f"AIMPrune(temperature={shown(self.temperature)}, iterations={shown(self.iterations)}): wanted a "
+                f"temperature above 0, from {1 / MOST_FACTOR:g} to {MOST_FACTOR:g}, and at least one iteration, "
+                f"{MOST_ITERATIONS} at most"
             )
         for name in ("start", "end"):
             if not is_number(getattr(self, name), above=-MOST_LAYERS, most=MOST_LAYERS):
                 raise ConfigError(
-                    f"AIMPrune.{name}={getattr(self, name)!r}, wanted a layer, or a fraction of the depth"
+                    f"AIMPrune.{name}={shown(getattr(self, name))}, wanted a layer, or a fraction of the depth"
                 )
 
     def check(self, spec: ModelSpec) -> None:

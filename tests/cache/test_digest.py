@@ -101,6 +101,32 @@ def test_every_run_keeps_something_of_what_is_enough_for_all(lengths, share):
         assert ((place >= first) & (place < end)).any(-1).all()
 
 
+@given(
+    st.lists(st.tuples(st.sampled_from([1, 3, 40]), st.sampled_from([1, 4, 130])), min_size=1, max_size=6),
+    st.integers(2, 20),
+    st.sampled_from([0.01, 0.5, 1.0]),
+    st.sampled_from([0, 5, 64]),
+    st.lists(st.sampled_from([0.0, 1e-9, 0.1, 50.0]), min_size=1, max_size=4),
+)
+@settings(max_examples=60, deadline=None)
+def test_no_picture_starves_where_there_is_one_entry_for_each(pairs, spare, text_share, recent, demands):
+    """Whatever text may take, however much stays as it is behind the pictures, and whichever layer needs most."""
+    layers = [made([n for pair in pairs for n in pair] + [70], seed=n) for n in range(len(demands))]
+    budget = len(pairs) + spare  # one for each, one for older text, and one for what is behind
+    technique = Digest(budget=budget, text_share=text_share, recent=recent)
+    kept = technique.compress_layers(layers, demands, [len(entries) for entries in layers])
+    assert sum(map(len, kept)) == min(budget, len(layers[0])) * len(layers)
+    for entries in kept:
+        for first, end in runs_of(layers[0].is_visual[0, 0]).tolist():
+            assert ((entries.source[0] >= first) & (entries.source[0] < end)).any(-1).all()
+
+
+def test_layers_share_the_pictures_where_there_is_not_one_entry_for_each():
+    layers = [made([1, 4, 1, 4, 1, 4, 70], seed=n) for n in range(3)]
+    kept = Digest(budget=3, recent=0).compress_layers(layers, [0.0, 50.0, 0.1], [84] * 3)
+    assert [int(entries.is_visual[0, 0].sum()) for entries in kept] == [2, 2, 2]
+
+
 def test_what_is_alike_becomes_one_mean_by_size():
     entries = made([0, 4])
     two = torch.tensor([[1.0, 0, 0, 0], [0, 1, 0, 0]])

@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 
 from mminfer import Engine, InputError, MminferError
+from mminfer.errors import shortened, shown
 from mminfer.inputs import sources
 from mminfer.inputs.content import MediaOptions
 from mminfer.inputs.parts import EmbeddingPart, VideoPart
-from mminfer.inputs.quoting import shortened, shown
 from mminfer.media import load_image, load_video
 
 WIDTH = 192

@@ -42,6 +42,16 @@ class Handler(BaseHTTPRequestHandler):
         self._headers(Content_Length=len(png()))
         self.wfile.write(png()[:-10])
 
+    def do_part(self):
+        self._headers(206, Content_Range=f"bytes 0-{len(png()) - 1}/{2 * len(png())}", Content_Length=len(png()))
+        self.wfile.write(png())
+
+    def do_nothing(self):
+        self._headers(204)
+
+    def do_elsewhere(self):
+        self._headers(302, Location=f"http://me:secret@{self.headers['Host']}/picture.png")
+
     def do_claims(self):
         self._headers(Content_Length=10**12)
 
@@ -197,3 +207,32 @@ def test_the_options_reach_every_door(server):
             MediaOptions(allow_private_hosts=wrong)
         with pytest.raises(InputError, match=r"allow_remote is .*wanted True or False"):
             load_image(url, allow_remote=wrong)
+
+
+@pytest.mark.parametrize(("path", "found"), [("part", "206 Partial Content"), ("nothing", "204 No Content")])
+def test_an_answer_that_is_no_whole_file_is_refused(server, path, found):
+    with pytest.raises(InputError, match=f"{found}: wanted 200"):
+        load_image(f"{server.url}/{path}", **LOCAL)
+
+
+def test_passwords_are_neither_sent_nor_shown(server):
+    host = server.url.removeprefix("http://")
+    for url in (f"http://me:secret@{host}/picture.png", f"{server.url}/elsewhere", f"http://:secret@{host}/picture.png"):
+        with pytest.raises(InputError, match="name or password in the URL") as raised:
+            load_image(url, **LOCAL)
+        assert "secret" not in str(raised.value)
+    for options in ({}, {"allow_remote": True}):
+        with pytest.raises(InputError) as raised:
+            load_image(f"http://me:secret@{host}/picture.png", **options)
+        assert "secret" not in str(raised.value)
+
+
+def test_a_host_may_be_written_in_any_alphabet(server):
+    """By the rules for names of hosts; its address is looked at as any other's."""
+    wide = server.url.replace("127.0.0.1", "\uff11\uff12\uff17.0.0.1").replace("localhost", "\uff4cocalhost")
+    assert wide != server.url
+    assert load_image(f"{wide}/picture.png", **LOCAL).size == (9, 6)
+    with pytest.raises(InputError, match="not a public address"):
+        load_image(f"{wide}/picture.png", allow_remote=True)
+    with pytest.raises(InputError, match="could not be fetched"):
+        load_image("http://\u2603.invalid/a.png", **LOCAL)
