@@ -228,12 +228,10 @@ def test_wrong_arguments_are_refused(kwargs, says):
         Engine.from_pretrained("nano", **kwargs)
 
 
-def test_an_engine_wants_numbers_and_requests_a_processor():
+def test_an_engine_wants_numbers_and_a_processor():
     engine = Engine.from_pretrained("nano")
-    for processor in (None, engine.processor.image_processor, "nano"):
-        other = Engine(engine.model, processor)
-        for ask in (other.generate, other.chat, other.stream, other.check, lambda chat, own=other: own.prepare([chat])):
-            with pytest.raises(InputError, match="with a tokenizer"):
-                ask("hi") if ask != other.chat else ask()
+    for processor in (engine.processor.image_processor, "nano"):
+        with pytest.raises(InputError, match="with a tokenizer"):
+            Engine(engine.model, processor)
     with pytest.raises(UnsupportedModelError, match="meta"):
         Engine(engine.model.to("meta"), engine.processor)
