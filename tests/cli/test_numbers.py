@@ -11,7 +11,7 @@ HUGE = str(10**20)
 OPTIONS = {
     "generate": ["--frames", "--max-new-tokens", "--prefill-chunk-size", "--num-frames", "--max-video-tokens"],
     "inspect": ["--frames", "--num-frames"],
-    "bench speed": ["--images", "--picture-size", "--batch", "--new-tokens", "--num-frames"],
+    "bench": ["--images", "--picture-size", "--batch", "--new-tokens", "--num-frames"],
     "bench needle": ["--per-cell", "--max-new-tokens"],
 }
 
