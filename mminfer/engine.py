@@ -21,7 +21,6 @@ from mminfer.forward.host_check import check_host
 from mminfer.forward.kv_cache import CompressedCache
 from mminfer.forward.native_build import check_native_isa, prepare_kernels
 from mminfer.inputs.content import MEDIA_OPTIONS, MediaOptions
-from mminfer.inputs.markers import tokenizer_of
 from mminfer.inputs.messages import is_batch
 from mminfer.inputs.parts import Message, Part
 from mminfer.inputs.reader import RequestReader
@@ -50,7 +49,7 @@ class Engine:
     Args:
         model: a `...ForConditionalGeneration` of a supported family; also within `torch.compile(model)`, which then has
             no effect, or with adapters of peft that change its layers.
-        processor: its processor; None: calls that read messages are refused.
+        processor: its processor; without one of a vision-language model, calls that read messages are refused.
         config: the techniques; None: all off.
         compile: decode by the host's modules under torch.compile; see `mminfer.patch`.
         verify: whether to compare our pass with the host's own first; see `mminfer.patch`.
@@ -59,7 +58,6 @@ class Engine:
         UnsupportedModelError: the family has no adapter, weights are missing, the model stands in another wrapper, or
             our pass is not the host's own for this language model.
         ConfigError: a setting does not fit the model, the config is none, or `compile` or `verify` no bool.
-        InputError: the processor is none of a vision-language model.
     """
 
     def __init__(
@@ -75,8 +73,6 @@ class Engine:
         self.model: Any = unwrapped(model)
         self.processor = processor
         self.adapter = adapter_for(self.model)
-        if processor is not None:
-            tokenizer_of(processor)
         check_loaded(self.model)
         self.config.check(self.adapter.spec)
         check_host(self.adapter, self.config, verify)

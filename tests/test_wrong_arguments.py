@@ -1,12 +1,11 @@
-"""What is no model, no processor and no switch is refused at both doors, by its name and before anything is run."""
+"""What is no model and no switch is refused at both doors, by its name and before anything is run."""
 
 import copy
 
 import pytest
 import torch
 
-from mminfer import ConfigError, Engine, InferenceConfig, InputError, UnsupportedModelError, patch
-from tests.processors import model_and_processor
+from mminfer import ConfigError, Engine, InferenceConfig, UnsupportedModelError, patch
 from tests.tiny import tiny_model
 
 
@@ -20,15 +19,6 @@ def test_what_is_no_model(given):
         ) as raised:
             build()
         assert len(str(raised.value)) < 700
-
-
-def test_what_is_no_processor():
-    model, processor = model_and_processor("internvl")
-    for given in (processor.tokenizer, processor.image_processor, "nano", model, 3):
-        with pytest.raises(InputError, match=rf"the processor is {type(given).__name__}: .*AutoProcessor"):
-            Engine(model, given)
-    with pytest.raises(InputError, match="the processor is NoneType"):
-        Engine(model, None).generate("Hi", 1)
 
 
 @pytest.mark.parametrize("name", ["compile", "verify"])

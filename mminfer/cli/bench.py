@@ -44,11 +44,20 @@ def measure(
     image: options.Image = None,
     video: options.Video = None,
     prompt: Annotated[str | None, typer.Option(help="Ask this question about these files.")] = None,
-    images: Annotated[int, typer.Option(min=1, help="Without files, draw this many pictures for a context.")] = 16,
-    picture_size: Annotated[int | None, typer.Option(min=8, help="Draw pictures of this many pixels a side.")] = None,
+    images: Annotated[
+        int,
+        typer.Option(min=1, max=options.MOST_PICTURES, help="Without files, draw this many pictures for a context."),
+    ] = 16,
+    picture_size: Annotated[
+        int | None, typer.Option(min=8, max=options.MOST_SIDE, help="Draw pictures of this many pixels a side.")
+    ] = None,
     seed: options.Seed = 0,
-    batch: Annotated[int, typer.Option(min=1, help="Answer this many chats in a timed call.")] = 1,
-    new_tokens: Annotated[int, typer.Option(min=2, help="Time and compare answers of this many tokens.")] = 32,
+    batch: Annotated[
+        int, typer.Option(min=1, max=options.MOST_PICTURES, help="Answer this many chats in a timed call.")
+    ] = 1,
+    new_tokens: Annotated[
+        int, typer.Option(min=2, max=options.MOST_TOKENS, help="Time and compare answers of this many tokens.")
+    ] = 32,
     repeats: Annotated[
         int | None,
         typer.Option(

@@ -43,7 +43,10 @@ def generate(
     num_frames: options.NumFrames = 8,
     fps: options.Fps = None,
     max_video_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Leave out frames of a video that takes more visual tokens than these.")
+        int | None,
+        typer.Option(
+            min=1, max=options.MOST_TOKENS, help="Leave out frames of a video that takes more visual tokens than these."
+        ),
     ] = None,
     allow_remote: options.AllowRemote = False,
     device: options.Device = None,

@@ -46,7 +46,12 @@ def needle(
         ),
     ] = None,
     samples: Annotated[
-        int, typer.Option(min=1, help="Make this many contexts of each length, and of each depth except with labels.")
+        int,
+        typer.Option(
+            min=1,
+            max=options.MOST_PICTURES,
+            help="Make this many contexts of each length, and of each depth except with labels.",
+        ),
     ] = 10,
     seed: options.Seed = 0,
     depths: Annotated[
@@ -70,7 +75,11 @@ def needle(
     prefill_chunk_size: options.PrefillChunkSize = None,
     max_new_tokens: Annotated[
         int | None,
-        typer.Option(min=1, help="Generate this many tokens at most; by default the protocol says how many."),
+        typer.Option(
+            min=1,
+            max=options.MOST_TOKENS,
+            help="Generate this many tokens at most; by default the protocol says how many.",
+        ),
     ] = None,
     device: options.Device = None,
     dtype: options.Dtype = None,

@@ -12,6 +12,9 @@ import typer
 
 _IMAGE = "Show this image file to the model; repeat the option for more."
 _WRITTEN = "which InferenceConfig.to_json() wrote"
+MOST_TOKENS = 2**31 - 1  # numbers beyond it are refused here, before a model is loaded
+MOST_PICTURES = 100_000  # they are made, and held in memory, before anything is read
+MOST_SIDE = 10_000  # pixels
 _COMPARE = "repeat the option to compare several."
 
 # The model
@@ -36,7 +39,10 @@ ImageOrBundled = Annotated[
 ]
 Video = Annotated[list[str] | None, typer.Option(help="Show this video file to the model; repeat the option for more.")]
 Frames = Annotated[
-    int, typer.Option(min=0, help="Spread this many pictures without a label between the bundled images of nano.")
+    int,
+    typer.Option(
+        min=0, max=MOST_PICTURES, help="Spread this many pictures without a label between the bundled images of nano."
+    ),
 ]
 Preset = Annotated[
     str | None,
@@ -48,12 +54,18 @@ Config = Annotated[
 Delta = Annotated[
     str | None, typer.Option(help="Put this V2PE step into the settings: 1/256, ..., or auto for one that fits.")
 ]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="Generate this many tokens at most.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="Generate this many tokens at most.")]
 PrefillChunkSize = Annotated[
     int | None,
-    typer.Option(min=1, help="Send this many tokens of a prompt through the model at a time; by default all at once."),
+    typer.Option(
+        min=1,
+        max=MOST_TOKENS,
+        help="Send this many tokens of a prompt through the model at a time; by default all at once.",
+    ),
 ]
-NumFrames = Annotated[int, typer.Option(min=1, help="Take this many frames of each video, evenly spread.")]
+NumFrames = Annotated[
+    int, typer.Option(min=1, max=MOST_TOKENS, help="Take this many frames of each video, evenly spread.")
+]
 Fps = Annotated[float | None, typer.Option(help="Take this many frames of each second of a video instead.")]
 AllowRemote = Annotated[bool, typer.Option("--allow-remote", help="Allow image URLs to be fetched.")]
 

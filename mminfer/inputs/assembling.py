@@ -12,7 +12,9 @@ from torch import Tensor
 from mminfer.errors import InputError
 from mminfer.inputs.content import PendingPart
 from mminfer.inputs.cutting import Piece
+from mminfer.inputs.joints import Joints
 from mminfer.inputs.model_inputs import InputBuilder
+from mminfer.inputs.parts import VideoPart
 from mminfer.inputs.transcript import Transcript
 from mminfer.layout import GIVEN_ROWS, GivenRows, Modality
 from mminfer.models.adapter import ModelAdapter
@@ -32,16 +34,19 @@ class Assembling:
         builder: makes inputs.
         adapter: knows positions.
         transcript: what was read before; answers that were cut short go in with the first piece.
+        joints: know what the processor writes for media.
     """
 
-    def __init__(self, builder: InputBuilder, adapter: ModelAdapter, transcript: Transcript) -> None:
-        self._builder, self._adapter = builder, adapter
+    def __init__(self, builder: InputBuilder, adapter: ModelAdapter, transcript: Transcript, joints: Joints) -> None:
+        self._builder, self._adapter, self._joints = builder, adapter, joints
+        self._longest: int | None = None  # frames of the longest video of a piece
         self.rendered, self.ids = transcript.rendered, list(transcript.ids)
         self.unread = list(transcript.unread)
 
     def inputs(self, piece: Piece) -> dict[str, Any]:
         """Of one sequence without padding, at the host's positions from 0 on."""
         parts = [part.load() if isinstance(part, PendingPart) else part for part in (*piece.media, *piece.embeddings)]
+        self._check_lengths([len(part.frames) for part in parts if isinstance(part, VideoPart)])
         inputs = self._builder.piece(piece.before + piece.text, parts, first=not self.rendered)
         if piece.dropped:
             inputs = _without_end(inputs, piece.dropped)
@@ -56,6 +61,18 @@ class Assembling:
         self.rendered += piece.text
         self.ids += read
         return inputs
+
+    def _check_lengths(self, frames: Sequence[int]) -> None:
+        """Refuses videos of a piece that the processor would write another text for beside those of an earlier one."""
+        if not frames:
+            return
+        if self._longest not in (None, max(frames)) and self._joints.pads_videos:
+            raise InputError(
+                f"a video of {max(frames)} frames after one of {self._longest}: what this model reads for a video "
+                "depends on the longest one of the prompt, so that it cannot be read piece by piece: take as many "
+                "frames of each, or leave prefill_chunk_size out"
+            )
+        self._longest = max(frames)
 
     def _answered(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Inputs with the rest of an answer in front.

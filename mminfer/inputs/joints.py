@@ -7,6 +7,7 @@ wrote beside it. What a medium becomes is asked of the processor, and each cut i
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -77,6 +78,24 @@ class Joints:
         if self._ids(mark + near) != [behind.last_mark, *self._ids(near)]:
             return None
         return Cut(tail, rest, behind.rest_ids)
+
+    @cached_property
+    def pads_videos(self) -> bool:
+        """Whether what the processor writes for a video follows from a longer one beside it."""
+        markers = self._builder.markers
+        mark = next((mark for mark, kind in markers.kinds.items() if kind == "video"), None)
+        if mark is None:
+            return False
+        short, long = (VideoPart(np.zeros((count, SIDE, SIDE, 3), np.uint8), {"fps": 1.0}) for count in (2, 4))
+        try:
+            alone, beside = (
+                self._builder.piece("\n".join([mark] * len(videos)), videos, first=False)["input_ids"][0].tolist()
+                for videos in ([short], [short, long])
+            )
+        except Exception:  # processors raise anything; one that takes no two lengths refuses the whole, too
+            return False
+        last = max(place for place, token in enumerate(alone) if token in markers.added_ids)
+        return bool(alone[: last + 1] != beside[: last + 1])
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer(text, add_special_tokens=False).input_ids

@@ -159,7 +159,8 @@ class RequestReader:
     def _reading(self, rendering: Rendering, turn: Turn, size: int | None, parts_expected: int | None) -> Reading:
         least = self._adapter.least_images_in_a_call
         cutting = Cutting(rendering, self._template, self._joints, self._count_tokens, size, least)
-        return Reading(rendering, cutting, Assembling(self._builder, self._adapter, turn.transcript), parts_expected)
+        assembling = Assembling(self._builder, self._adapter, turn.transcript, self._joints)
+        return Reading(rendering, cutting, assembling, parts_expected)
 
     def _template_message(self, message: Message) -> dict[str, Any]:
         return {"role": message.role, "content": [self.markers.template_part(part) for part in message.parts]}

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 # Containers that hold their own frames: a playlist (hls, concat, dash) would make ffmpeg open other files.
 VIDEO_FORMATS = "mov,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,flv,asf,ogg,gif"
+ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # by the codecs whose transparency is a stream within theirs
 MOST_STRETCHED = 16  # times: what a header says of wider or taller pixels is not believed
 
 
@@ -115,11 +116,30 @@ class VideoFile:
         with self._container() as container:
             stream = container.streams.video[0]
             stream.thread_type, self._pixel_ratio = "AUTO", stream.sample_aspect_ratio
+            own = self._alpha_decoder(stream)
             try:
-                yield from container.decode(stream)
+                if own is None:
+                    yield from container.decode(stream)
+                else:
+                    yield from (frame for packet in container.demux(stream) for frame in own.decode(packet))
             except Exception as error:  # as above
                 found = shortened(error)
                 logger.warning("%s: damaged (%s): only the frames before that are used", self.name, found)
+
+    def _alpha_decoder(self, stream: Any) -> Any:
+        """What decodes a stream with its transparency, where FFmpeg's usual decoder leaves that out; else None."""
+        name = ALPHA_DECODERS.get(stream.codec_context.name)
+        if name is None or stream.metadata.get("alpha_mode", "0") == "0":
+            return None
+        try:
+            decoder = self._av.CodecContext.create(name, "r")
+        except Exception as error:  # a build of FFmpeg without it
+            raise InputError(
+                f"{self.name}: transparent, which needs {name}, and this build of PyAV has none: convert the video"
+            ) from error
+        decoder.extradata = stream.codec_context.extradata
+        decoder.thread_type = "AUTO"
+        return decoder
 
 
 def _pyav(name: str) -> ModuleType:

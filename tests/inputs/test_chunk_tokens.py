@@ -124,6 +124,24 @@ def test_the_answer_in_chunks_is_that_of_the_whole(family):
     torch.testing.assert_close(pieces.logits, whole.logits, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", VIDEO_FAMILIES)
+@pytest.mark.parametrize("counts", [(2, 4), (4, 2), (2, 4, 4), (4, 2, 4), (4, 4, 4)])
+def test_videos_of_several_lengths_are_the_whole_or_refused(family, counts):
+    """One processor writes the number of frames of the longest video for all of them."""
+    reader = reader_of(family)
+    videos = [{"type": "video", "video": np.full((count, 32, 32, 3), 10 * count, np.uint8)} for count in counts]
+    chat = [{"role": "user", "content": [*videos, "What?"]}]
+    try:
+        whole = reader.inputs([chat], MediaOptions())["input_ids"]
+    except InputError:
+        return  # this processor takes no two lengths at once
+    if family == "smolvlm" and len(set(counts)) > 1:
+        with pytest.raises(InputError, match=r"a video of \d frames after one of \d: .* prefill_chunk_size"):
+            list(reader.readings(chat, MediaOptions(), 1)())
+    else:
+        assert ids_of(list(reader.readings(chat, MediaOptions(), 1)())).tolist() == whole.tolist()
+
+
 def test_an_iterator_is_cut_as_a_list_is():
     reader = reader_of("qwen3_vl")
     content = [*content_of(["a=", "VIDEO", "x", "VIDEO", "<", "IMAGE", "VIDEO"], 64), "What?"]

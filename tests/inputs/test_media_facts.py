@@ -253,6 +253,24 @@ def test_white_stands_behind_a_transparent_video(tmp_path):
     assert load_video(path)[1, 0, 0].tolist() == [10, 20, 30] and load_video(path)[1, 1, 1].tolist() == [255] * 3
 
 
+@pytest.mark.parametrize("alpha", [0, 255])
+def test_white_stands_behind_a_video_whose_transparency_is_a_stream_of_its_own(tmp_path, monkeypatch, alpha):
+    """As WebM has it, which FFmpeg's usual decoder leaves out."""
+    path = tmp_path / "a.webm"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libvpx-vp9", rate=RATE)
+        stream.height, stream.width, stream.pix_fmt = 32, 32, "yuva420p"
+        for _ in range(3):
+            pixels = np.full((32, 32, 4), (0, 0, 0, alpha), np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, "rgba")))
+        container.mux(stream.encode())
+    pixels = load_video(path)
+    assert pixels.shape == (3, 32, 32, 3) and (pixels == 255 - alpha).all()
+    monkeypatch.setattr("mminfer.inputs.video_files.ALPHA_DECODERS", {"vp9": "no such decoder"})
+    with pytest.raises(InputError, match="needs no such decoder"):
+        load_video(path)
+
+
 def test_what_an_edit_list_leaves_out_is_not_counted(tmp_path):
     """The header counts all frames, the player shows those of the edit list."""
     path = write_video(tmp_path / "a.mp4", range(20), g="1")

@@ -217,7 +217,11 @@ def test_an_answer_that_is_no_whole_file_is_refused(server, path, found):
 
 def test_passwords_are_neither_sent_nor_shown(server):
     host = server.url.removeprefix("http://")
-    for url in (f"http://me:secret@{host}/picture.png", f"{server.url}/elsewhere", f"http://:secret@{host}/picture.png"):
+    for url in (
+        f"http://me:secret@{host}/picture.png",
+        f"{server.url}/elsewhere",
+        f"http://:secret@{host}/picture.png",
+    ):
         with pytest.raises(InputError, match="name or password in the URL") as raised:
             load_image(url, **LOCAL)
         assert "secret" not in str(raised.value)
