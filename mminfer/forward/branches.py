@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from threading import get_ident
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -55,11 +56,14 @@ def _found(layer: nn.Module, run: Callable[[], Tensor]) -> Branch | None:
 
 
 def _watched(layer: nn.Module, run: Callable[[], Tensor]) -> tuple[list[_Called], Tensor]:
-    """The calls of the layer's own modules in order, and what came out behind the layer."""
+    """The calls of the layer's own modules in order, and what came out behind the layer; this thread's alone."""
     calls: list[_Called] = []
+    thread = get_ident()
 
     def watch(name: str) -> Callable[..., None]:
         def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if get_ident() != thread:
+                return
             given = args[0].clone() if args and isinstance(args[0], Tensor) else None
             calls.append(_Called(name, given, output.clone() if isinstance(output, Tensor) else None))
 

@@ -104,7 +104,7 @@ def test_a_pass_is_for_its_own_thread(implementation):
         skipped.register_forward_pre_hook(elsewhere)
     with patched(model, InferenceConfig(skip=OperatorSkip(block=[1]))):
         model(**inputs)
-    assert seen == [host] * 2
+    assert len(seen) >= 2 and set(seen) == {host}  # while the layers are looked at, too
 
 
 def in_a_thread(ask):
