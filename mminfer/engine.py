@@ -30,6 +30,7 @@ from mminfer.models.loading import Checkpoint, chosen_device, chosen_dtype
 from mminfer.models.registry import adapter_for
 from mminfer.models.wrappers import check_loaded, unwrapped
 from mminfer.output import GenerationOutput
+from mminfer.patching import is_patched
 from mminfer.running import GenerationSettings, Runner, RunOptions
 from mminfer.streaming import TextStream
 from mminfer.technique import is_whole
@@ -74,8 +75,8 @@ class Engine:
         self.adapter = adapter_for(self.model)
         check_loaded(self.model)
         self.config.check(self.adapter.spec)
-        check_host(self.adapter, self.config, verify)
-        self.runner = Runner(self.model, processor, self.adapter, self.config, compile)
+        check_host(self.adapter, self.config, verify and not is_patched(self.model))  # else before the first call
+        self.runner = Runner(self.model, processor, self.adapter, self.config, compile, verify)
         self.reader = RequestReader(self.model, processor, self.adapter)
         self._identity = ChatIdentity(self.adapter, processor, self.config)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -43,6 +43,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def kept_attributes(module: nn.Module, names: Sequence[str]) -> Iterator[None]:
+    """These attributes of a module as they were behind the `with` block."""
+    before = {name: getattr(module, name) for name in names}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(module, name, value)
+
+
+@contextmanager
 def rotary_kept(adapter: ModelAdapter) -> Iterator[None]:
     """The rotary embedding as it was behind the `with` block: some remember the longest prompt they have seen."""
     rotary: Any = adapter.language_model.rotary_emb
@@ -56,9 +67,25 @@ def rotary_kept(adapter: ModelAdapter) -> Iterator[None]:
 
 
 def is_close(ours: Tensor, host: Tensor, bar: float, half_bar: float) -> bool:
-    """Whether they differ by so small a part of the host's, by norm."""
-    off = float((ours.double() - host.double()).norm())
-    return off <= (half_bar if is_half(host) else bar) * float(host.double().norm())
+    """Whether they differ by so small a part of the host's, by norm; what is infinite must be so in both."""
+    ours, host, bar = ours.double(), host.double(), half_bar if is_half(host) else bar
+    infinite = host.isinf()
+    if not torch.equal(ours[infinite], host[infinite]):
+        return False
+    ours, host = ours.masked_fill(infinite, 0), host.masked_fill(infinite, 0)
+    return float((ours - host).norm()) <= bar * float(host.norm())
+
+
+def is_same(ours: Tensor, host: Tensor) -> bool:
+    """Whether each number is the host's but for some rounding, as where one module was run twice on the same rows."""
+    eps = max(torch.finfo(host.dtype).eps, 1e-4)
+    ours, host = ours.double(), host.double()
+    infinite = host.isinf()
+    if not torch.equal(ours[infinite], host[infinite]):
+        return False
+    ours, host = ours.masked_fill(infinite, 0), host.masked_fill(infinite, 0)
+    bar = eps * (4 * host.abs() + 2 * host.square().mean().sqrt())
+    return bool(((ours - host).abs() <= bar).all())
 
 
 def is_half(x: Tensor) -> bool:
