@@ -81,6 +81,17 @@ class Chat:
         if system is not None:
             self._transcript = Transcript((_system_message(reader, system),))
 
+    def __repr__(self) -> str:
+        return f"Chat({len(self._messages)} messages, {len(self._ids)} tokens read)"
+
+    @property
+    def _messages(self) -> tuple[dict[str, Any], ...]:
+        return self._transcript.messages
+
+    @property
+    def _ids(self) -> tuple[int, ...]:
+        return self._transcript.ids
+
     def read(self, content: Any, **options: Any) -> None:
         """Takes content in and compresses it without answering; the user's turn stays open for more.
 

@@ -311,5 +311,11 @@ def test_a_typed_part_or_message_alone_is_a_turn(engine):
     whole = engine.chat().send("Which code?", 3)
     for content in (TextPart("Which code?"), Message("user", (TextPart("Which code?"),))):
         assert engine.chat().send(content, 3).token_ids == whole.token_ids
-    with pytest.raises(InputError, match="content is a message of the system's"):
+    with pytest.raises(InputError, match="content is Message"):
         engine.chat().send(Message("system", (TextPart("a"),)))
+
+
+def test_a_chat_says_how_far_it_is(engine):
+    chat = engine.chat(system="You answer in one word.")
+    chat.send("Which code?", 2)
+    assert repr(chat) == f"Chat(3 messages, {chat.cache.tokens[0]} tokens read)"

@@ -36,7 +36,7 @@ def test_examples_run(path, tmp_path):
 @pytest.mark.slow
 def test_examples_take_a_model(tmp_path):
     done = run(ROOT / "examples/quick_start.py", tmp_path, "--model", str(tmp_path / "nothing"))
-    assert done.returncode != 0 and "no model, or no whole one" in done.stderr
+    assert done.returncode != 0 and "InputError: no model at" in done.stderr
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

@@ -56,13 +56,13 @@ def _found(layer: nn.Module, run: Callable[[], Tensor]) -> Branch | None:
 
 
 def _watched(layer: nn.Module, run: Callable[[], Tensor]) -> tuple[list[_Called], Tensor]:
-    """The calls of the layer's own modules in order, and what came out behind the layer; this thread's alone."""
+    """The calls of the layer's own modules in order, and what came out behind the layer."""
     calls: list[_Called] = []
     thread = get_ident()
 
     def watch(name: str) -> Callable[..., None]:
         def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if get_ident() != thread:
+            if get_ident() != thread:  # somebody else's pass
                 return
             given = args[0].clone() if args and isinstance(args[0], Tensor) else None
             calls.append(_Called(name, given, output.clone() if isinstance(output, Tensor) else None))

@@ -68,24 +68,24 @@ def rotary_kept(adapter: ModelAdapter) -> Iterator[None]:
 
 def is_close(ours: Tensor, host: Tensor, bar: float, half_bar: float) -> bool:
     """Whether they differ by so small a part of the host's, by norm; what is infinite must be so in both."""
-    ours, host, bar = ours.double(), host.double(), half_bar if is_half(host) else bar
-    infinite = host.isinf()
-    if not torch.equal(ours[infinite], host[infinite]):
-        return False
-    ours, host = ours.masked_fill(infinite, 0), host.masked_fill(infinite, 0)
-    return float((ours - host).norm()) <= bar * float(host.norm())
+    ours, theirs, same = _finite(ours, host)
+    return same and float((ours - theirs).norm()) <= (half_bar if is_half(host) else bar) * float(theirs.norm())
 
 
 def is_same(ours: Tensor, host: Tensor) -> bool:
     """Whether each number is the host's but for some rounding, as where one module was run twice on the same rows."""
+    ours, theirs, same = _finite(ours, host)
     eps = max(torch.finfo(host.dtype).eps, 1e-4)
-    ours, host = ours.double(), host.double()
-    infinite = host.isinf()
-    if not torch.equal(ours[infinite], host[infinite]):
-        return False
-    ours, host = ours.masked_fill(infinite, 0), host.masked_fill(infinite, 0)
-    bar = eps * (4 * host.abs() + 2 * host.square().mean().sqrt())
-    return bool(((ours - host).abs() <= bar).all())
+    bar = eps * (4 * theirs.abs() + 2 * theirs.square().mean().sqrt())
+    return same and bool(((ours - theirs).abs() <= bar).all())
+
+
+def _finite(ours: Tensor, host: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """Both in float64 with zeros where the host's are infinite, and whether ours are so there; on the host's device."""
+    ours, theirs = ours.to(host.device).double(), host.double()
+    infinite = theirs.isinf()
+    same = torch.equal(ours[infinite], theirs[infinite])
+    return ours.masked_fill(infinite, 0), theirs.masked_fill(infinite, 0), same
 
 
 def is_half(x: Tensor) -> bool:

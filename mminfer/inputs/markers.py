@@ -22,15 +22,19 @@ def tokenizer_of(processor: Any) -> Any:
     """The tokenizer of a processor.
 
     Raises:
-        InputError: it is no processor of a vision-language model.
+        InputError: it has none, or it is no processor.
     """
     tokenizer = getattr(processor, "tokenizer", None)
-    if tokenizer is None or not hasattr(processor, "apply_chat_template"):
-        raise InputError(
-            f"the processor is {type(processor).__name__}: wanted the model's own, with a tokenizer and a chat "
-            "template: transformers.AutoProcessor.from_pretrained(...)"
-        )
+    if tokenizer is None:
+        raise _no_processor(processor)
     return tokenizer
+
+
+def _no_processor(processor: Any) -> InputError:
+    return InputError(
+        f"the processor is {type(processor).__name__}: wanted the model's own, with a tokenizer and a chat template: "
+        "transformers.AutoProcessor.from_pretrained(...)"
+    )
 
 
 class Markers:
@@ -48,6 +52,8 @@ class Markers:
     def __init__(self, processor: Any) -> None:
         self._processor = processor
         self._tokenizer: Any = tokenizer_of(processor)
+        if not hasattr(processor, "apply_chat_template"):
+            raise _no_processor(processor)
 
     @cached_property
     def kinds(self) -> dict[str, str]:

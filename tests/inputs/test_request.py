@@ -87,7 +87,7 @@ def test_media_are_loaded_from_every_key(tmp_path):
 
 
 def test_a_video_becomes_images_where_videos_are_not_supported():
-    reader = RequestReader(None, SimpleNamespace(), None)  # a processor that takes no videos
+    reader = RequestReader(None, SimpleNamespace(tokenizer=object()), None)  # a processor that takes no videos
     (message,) = reader.check(user("a", VIDEO, "b"), MediaOptions())
     assert [part.kind for part in message.parts] == ["text"] + ["image"] * 4 + ["text"]
     for part, frame in zip(message.parts[1:5], FRAMES, strict=True):

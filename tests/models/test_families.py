@@ -74,7 +74,8 @@ def test_both_doors_give_the_same(family, everything):
     config = fitting(family, techniques) if everything else InferenceConfig()
     model, inputs = tiny_model(family), tiny_inputs(family, [[3, IMAGE, 9], [6]])
     decoder = SimpleNamespace(decode=lambda ids, skip_special_tokens: "")
-    outputs = Engine(model, SimpleNamespace(tokenizer=decoder), config).runner.run(inputs, 0.0, max_new_tokens=5)
+    runner = Engine(model, SimpleNamespace(tokenizer=decoder), config).runner
+    outputs = runner.run(inputs, 0.0, runner.settings({"max_new_tokens": 5}))
     with patched(model, config):
         tokens = model.generate(**inputs, max_new_tokens=5, do_sample=False)[:, inputs["input_ids"].shape[1] :]
     assert [out.token_ids for out in outputs] == [

@@ -152,9 +152,6 @@ def fake_processor():
     class Processor:
         tokenizer = Tokenizer()
 
-        def apply_chat_template(self, *args, **kwargs):
-            raise NotImplementedError
-
     return Processor()
 
 

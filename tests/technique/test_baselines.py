@@ -169,13 +169,13 @@ def places(part, whole):
 
 def feed(family, config, turns):
     """Feeds turns (each a batch of prompts) to one cache; visual tokens and tokens of each turn and row."""
-    model, cache, counts = tiny_model(family), None, []
+    model, cache, counts, masks = tiny_model(family), None, [], []
     with patched(model, config):
         for n, prompts in enumerate(turns):
             inputs = tiny_inputs(family, prompts, seed=n)
             mask = inputs.pop("attention_mask")
-            pad = torch.zeros(len(prompts), 0 if cache is None else cache.get_seq_length(), dtype=torch.int64)
-            inputs["attention_mask"] = torch.cat([pad, mask], 1)
+            masks.append(mask)
+            inputs["attention_mask"] = torch.cat(masks, 1)
             out = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache = out.past_key_values
             visual = [FAMILIES[family].image_tokens * prompt.count(IMAGE) for prompt in prompts]
