@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, NoReturn, overload
 
 import torch
 from torch import nn
@@ -78,6 +79,7 @@ class Engine:
         check_host(self.adapter, self.config, verify and not is_patched(self.model))  # else before the first call
         self.runner = Runner(self.model, processor, self.adapter, self.config, compile, verify)
         self.reader = RequestReader(self.model, processor, self.adapter)
+        self._made_with = compile, verify
         self._identity = ChatIdentity(self.adapter, processor, self.config)
 
     @classmethod
@@ -123,6 +125,21 @@ class Engine:
         check_before_loading(model_config, config)
         processor = checkpoint.processor(model_config)
         return cls(checkpoint.model(dtype, device), processor, config, compile, verify)
+
+    def __copy__(self) -> Engine:
+        other = object.__new__(type(self))
+        vars(other).update(vars(self))
+        return other
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Engine:
+        """An engine of a copy of the model; only the locks of the first stay its own."""
+        model, processor = copy.deepcopy(self.model, memo), copy.deepcopy(self.processor, memo)
+        other = copy.copy(self)
+        Engine.__init__(other, model, processor, self.config, *self._made_with)
+        return other
+
+    def __reduce__(self) -> NoReturn:
+        raise InputError("an engine cannot be pickled: make one in each process, by Engine.from_pretrained(...)")
 
     @property
     def device(self) -> torch.device:
