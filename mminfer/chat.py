@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from mminfer.chat_files import ChatIdentity, read_chat, write_chat
 from mminfer.errors import InputError
@@ -145,9 +144,18 @@ class Chat:
             InputError: a turn is under way.
         """
         with self._turn("fork"):
-            other = copy.copy(self)
-            other.cache, other._busy = self.cache.clone(), {}
+            other = object.__new__(type(self))
+            vars(other).update(vars(self), cache=self.cache.clone(), _busy={})
         return other
+
+    def __copy__(self) -> Chat:
+        return self.fork()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Chat:
+        return self.fork()  # the model stays the engine's
+
+    def __reduce__(self) -> NoReturn:
+        raise InputError("a chat cannot be pickled: save() it, and load_chat() it by the engine of the other process")
 
     def save(self, path: str | Path) -> None:
         """Writes the chat to a safetensors file: cache, turns so far, and what made them. Pixels are not kept.

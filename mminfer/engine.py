@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, NoReturn, overload
 
 import torch
 from torch import nn
@@ -30,6 +31,7 @@ from mminfer.models.loading import Checkpoint, chosen_device, chosen_dtype
 from mminfer.models.registry import adapter_for
 from mminfer.models.wrappers import check_loaded, unwrapped
 from mminfer.output import GenerationOutput
+from mminfer.patching import is_patched
 from mminfer.running import GenerationSettings, Runner, RunOptions
 from mminfer.streaming import TextStream
 from mminfer.technique import is_whole
@@ -75,9 +77,10 @@ class Engine:
         self.adapter = adapter_for(self.model)
         check_loaded(self.model)
         self.config.check(self.adapter.spec)
-        check_host(self.adapter, self.config, verify)
-        self.runner = Runner(self.model, processor, self.adapter, self.config, compile)
+        check_host(self.adapter, self.config, verify and not is_patched(self.model))  # else before the first call
+        self.runner = Runner(self.model, processor, self.adapter, self.config, compile, verify)
         self.reader = RequestReader(self.model, processor, self.adapter)
+        self._made_with = compile, verify
         self._identity = ChatIdentity(self.adapter, processor, self.config)
 
     @classmethod
@@ -123,6 +126,21 @@ class Engine:
         check_before_loading(model_config, config)
         processor = checkpoint.processor(model_config)
         return cls(checkpoint.model(dtype, device), processor, config, compile, verify)
+
+    def __copy__(self) -> Engine:
+        other = object.__new__(type(self))
+        vars(other).update(vars(self))
+        return other
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Engine:
+        """An engine of a copy of the model; only the locks of the first stay its own."""
+        model, processor = copy.deepcopy(self.model, memo), copy.deepcopy(self.processor, memo)
+        other = copy.copy(self)
+        Engine.__init__(other, model, processor, self.config, *self._made_with)
+        return other
+
+    def __reduce__(self) -> NoReturn:
+        raise InputError("an engine cannot be pickled: make one in each process, by Engine.from_pretrained(...)")
 
     @property
     def device(self) -> torch.device:

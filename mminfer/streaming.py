@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import atexit
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from queue import Empty, SimpleQueue
 from threading import Thread
-from typing import Any
+from typing import Any, NoReturn
 from weakref import WeakKeyDictionary
 
 import torch
@@ -73,6 +74,9 @@ class TextStream(Iterator[str]):
         if self._work.error is not None:
             raise self._work.error
         raise StopIteration
+
+    def __reduce__(self) -> NoReturn:
+        raise InputError("a stream cannot be copied or pickled: take its output once it is through")
 
     def close(self) -> None:
         """Stops the generation after its current token, or the reading of a prompt after its current chunk."""
@@ -146,6 +150,12 @@ class _Work:
             self._is_done = True
             self._pieces.put(_END)
 
+    def abandon(self) -> None:
+        """In a forked process nobody does the work any more."""
+        self.error = InputError("a stream goes on in the process that began it: begin another one in this process")
+        self._is_done = True
+        self._pieces.put(_END)
+
     def is_stopped(self) -> bool:
         return self.stop
 
@@ -174,6 +184,16 @@ def _stop_all() -> None:
         work.stop = True
     for thread, _ in running:
         thread.join(max(0.0, until - time.monotonic()))
+
+
+def _abandon_all() -> None:
+    for work in list(_running.values()):
+        work.abandon()
+    _running.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_abandon_all)
 
 
 class _QueueStreamer(TextStreamer):

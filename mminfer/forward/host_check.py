@@ -3,13 +3,15 @@
 The host's own `forward` runs two short rows, one of them at the last positions that the model was made for, and every
 layer's input and output is kept. Our pass then runs each layer on the host's input, so that one layer's rounding is
 all there is between the two, whatever the numbers are kept in. What the host does before its first layer, between
-layers and behind the last is held against ours in the same way, and so is a decoding step.
+layers and behind the last is held against ours in the same way, and so is a decoding step. What is found holds as long
+as nothing changes around the layers.
 
 Two rows of so few tokens see no sliding window; those are compared by what the host's attention asks for.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from threading import get_ident
@@ -18,16 +20,18 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
 
 from mminfer.config import InferenceConfig, check_flag
 from mminfer.errors import UnsupportedModelError
 from mminfer.forward.attention import routed_attention
 from mminfer.forward.decode import Decoder
-from mminfer.forward.kv_cache import CompressedCache
+from mminfer.forward.kv_cache import CACHE_NAME, CompressedCache
 from mminfer.forward.layer_attention import LayerAttention, PassSettings
 from mminfer.forward.native_build import prepare_kernels
 from mminfer.forward.prefill import PassOptions, prompt_pass, through_layer
-from mminfer.forward.probe import TOKENS, evaluating, full_name, is_close, is_half, probe, rotary_kept
+from mminfer.forward.probe import TOKENS, evaluating, full_name, is_close, is_half, is_same, probe, rotary_kept
+from mminfer.forward.surroundings import surroundings
 from mminfer.forward.technique_fit import check_positions, check_skip
 from mminfer.layout import TokenLayout
 from mminfer.models.adapter import ModelAdapter
@@ -66,13 +70,17 @@ class _Watched(LayerAttention):
         return super().__call__(q, k, v, scale, window)
 
 
-def check_host(adapter: ModelAdapter, config: InferenceConfig, verify: bool = True) -> None:
+def check_host(
+    adapter: ModelAdapter, config: InferenceConfig, verify: bool = True, forward: Callable[..., Any] | None = None
+) -> None:
     """Refuses a model whose own pass is not ours, and techniques that its layers do not carry.
 
     Args:
         adapter: the host model, which nothing is patched on.
         config: the techniques.
-        verify: whether to compare passes, if that was not done for this model yet; a few tokens go through it twice.
+        verify: whether to compare passes, if that was not done for this model as it is now; a few tokens go through it
+            twice.
+        forward: the model's own; None: what it has.
 
     Raises:
         UnsupportedModelError: the passes differ, or one of them fails.
@@ -80,7 +88,8 @@ def check_host(adapter: ModelAdapter, config: InferenceConfig, verify: bool = Tr
     """
     check_flag("verify", verify)
     done = _checked.setdefault(adapter.model, {repr(None)})
-    due = [(verify, str(adapter.model.dtype), partial(_compare, adapter))]
+    own = adapter.model.forward if forward is None else forward
+    due = [(verify, f"{adapter.model.dtype} {surroundings(adapter, own)}", partial(_compare, adapter, own))]
     due += [(config.positions is not None, f"{config.positions!r}", partial(check_positions, adapter, config))]
     due += [(config.skip is not None, f"{config.skip!r}", partial(check_skip, adapter, config))]
     due = [check for check in due if check[0] and check[1] not in done]
@@ -92,16 +101,19 @@ def check_host(adapter: ModelAdapter, config: InferenceConfig, verify: bool = Tr
             done.add(name)
 
 
-def _compare(adapter: ModelAdapter) -> None:
+def _compare(adapter: ModelAdapter, forward: Callable[..., Any]) -> None:
     prepare_kernels(running_device(adapter.model.get_input_embeddings()))
     inputs = probe(adapter)
-    trace = _host_pass(adapter, inputs)
+    adapter.entering(torch.empty(0))  # read once, by two embeddings, which some rotary embeddings would remember
+    with rotary_kept(adapter):
+        trace = _host_pass(adapter, forward, inputs)
     try:
         embeds, layout = adapter.embed(inputs)
         _check_stream(adapter, trace, embeds)
         _check_layers(adapter, trace, layout)
-        _check_logits("the norm and the head", adapter, adapter.logits(trace.left[-1]), trace.logits, HALF_LAYER_BAR)
-        _check_decoding(adapter, inputs, trace)
+        if not is_same(adapter.logits(trace.left[-1]), trace.logits):
+            raise _differs(adapter, "the logits of the norm and the head are not the host's")
+        _check_decoding(adapter, inputs, *_host_steps(adapter, forward, inputs, trace))
     except (UnsupportedModelError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # layers that nobody thought of raise anything
@@ -110,7 +122,7 @@ def _compare(adapter: ModelAdapter) -> None:
         ) from error
 
 
-def _host_pass(adapter: ModelAdapter, inputs: dict[str, Tensor]) -> _Trace:
+def _host_pass(adapter: ModelAdapter, forward: Callable[..., Any], inputs: dict[str, Tensor]) -> _Trace:
     trace, thread = _Trace(), get_ident()
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -124,7 +136,7 @@ def _host_pass(adapter: ModelAdapter, inputs: dict[str, Tensor]) -> _Trace:
     handles = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in adapter.layers]
     handles += [layer.register_forward_hook(after) for layer in adapter.layers]
     try:
-        trace.logits = adapter.model(**inputs, use_cache=False, return_dict=True).logits
+        trace.logits = forward(**inputs, use_cache=False, return_dict=True).logits
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
@@ -174,23 +186,37 @@ def _check_layers(adapter: ModelAdapter, trace: _Trace, layout: TokenLayout) -> 
                 )
 
 
-def _check_decoding(adapter: ModelAdapter, inputs: dict[str, Tensor], trace: _Trace) -> None:
-    """A prompt of all tokens but the last, and that as a decoding step."""
-    prompt = {name: x[..., :-1] for name, x in inputs.items()}
-    embeds, layout = adapter.embed(prompt)
-    cache = CompressedCache()
-    output = prompt_pass(adapter, InferenceConfig(), embeds, layout, cache, PassOptions(TOKENS - 1, last_only=True))
-    _check_logits("a prompt", adapter, adapter.logits(output.last), trace.logits[:, -2])
-    last = adapter.entering(adapter.model.get_input_embeddings()(inputs["input_ids"][:, -1:]))
-    _check_logits(
-        "a decoding step", adapter, Decoder(adapter, InferenceConfig()).step(last, cache)[:, 0], trace.logits[:, -1]
-    )
+def _host_steps(
+    adapter: ModelAdapter, forward: Callable[..., Any], inputs: dict[str, Tensor], trace: _Trace
+) -> tuple[Tensor, Tensor]:
+    """[B, vocabulary] each, the host's: of a prompt of all tokens but the last, and of that as a decoding step."""
+    if not adapter.rotary_follows_length:
+        return trace.logits[:, -2], trace.logits[:, -1]
+    cache: dict[str, Any] = {CACHE_NAME: DynamicCache()}
+    last = {name: inputs[name] if name == "attention_mask" else inputs[name][..., -1:] for name in inputs}
+    with rotary_kept(adapter):
+        logits = [forward(**x, **cache, use_cache=True, return_dict=True).logits for x in (_prompt_of(inputs), last)]
+    return logits[0][:, -1], logits[1][:, -1]
 
 
-def _check_logits(
-    what: str, adapter: ModelAdapter, ours: Tensor, host: Tensor, half_bar: float = HALF_LOGITS_BAR
-) -> None:
-    if not is_close(ours, host, LOGITS_BAR, half_bar):
+def _prompt_of(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: x[..., :-1] for name, x in inputs.items()}
+
+
+def _check_decoding(adapter: ModelAdapter, inputs: dict[str, Tensor], of_prompt: Tensor, of_step: Tensor) -> None:
+    """A prompt of all tokens but the last, and that as a decoding step, against the host's logits of both."""
+    with rotary_kept(adapter):
+        embeds, layout = adapter.embed(_prompt_of(inputs))
+        cache, options = CompressedCache(), PassOptions(TOKENS - 1, last_only=True)
+        output = prompt_pass(adapter, InferenceConfig(), embeds, layout, cache, options)
+        _check_logits("a prompt", adapter, adapter.logits(output.last), of_prompt)
+        last = adapter.entering(adapter.model.get_input_embeddings()(inputs["input_ids"][:, -1:]))
+        step = Decoder(adapter, InferenceConfig()).step(last, cache)[:, 0]
+    _check_logits("a decoding step", adapter, step, of_step)
+
+
+def _check_logits(what: str, adapter: ModelAdapter, ours: Tensor, host: Tensor) -> None:
+    if not is_close(ours, host, LOGITS_BAR, HALF_LOGITS_BAR):
         raise _differs(adapter, f"the logits of {what} are not the host's")
 
 

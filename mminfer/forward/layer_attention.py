@@ -10,6 +10,7 @@ from mminfer_kernels.prompt_attention import shares_logits
 from torch import Tensor
 
 from mminfer.config import InferenceConfig
+from mminfer.errors import InputError
 from mminfer.forward.attention import Visibility, causal_attention
 from mminfer.forward.kv_layer import CompressedLayer
 from mminfer.layout import TokenLayout
@@ -135,6 +136,7 @@ class LayerAttention:
         num_past = 0
         if self.past is not None:
             earlier = self.past.row(sequence)
+            _check_kind(earlier.keys, entries.keys)
             num_past, entries = len(earlier), earlier.extend(entries)
         return LayerView(
             queries=q,
@@ -259,3 +261,12 @@ def _pairs(keys: int, queries: int, visible: Visibility) -> int:
         return pairs
     own = torch.arange(keys - queries, keys, device=last_key.device) if places is None else places
     return pairs + int((last_key - own).sum())
+
+
+def _check_kind(held: Tensor, new: Tensor) -> None:
+    """Raises `InputError` where a cache holds keys of another dtype, or elsewhere, than the model makes them now."""
+    if held.dtype != new.dtype or held.device != new.device:
+        raise InputError(
+            f"the cache holds keys of {held.dtype} on {held.device}, the model now makes them of {new.dtype} on "
+            f"{new.device}: begin anew after to(), half() or autocast, or go on as before"
+        )

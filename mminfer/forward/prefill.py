@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mminfer.config import InferenceConfig
-from mminfer.errors import UnsupportedModelError
+from mminfer.errors import InputError, UnsupportedModelError
 from mminfer.forward.attention import routed_attention
 from mminfer.forward.branches import ffn_branch
 from mminfer.forward.kv_cache import CompressedCache, Continuation
@@ -49,12 +49,14 @@ class PassOptions:
         chunk_size: rows of a sequence that go through the layers at a time; None: all. Images are never split.
         last_only: whether nobody will ask for hidden states other than the last row's.
         progress: told after each chunk how many tokens of the prompt it was.
+        places_given: whether the caller says at which positions the rows stand, also behind what the cache holds.
     """
 
     columns: int
     chunk_size: int | None = None
     last_only: bool = False
     progress: Callable[[int], object] | None = None
+    places_given: bool = False
 
 
 @torch.no_grad()
@@ -81,9 +83,9 @@ def prompt_pass(
         options: how the prompt goes through the layers.
 
     Raises:
-        InputError: an image does not fit into a chunk.
+        InputError: an image does not fit into a chunk, or goes on from one pass into another.
     """
-    layout = _placed(adapter, config, layout, cache)
+    layout = _placed(adapter, config, layout, cache, options.places_given)
     continuation = Continuation(layout.next_position, layout.resume_position, layout.last_in_run)
     earlier = cache.tokens or (0,) * layout.num_sequences
     record = PromptRecord(earlier, layout.lengths, layout.visual_lengths, pairs_ahead=_pairs_ahead(layout))
@@ -105,10 +107,12 @@ def prompt_pass(
     return out
 
 
-def _placed(adapter: ModelAdapter, config: InferenceConfig, layout: TokenLayout, cache: CompressedCache) -> TokenLayout:
-    """The layout at its rotary positions, behind what the cache holds."""
+def _placed(
+    adapter: ModelAdapter, config: InferenceConfig, layout: TokenLayout, cache: CompressedCache, places_given: bool
+) -> TokenLayout:
+    """The layout at its rotary positions, behind what the cache holds; places_given: as of `PassOptions`."""
     if cache.layers:
-        layout = _continued(layout, cache)
+        layout = _continued(layout, cache, places_given and config.positions is None)
     if config.positions is not None:
         layout = config.positions.apply(layout, adapter.spec.max_position_embeddings)
     _warn_beyond_window(adapter.spec, config, layout.next_position, cache)
@@ -251,9 +255,21 @@ def _pairs_ahead(layout: TokenLayout) -> tuple[int, ...]:
     return tuple(ahead.new_zeros(layout.num_sequences).index_add(0, layout.sequence, ahead).tolist())
 
 
-def _continued(layout: TokenLayout, cache: CompressedCache) -> TokenLayout:
-    """The layout moved so that each sequence's first token stands at its next position."""
-    first = layout.position[:, [start for start, _ in layout.spans]].amin(0)
+def _continued(layout: TokenLayout, cache: CompressedCache, in_place: bool) -> TokenLayout:
+    """The layout moved so that each sequence's first token stands at its next position; in_place: it does already.
+
+    Raises:
+        InputError: a sequence is to be moved, and its first token stands within an image.
+    """
+    if in_place:
+        return replace(layout, run_before=cache.continuation.visual_run.to(layout.position.device))
+    places = layout.position[:, [start for start, _ in layout.spans]]
+    first = places.amin(0)
+    if bool((places != first).any()):
+        raise InputError(
+            "a stretch of a prompt begins within an image, whose tokens are placed together: let it begin before or "
+            "behind one, by another prefill_chunk_size, or give that to patch(...)"
+        )
     shift = cache.continuation.prefill.to(first.device) - first
     return replace(
         layout,

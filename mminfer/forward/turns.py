@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import RLock, get_ident
+from weakref import WeakSet
 
 
 @contextmanager
@@ -31,6 +33,12 @@ class TurnLock:
     def __init__(self) -> None:
         self._lock = RLock()  # only its owner can release it, so that releasing may be tried at any time
         self._owner: int | None = None
+        _locks.add(self)
+
+    def free_of_others(self) -> None:
+        """In a forked process there is nobody who could give back what another thread held."""
+        if not self.is_mine:
+            self._lock, self._owner = RLock(), None
 
     @property
     def is_mine(self) -> bool:
@@ -64,3 +72,15 @@ class TurnLock:
             self._lock.release()
         except RuntimeError:
             pass  # it is not this thread's
+
+
+_locks: WeakSet[TurnLock] = WeakSet()
+
+
+def _free_all() -> None:
+    for lock in list(_locks):
+        lock.free_of_others()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_free_all)

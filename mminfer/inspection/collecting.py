@@ -146,10 +146,10 @@ def _both_answers(
     recorded, config = configs
     adapter = adapter_for(model)
     with torch.no_grad():
-        own = _answer(Runner(model, processor, adapter, recorded, False), inputs, max_new_tokens)
+        own = _answer(Runner(model, processor, adapter, recorded, False, True), inputs, max_new_tokens)
         if not config.techniques:
             return _Runs(own, own)
-        full = _answer(Runner(model, processor, adapter, InferenceConfig(), False), inputs, max_new_tokens)
+        full = _answer(Runner(model, processor, adapter, InferenceConfig(), False, True), inputs, max_new_tokens)
     return _Runs(own, full)
 
 

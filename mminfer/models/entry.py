@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from threading import get_ident
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -19,7 +20,7 @@ class _Entered(Exception):
     """The first layer was reached.
 
     Args:
-        hidden: [1, 2, C], what it was given.
+        hidden: [B, N, C], what it was given.
     """
 
     def __init__(self, hidden: Tensor) -> None:
@@ -57,9 +58,22 @@ def _read_scale(language_model: Any, hidden_size: int) -> float:
     )
 
 
-@torch.no_grad()
 def _at_first_layer(language_model: Any, embeds: Tensor) -> Tensor:
     """[1, 2, C], what the first layer is given for these embeddings."""
+    return entering_states(language_model, lambda: language_model(inputs_embeds=embeds, use_cache=False))
+
+
+@torch.no_grad()
+def entering_states(language_model: Any, run: Callable[[], object]) -> Tensor:
+    """[B, N, C], what the first layer of a language model is given while something runs, which ends there.
+
+    Args:
+        language_model: the host's.
+        run: calls it, or a model around it.
+
+    Raises:
+        UnsupportedModelError: it fails before, or never comes there.
+    """
     thread = get_ident()
 
     def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -68,12 +82,12 @@ def _at_first_layer(language_model: Any, embeds: Tensor) -> Tensor:
 
     handle = language_model.layers[0].register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
     try:
-        language_model(inputs_embeds=embeds, use_cache=False)
+        run()
     except _Entered as entered:
         return entered.hidden
     except Exception as error:
         raise UnsupportedModelError(
-            f"{type(language_model).__name__} cannot be read: its own forward of two embeddings failed with "
+            f"{type(language_model).__name__} cannot be read: the host's own forward up to its first layer failed with "
             f"{type(error).__name__}: {str(error)[:200]}"
         ) from error
     finally:

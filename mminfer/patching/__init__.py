@@ -2,6 +2,7 @@
 
 from mminfer.patching.handle import PatchHandle, patch, patched
 from mminfer.patching.model_pass import ModelPass
+from mminfer.patching.replacement import check_unpatched, is_patched
 from mminfer.patching.stand_in import StandIn
 
-__all__ = ["ModelPass", "PatchHandle", "StandIn", "patch", "patched"]
+__all__ = ["ModelPass", "PatchHandle", "StandIn", "check_unpatched", "is_patched", "patch", "patched"]

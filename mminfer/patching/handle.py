@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mminfer.config import InferenceConfig
 from mminfer.errors import InputError
+from mminfer.forward.call_state import CallState
 from mminfer.forward.host_check import check_host
+from mminfer.forward.kv_cache import CompressedCache
 from mminfer.forward.turns import TurnLock, undone
 from mminfer.models.wrappers import check_loaded, unwrapped
 from mminfer.patching.model_pass import ModelPass
@@ -37,7 +40,7 @@ class PatchHandle(ModelPass):
         verify: bool = True,
     ) -> None:
         model = unwrapped(model)
-        super().__init__(model, config, compile, prefill_chunk_size)
+        super().__init__(model, config, compile, prefill_chunk_size, verify)
         check_loaded(model)
         check_host(self.adapter, config, verify)
         self._host_state = {name: getattr(self.adapter.base, name) for name in self.adapter.host_state}
@@ -64,6 +67,14 @@ class PatchHandle(ModelPass):
             return super().forward(inputs)
         with self._turns.held():
             return super().forward(inputs)
+
+    @property
+    def _host_forward(self) -> Callable[..., Any]:
+        return self._hanging.replacement.original
+
+    def _prompt(self, call: CallState, inputs: dict[str, Any], cache: CompressedCache) -> Tensor:
+        check_host(self.adapter, self.config, self._verify, self._host_forward)  # at once, if nothing has changed
+        return super()._prompt(call, inputs, cache)
 
     def put_on(self) -> None:
         """Hangs the pass on the model; `undo` takes it down."""

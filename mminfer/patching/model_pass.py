@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import get_ident
 from typing import Any
@@ -19,6 +19,7 @@ from mminfer.forward.decode import Decoder
 from mminfer.forward.kv_cache import CACHE_NAME, CompressedCache, Origin
 from mminfer.forward.native_build import prepare_kernels
 from mminfer.forward.prefill import PassOptions, PromptOutput, prompt_pass
+from mminfer.forward.surroundings import check_entrance, has_foreign_forward
 from mminfer.metrics.records import PromptRecord
 from mminfer.metrics.vision import vision_shares
 from mminfer.models.adapter import ModelAdapter
@@ -43,6 +44,7 @@ class ModelPass:
         config: the techniques.
         compile: decode by the host's modules under torch.compile.
         prefill_chunk_size: tokens of each chat that go through the layers at a time; None: all.
+        verify: whether to compare what the layers are given, where the model has a forward of its own.
 
     Attributes:
         model: the host's.
@@ -57,10 +59,16 @@ class ModelPass:
     """
 
     def __init__(
-        self, model: Any, config: InferenceConfig, compile: bool = False, prefill_chunk_size: int | None = None
+        self,
+        model: Any,
+        config: InferenceConfig,
+        compile: bool = False,
+        prefill_chunk_size: int | None = None,
+        verify: bool = True,
     ) -> None:
         self.config = checked_config(config)
         check_flag("compile", compile)
+        self._verify = verify
         self._call = CallState(prefill_chunk_size)
         self._begun_by: int | None = None  # the thread whose call is in force
         self._chunk_size = prefill_chunk_size
@@ -109,6 +117,12 @@ class ModelPass:
             yield state
         finally:
             self._call, self._begun_by = state.followed_by(CallState(self._chunk_size)), None
+
+    @property
+    def _host_forward(self) -> Callable[..., Any]:
+        """The model's own."""
+        forward: Callable[..., Any] = self.adapter.model.forward
+        return forward
 
     @property
     def _state(self) -> CallState:
@@ -174,8 +188,12 @@ class ModelPass:
         last_only = isinstance(keep, int) and keep == 1
         check_holes(inputs, self.adapter.spec.sliding_window)
         ends_in_padding = check_mask(call, inputs, cache, last_only or self.config.removes_rows)
-        embeds, layout = self.adapter.embed(inputs, call.take_given_embeddings())
-        options = PassOptions(tokens_of(inputs).shape[1], call.chunk_size, last_only, call.progress)
+        given = call.take_given_embeddings()
+        embeds, layout = self.adapter.embed(inputs, given)
+        if self._verify and given is None and len(layout.visual_rows) > 0 and has_foreign_forward(self.adapter):
+            check_entrance(self.adapter, self._host_forward, inputs, embeds, layout)
+        places_given = inputs.get("position_ids") is not None and not call.is_reading  # a reading counts from 0
+        options = PassOptions(tokens_of(inputs).shape[1], call.chunk_size, last_only, call.progress, places_given)
         output = prompt_pass(self.adapter, self.config, embeds, layout, cache, options)
         cache.origin, cache.ends_in_padding = self._origin, ends_in_padding
         return output

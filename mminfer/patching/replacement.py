@@ -110,8 +110,13 @@ class Hanging:
 _hanging: WeakKeyDictionary[nn.Module, ref[Hanging]] = WeakKeyDictionary()
 
 
-def check_unpatched(model: nn.Module) -> None:
-    """Raises `ConfigError` if there is a patch on the model, be it under what others have put over it."""
+def is_patched(model: nn.Module) -> bool:
+    """Whether there is a patch on the model, be it under what others have put over it."""
     hanging = _hanging[model]() if model in _hanging else None
-    if hanging is not None and hanging.replacement.active:
+    return hanging is not None and hanging.replacement.active
+
+
+def check_unpatched(model: nn.Module) -> None:
+    """Raises `ConfigError` if there is a patch on the model."""
+    if is_patched(model):
         raise ConfigError("the model is patched already: call undo() on that patch first")

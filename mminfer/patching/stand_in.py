@@ -20,13 +20,14 @@ class StandIn(ModelPass):
         model: the host's; not patched.
         config: the techniques.
         compile: decode by the host's modules under torch.compile.
+        verify: as of `ModelPass`.
 
     Attributes:
         model: the model to call.
     """
 
-    def __init__(self, model: Any, config: InferenceConfig, compile: bool = False) -> None:
-        super().__init__(model, config, compile)
+    def __init__(self, model: Any, config: InferenceConfig, compile: bool = False, verify: bool = True) -> None:
+        super().__init__(model, config, compile, verify=verify)
         self.model = _shallow(model)
         if self.adapter.base is not model:
             modules = self.model.__dict__["_modules"] = dict(model._modules)

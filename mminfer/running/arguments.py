@@ -223,7 +223,7 @@ def token_ids(name: str, value: Any) -> tuple[int, ...]:
     if value is None:
         return ()
     try:
-        ids = torch.as_tensor(value).cpu()
+        ids = torch.as_tensor(value, device="cpu")  # wherever a default device would put them
     except Exception:  # a value of any type may come, and tensors of kinds that hold nothing
         ids = torch.empty(0)
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool or ids.ndim > 1 or not ids.numel():
@@ -235,7 +235,7 @@ def _check_token_ids(name: str, value: Any, vocab_size: int) -> None:
     ids = token_ids(name, value)
     if name == "eos_token_id":
         return  # an id that never comes is a way to say that nothing ends an answer
-    if name != "forced_eos_token_id" and (len(ids) != 1 or torch.as_tensor(value).ndim):
+    if name != "forced_eos_token_id" and (len(ids) != 1 or torch.as_tensor(value, device="cpu").ndim):
         raise InputError(f"{name}={shown(value)}: wanted one token id, or None")
     if not all(0 <= number < vocab_size for number in ids):
         raise InputError(f"{name}={shown(value)}: wanted a token id from 0 to {vocab_size - 1}")

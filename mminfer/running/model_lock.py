@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import get_ident
@@ -27,6 +28,10 @@ class ModelLock:
         self._turns = TurnLock()
         self._model = ref(model)
         self._readers: set[int] = set()  # threads
+
+    def forget_others(self) -> None:
+        """In a forked process there are no other threads, and new ones may get their numbers."""
+        self._readers &= {get_ident()}
 
     def check(self) -> None:
         """Raises `InputError` if this thread asks a model from within a call of that model."""
@@ -75,3 +80,12 @@ _locks: WeakKeyDictionary[nn.Module, ModelLock] = WeakKeyDictionary()
 def lock_of(model: nn.Module) -> ModelLock:
     """The one lock of this model."""
     return _locks.setdefault(model, ModelLock(model))
+
+
+def _forget_all() -> None:
+    for lock in list(_locks.values()):
+        lock.forget_others()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_all)

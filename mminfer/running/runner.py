@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mminfer.config import InferenceConfig
 from mminfer.forward.call_state import CallState
+from mminfer.forward.host_check import check_host
 from mminfer.forward.kv_cache import CACHE_NAME, CompressedCache
 from mminfer.inputs.markers import tokenizer_of
 from mminfer.inputs.reading import Reading
@@ -24,7 +25,7 @@ from mminfer.metrics.vision import vision_shares
 from mminfer.models.adapter import ModelAdapter
 from mminfer.models.structure import running_device
 from mminfer.output import GenerationOutput
-from mminfer.patching import StandIn
+from mminfer.patching import StandIn, check_unpatched
 from mminfer.running.call import GenerationCall
 from mminfer.running.model_lock import lock_of
 from mminfer.running.options import RunOptions
@@ -41,13 +42,14 @@ class Runner:
         adapter: how the model is read.
         config: the techniques.
         compile: decode by the host's modules under torch.compile; see `mminfer.patch`.
+        verify: whether to compare our pass with the host's own.
     """
 
     def __init__(
-        self, model: Any, processor: Any, adapter: ModelAdapter, config: InferenceConfig, compile: bool
+        self, model: Any, processor: Any, adapter: ModelAdapter, config: InferenceConfig, compile: bool, verify: bool
     ) -> None:
         self._model, self._processor, self._adapter = model, processor, adapter
-        self._config, self._compile = config, compile
+        self._config, self._compile, self._verify = config, compile, verify
         self._lock = lock_of(model)
 
     @property
@@ -56,6 +58,7 @@ class Runner:
 
     def settings(self, given: Mapping[str, Any], *, one_answer_for: str | None = None) -> GenerationSettings:
         """A call's arguments as settings of generation, before anything runs; see `resolve`."""
+        self._check_model()
         tokenizer, vocab_size = tokenizer_of(self._processor), self._adapter.spec.vocab_size
         return resolve(self._model, tokenizer, vocab_size, given, one_answer_for)
 
@@ -96,9 +99,10 @@ class Runner:
 
         If anything raises, what some pieces left in a cache stays there: it is the caller's to put it back.
         """
+        self._check_model()
         state = CallState(options.chunk_size)
         with self._lock.reading():
-            handle = StandIn(self._model, self._config)
+            handle = StandIn(self._model, self._config, verify=self._verify)
             with handle.begin(state):
                 PromptReader(handle, state, self._turn, options.progress).read(readings, caches)
 
@@ -139,6 +143,11 @@ class Runner:
                 call.generate({**self._placeholders([r.ids for r in readings], settings), CACHE_NAME: cache})
         return self._outputs(call, stacked(records), start)
 
+    def _check_model(self) -> None:
+        """Compares our pass with the host's own once more where something has changed around the layers since."""
+        check_unpatched(self._model)
+        check_host(self._adapter, InferenceConfig(), self._verify)
+
     def check_free(self) -> None:
         """Raises `InputError` if this thread asks the model from within a call of it, for which it would wait."""
         self._lock.check()
@@ -150,7 +159,7 @@ class Runner:
         """A call, whose state is in force within the `with` block and nowhere else."""
         self.check_free()
         state = CallState(chunk_size, settings.finishing_ids, settings.headroom, given_embeddings=given_embeddings)
-        handle = StandIn(self._model, self._config, self._compile)
+        handle = StandIn(self._model, self._config, self._compile, self._verify)
         with (
             handle.begin(state),
             record_backends() as backends,

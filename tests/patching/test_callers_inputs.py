@@ -168,3 +168,31 @@ def test_masks_that_fit_no_cache_are_refused(model, inputs):
         assert cache.logical_length == held
         model(input_ids=more, attention_mask=torch.ones(1, held + 3), **{CACHE_NAME: cache})
     assert cache.logical_length == held + 3
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3"])
+def test_the_hosts_own_chunks_may_part_an_image(family):
+    """`generate(prefill_chunk_size=...)` of the host says where every row stands, also within an image."""
+    model, asked = tiny_model(family), {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    inputs = tiny_inputs(family, [[4, IMAGE, 5]] * 2)
+    asked["prefill_chunk_size"] = 8
+    try:
+        host = model.generate(**inputs, **asked)
+    except (TypeError, ValueError):
+        pytest.skip("this version of the host takes no images in chunks")
+    with patched(model, InferenceConfig()):
+        assert torch.equal(model.generate(**inputs, **asked), host)
+
+
+def test_positions_that_are_moved_do_not_begin_within_an_image():
+    model, inputs = tiny_model("qwen2_vl"), tiny_inputs("qwen2_vl", [[4, IMAGE, 5]])
+    ids, mask = inputs.pop("input_ids"), inputs.pop("attention_mask")
+    positions = torch.arange(ids.shape[1]).expand(3, 1, -1).clone()
+    positions[1:, :, 8:20] = 5
+    with patched(model, InferenceConfig(positions=V2PE(delta=1 / 4))):
+        embeds = model.get_input_embeddings()(ids).detach()
+        first = {"inputs_embeds": embeds[:, :9], "position_ids": positions[..., :9], "attention_mask": mask[:, :9]}
+        cache = model(**first, use_cache=True)[CACHE_NAME]
+        rest = {"inputs_embeds": embeds[:, 9:], "position_ids": positions[..., 9:], "attention_mask": mask}
+        with pytest.raises(InputError, match="begins within an image"):
+            model(**rest, **{CACHE_NAME: cache})
