@@ -72,6 +72,7 @@ class Engine:
     ) -> None:
         self.config = InferenceConfig() if config is None else checked_config(config)
         check_flag("compile", compile)
+        check_flag("verify", verify)
         self.model: Any = unwrapped(model)
         self.processor = processor
         self.adapter = adapter_for(self.model)

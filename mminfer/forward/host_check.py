@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
-from mminfer.config import InferenceConfig, check_flag
+from mminfer.config import InferenceConfig
 from mminfer.errors import UnsupportedModelError
 from mminfer.forward.attention import routed_attention
 from mminfer.forward.decode import Decoder
@@ -84,9 +84,8 @@ def check_host(
 
     Raises:
         UnsupportedModelError: the passes differ, or one of them fails.
-        ConfigError: a technique does not go with the way the layers are built, or `verify` is no bool.
+        ConfigError: a technique does not go with the way the layers are built.
     """
-    check_flag("verify", verify)
     done = _checked.setdefault(adapter.model, {repr(None)})
     own = adapter.model.forward if forward is None else forward
     due = [(verify, f"{adapter.model.dtype} {surroundings(adapter, own)}", partial(_compare, adapter, own))]

@@ -68,6 +68,7 @@ class ModelPass:
     ) -> None:
         self.config = checked_config(config)
         check_flag("compile", compile)
+        check_flag("verify", verify)
         self._verify = verify
         self._call = CallState(prefill_chunk_size)
         self._begun_by: int | None = None  # the thread whose call is in force
