@@ -164,6 +164,13 @@ def test_what_does_not_fit_is_named():
         replace(weights, layers=(weights.layers[0], layer, weights.layers[2]))
 
 
+@pytest.mark.parametrize("name", ["weights", "caches"])
+@pytest.mark.parametrize("value", [None, 3, "x", {}, torch.ones(2)])
+def test_what_is_no_weights_or_caches_is_a_type_error(name, value):
+    with pytest.raises(TypeError, match=rf"{name} is {type(value).__name__}, wanted"):
+        decode_step(**small() | {name: value})
+
+
 def test_the_native_step_refuses_what_it_cannot_read(native):
     halved = small() | {"weights": small(torch.bfloat16)["weights"]}
     with pytest.raises(BackendError, match="dense float32 weights"):

@@ -196,10 +196,15 @@ def decode_step(
 
     Raises:
         ValueError: shapes or dtypes that do not fit.
+        TypeError: weights or caches that are none.
         BackendError: an explicit backend that is not there.
         MemoryError: there was none for scratch.
     """
     check_tensors({"hidden_states": hidden_states, "cos": cos, "sin": sin})
+    if not isinstance(weights, DecoderWeights):
+        raise TypeError(f"weights is {type(weights).__name__}, wanted DecoderWeights")
+    if not isinstance(caches, (list, tuple)):
+        raise TypeError(f"caches is {type(caches).__name__}, wanted a list of LayerCache")
     if hidden_states.dim() != 2:
         raise ValueError(f"hidden_states is {list(hidden_states.shape)}, wanted [B, {weights.sizes[0]}]")
     batch, table = hidden_states.shape[0], (hidden_states.shape[0], weights.head_dim)
