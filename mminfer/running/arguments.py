@@ -184,7 +184,8 @@ def _is_off(name: str, value: Any) -> bool:
         return True
     if name in HARMLESS:
         return value is HARMLESS[name][0]
-    return value is False or _is_default(name, value)
+    own = vars(GenerationConfig())
+    return (value is False and name in own) or _is_default(name, value)  # other arguments are no switches
 
 
 def _is_default(name: str, value: Any) -> bool:

@@ -93,6 +93,9 @@ WRONG = [
     {"output_scores": True},
     {"synced_gpus": True},
     {"stopped": 5},
+    {"assistant_model": False},
+    {"custom_generate": False},
+    {"inputs_embeds": False},
 ]
 
 
