@@ -119,7 +119,7 @@ _VALUES = {
     "values": lambda x, _: bool(x.isfinite().all()),
     "is_visual": lambda x, _: bool((x.view(torch.uint8) <= 1).all()),
     "score": lambda x, _: not bool(x.isnan().any()),
-    "size": lambda x, _: bool((x.isfinite() & (x >= 0)).all()),
+    "size": lambda x, _: bool((x.isfinite() & (x > 0)).all()),
     "source": lambda x, tokens: bool(((x >= 0) & (x < tokens)).all()),
     "decode_position": lambda x, _: _within(x),
     "resume_position": lambda x, _: _within(x),

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from mminfer.forward.kv_cache import CompressedCache
 
 
+_NEW = {"size": 1}  # what a column holds of a generated token; 0 in all others
+
+
 class CompressedLayer(CacheLayerMixin):
     """One layer: its sequences end at the same column and are padded on the left to the longest of them.
 
@@ -42,11 +45,13 @@ class CompressedLayer(CacheLayerMixin):
         if len(set(lengths)) > 1:
             self.left_padding = torch.tensor([self.num_columns - n for n in lengths], device=keys.device)
         columns = [e.columns for e in entries]
-        self._buffers = {name: self._padded([of_one[name] for of_one in columns]) for name in columns[0]}
+        self._buffers = {
+            name: self._padded([of_one[name] for of_one in columns], _NEW.get(name, 0)) for name in columns[0]
+        }
         self.is_initialized = True
         self.dtype, self.device = keys.dtype, keys.device
 
-    def _padded(self, sequences: Sequence[Tensor | None]) -> Tensor | None:
+    def _padded(self, sequences: Sequence[Tensor | None], spare: int) -> Tensor | None:
         """[1, G, S_b, ...] each -> [B, G, columns in use and spare ones, ...], padded on the left.
 
         This is always one copy: what attention hands over lies in the order of its projection, and with the spare
@@ -57,7 +62,7 @@ class CompressedLayer(CacheLayerMixin):
             return None
         first, capacity = tensors[0], self.num_columns + self.cache.headroom
         out = first.new_empty(len(tensors), first.shape[1], capacity, *first.shape[3:])
-        out[:, :, self.num_columns :] = 0
+        out[:, :, self.num_columns :] = spare
         for row, own in zip(out, tensors, strict=True):
             padding = self.num_columns - own.shape[2]
             row[:, :padding] = 0
@@ -124,7 +129,7 @@ class CompressedLayer(CacheLayerMixin):
             if old is not None:
                 new = old.new_empty(*old.shape[:2], capacity, *old.shape[3:])
                 new[:, :, :used] = old[:, :, :used]
-                new[:, :, used:] = 0
+                new[:, :, used:] = _NEW.get(name, 0)
                 self._buffers[name] = new
 
     def advance(self, num_columns: int) -> None:

@@ -12,7 +12,7 @@ from mminfer.bench.contexts import made_contexts
 from mminfer.cache.digest import Digest
 from mminfer.cache.digest_rules import PIECE, cluster_runs, farthest_first, runs_of, share_out
 from mminfer.cache.random_evict import RandomEvict
-from mminfer.forward.kv_cache import CACHE_NAME
+from mminfer.forward.kv_cache import CACHE_NAME, HEADROOM
 from mminfer.metrics.fidelity import kl_divergence
 from mminfer.technique import CacheEntries
 from tests.tiny import FAMILIES, IMAGE, LAYERS, fitting, refusal, skip_if_refused, tiny_inputs, tiny_model, tiny_rows
@@ -327,3 +327,14 @@ def test_turns_and_chunks_keep_the_budget():
 def test_wrong_settings_are_refused(wrong):
     with pytest.raises(ConfigError, match="Digest"):
         Digest(**wrong)
+
+
+def test_generated_tokens_stand_for_one_entry_each():
+    """Also beyond the room that a cache has for them from the start; the next turn's digest weighs them so."""
+    engine = Engine.from_pretrained("nano", InferenceConfig(cache=Digest(0.5)))
+    chat = engine.chat(output_logits=True)
+    for length in (2, HEADROOM + 3):
+        assert not chat.send("Then comes a clip:", length, min_new_tokens=length).logits.isnan().any()
+        sizes = chat.cache.layers[0].row(0).size
+        assert (sizes[..., 1 - length :] == 1).all() and (sizes > 0).all()
+    assert not chat.send("x", 2, min_new_tokens=2).logits.isnan().any()
