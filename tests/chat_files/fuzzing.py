@@ -49,11 +49,14 @@ def _equal(one, other):
     return same and all(torch.equal(x.nan_to_num(-7), others[name].nan_to_num(-7)) for name, x in tensors.items())
 
 
-def fuzz_chat_file(data: st.DataObject) -> None:
+def fuzz_chat_file(data: st.DataObject) -> str:
     """Draws a chat, changes its file, and loads it.
 
     Args:
         data: what examples are drawn from.
+
+    Returns:
+        Whether it was "refused" or "loaded".
 
     Raises:
         AssertionError: the file loads, though its chat is another than the saved one under the old checksum; or the
@@ -72,12 +75,13 @@ def fuzz_chat_file(data: st.DataObject) -> None:
             chat.restore(path)
         except InputError:
             assert chat.cache.tokens == () and not chat._transcript.ids
-            return
+            return "refused"
         if not sealed:
             assert _equal(_contents(chat), saved), "another chat under the old checksum"
-            return
+            return "loaded"
         with contextlib.suppress(MminferError):
             chat.send("And now?", 1)
+        return "loaded"
 
 
 def _flipped(data, content):
@@ -109,10 +113,10 @@ def _header(data, content):
     header = json.loads(content[8 : 8 + length])
     if data.draw(st.booleans()):
         facts = json.loads(header["__metadata__"][CHAT])
-        _change(data, facts)
+        change(data, facts)
         header["__metadata__"][CHAT] = json.dumps(facts)
     else:
-        _change(data, header)
+        change(data, header)
     text = json.dumps(header).encode()
     return len(text).to_bytes(8, "little") + text + content[8 + length :]
 
@@ -127,14 +131,14 @@ def _resealed(data, content):
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     for _ in range(data.draw(st.integers(1, 3))):
         if data.draw(st.booleans()):
-            _change(data, facts)
+            change(data, facts)
         else:
             _change_tensor(data, tensors)
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     return save(tensors, {CHAT: json.dumps(facts), CHECKSUM: checksum(json.dumps(facts), tensors)})
 
 
-def _change(data, facts):
+def change(data, facts):
     """Changes one place of plain data."""
     at = facts
     while True:

@@ -74,8 +74,12 @@ def fuzz_media(file):
 
     Args:
         file: what `media_files` draws.
+
+    Returns:
+        Whether it was "refused" or "loaded" by some loader.
     """
     kind, content = file
+    loaded: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"file.{kind.lower()}"
         path.write_bytes(content)
@@ -83,6 +87,7 @@ def fuzz_media(file):
             image = load_image(path)
             assert image.mode == "RGB" and min(image.size) > 0
             assert np.asarray(image).shape == (image.height, image.width, 3)
+            loaded.append("image")
         for how in ({"num_frames": 3}, {"fps": 2}):
             with _refusals():
                 pixels, facts = read_video(path, **how)
@@ -92,11 +97,14 @@ def fuzz_media(file):
                 )
                 assert (facts["height"], facts["width"]) == pixels.shape[1:3]
                 assert facts["total_num_frames"] >= max(facts["frames_indices"]) + 1
+                loaded.append("video")
         with _refusals():
             for count, frame in enumerate(frames(path)):
                 assert frame.mode == "RGB"
+                loaded.append("frame")
                 if count > 20:
                     break
+    return "loaded" if loaded else "refused"
 
 
 @contextlib.contextmanager
