@@ -94,13 +94,8 @@ def _as_a_turn(engine: Engine, name: str, chat: Any, options: dict[str, Any], wh
     """The last message of a chat of one turn, sent."""
     messages = chat if isinstance(chat, list) and all(isinstance(message, dict) for message in chat) else []
     roles = [message.get("role") for message in messages]
-    whole_message = [message.keys() == {"role", "content"} for message in messages]
-    if (
-        isinstance(whole, list)
-        or roles != ["user"]
-        or not all(whole_message)
-        or any(beams in options for beams in BEAMS)
-    ):
+    plain = all(message.keys() == {"role", "content"} for message in messages)
+    if isinstance(whole, list) or roles != ["user"] or not plain or any(beams in options for beams in BEAMS):
         return
 
     def act() -> Any:
