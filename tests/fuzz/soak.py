@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
+import torch
 from PIL import Image
 
 from mminfer import Engine, InferenceConfig, MminferError, nano, patched
@@ -26,6 +27,7 @@ from tests.fuzz.watching import CONFIGS, engine_of
 
 WARM_UP = 60  # requests of which each kind has met each engine: buffers, kernels and tables are made
 MOST_BYTES = 50_000  # a request; a leak of 100 kB breaks it
+MANY = 500  # requests, behind which resident memory says something
 PATIENCE_S = 5.0  # for threads of streams that were left
 QUESTION = "What is the code of owl?"
 
@@ -36,12 +38,14 @@ class Sample(NamedTuple):
     Args:
         requests: so far, the warm-up's not counted.
         rss_bytes: resident memory.
+        tensor_bytes: of all tensors that are alive.
         threads: of the process, those of libraries too.
         handles: open files and sockets.
     """
 
     requests: int
     rss_bytes: int
+    tensor_bytes: int
     threads: int
     handles: int
 
@@ -140,7 +144,14 @@ def measure(requests: int) -> Sample:
     with contextlib.suppress(OSError, AttributeError):  # where there is no glibc
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     handles = process.num_fds() if hasattr(process, "num_fds") else process.num_handles()
-    return Sample(requests, process.memory_info().rss, process.num_threads(), handles)
+    return Sample(requests, process.memory_info().rss, _tensor_bytes(), process.num_threads(), handles)
+
+
+def _tensor_bytes() -> int:
+    """Of all storages that tensors of this process, whose numbers lie in memory, stand on."""
+    tensors = [x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter)]
+    storages = [x.untyped_storage() for x in tensors if x.layout is torch.strided and x.device.type == "cpu"]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def soak(requests: int, every: int) -> list[Sample]:
@@ -163,17 +174,29 @@ def soak(requests: int, every: int) -> list[Sample]:
     return samples
 
 
-def growth(samples: Sequence[Sample]) -> float:
-    """Bytes of resident memory that a request leaves behind: the median slope between any two samples."""
+def growth(samples: Sequence[Sample], of: str = "rss_bytes") -> float:
+    """Bytes that a request leaves behind: the median slope between any two samples.
+
+    Args:
+        samples: in order.
+        of: which bytes.
+    """
     slopes = [
-        (b.rss_bytes - a.rss_bytes) / (b.requests - a.requests) for i, a in enumerate(samples) for b in samples[i + 1 :]
+        (getattr(b, of) - getattr(a, of)) / (b.requests - a.requests)
+        for i, a in enumerate(samples)
+        for b in samples[i + 1 :]
     ]
     return float(np.median(slopes))
 
 
 def check_flat(samples: Sequence[Sample]) -> None:
-    """Raises `AssertionError` if memory, threads or open files grow."""
-    assert growth(samples) < MOST_BYTES, f"{growth(samples):,.0f} bytes a request are left behind: {samples}"
+    """Raises `AssertionError` if memory, threads or open files grow.
+
+    Resident memory comes and goes by megabytes, which only many requests tell from a leak; tensors are counted exactly.
+    """
+    for of in ("tensor_bytes", "rss_bytes") if samples[-1].requests >= MANY else ("tensor_bytes",):
+        grown = growth(samples, of)
+        assert grown < MOST_BYTES, f"{of}: {grown:,.0f} bytes a request are left behind: {samples}"
     middle = samples[len(samples) // 2]
     for name in ("threads", "handles"):
         found = [getattr(sample, name) for sample in (middle, samples[-1])]

@@ -228,10 +228,10 @@ def test_wrong_arguments_are_refused(kwargs, says):
         Engine.from_pretrained("nano", **kwargs)
 
 
-def test_an_engine_wants_numbers_and_a_processor():
+def test_an_engine_wants_numbers_and_its_requests_a_processor():
     engine = Engine.from_pretrained("nano")
-    for processor in (engine.processor.image_processor, "nano"):
+    for processor in (None, engine.processor.image_processor, "nano"):
         with pytest.raises(InputError, match="with a tokenizer"):
-            Engine(engine.model, processor)
+            Engine(engine.model, processor).generate("hi", 1)
     with pytest.raises(UnsupportedModelError, match="meta"):
         Engine(engine.model.to("meta"), engine.processor)
