@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
 
 from mminfer.errors import InputError, shortened, shown
 from mminfer.inputs.images import load_image
 from mminfer.inputs.parts import EmbeddingPart, ImagePart, Message, Part, TextPart, VideoPart
+from mminfer.inputs.pixels import check_given
 from mminfer.inputs.sources import check_source
 from mminfer.inputs.videos import check_sampling, read_video
 from mminfer.technique import is_whole
@@ -249,9 +255,22 @@ def _parse_medium(given: Mapping[str, Any], where: str, options: MediaOptions) -
     source = given[keys[0]]
     if isinstance(source, (ImagePart, VideoPart)) and source.kind == kind:
         return source
-    _at(where, lambda: check_source(source, kind, allow_remote=options.allow_remote))
+    _at(where, lambda: _check_unopened(source, kind, options))
     load: Callable[[Any, MediaOptions], ImagePart | VideoPart] = _load_image if kind == "image" else _load_video
     return PendingPart(kind, lambda: _at(where, lambda: load(source, options)))
+
+
+def _check_unopened(source: Any, kind: str, options: MediaOptions) -> None:
+    """Refuses what can be seen to be no such medium without opening or copying it."""
+    if isinstance(source, (str, Path)):
+        check_source(source, kind, allow_remote=options.allow_remote)
+    elif isinstance(source, (np.ndarray, torch.Tensor)):
+        check_given(source, kind)
+    elif kind == "video" and isinstance(source, (list, tuple)):
+        for frame in source:
+            _check_unopened(frame, "image", options)
+    elif not isinstance(source, Image.Image):
+        _load_image(source, options) if kind == "image" else _load_video(source, options)  # says what it is
 
 
 def _load_image(source: Any, options: MediaOptions) -> ImagePart:

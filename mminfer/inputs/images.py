@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mminfer.errors import InputError, shortened
-from mminfer.inputs.pixels import MAX_PIXELS, check_size, given_pixels
+from mminfer.inputs.pixels import MAX_PIXELS, SIDES, check_size, given_pixels
 from mminfer.inputs.sources import open_source
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
@@ -35,7 +35,7 @@ def load_image(source: Any, *, allow_remote: bool = False, allow_private_hosts: 
     if isinstance(source, Image.Image):
         return _to_rgb(source, "the given PIL image")
     if isinstance(source, (torch.Tensor, np.ndarray)):
-        return Image.fromarray(np.ascontiguousarray(given_pixels(source, "image", ("H", "W", 3))))
+        return Image.fromarray(np.ascontiguousarray(given_pixels(source, "image", SIDES["image"])))
     opened = open_source(source, "image", allow_remote=allow_remote, allow_private_hosts=allow_private_hosts)
     with opened as (file, name):
         return _to_rgb(_opened(file, name), name)

@@ -10,6 +10,7 @@ import torch
 from mminfer.errors import InputError
 
 MAX_PIXELS = 178_956_970  # where Pillow speaks of a decompression bomb
+SIDES: dict[str, tuple[str | int, ...]] = {"image": ("H", "W", 3), "video": ("F", "H", "W", 3)}
 
 
 def given_pixels(source: np.ndarray | torch.Tensor, kind: str, shape: tuple[str | int, ...]) -> np.ndarray:
@@ -34,6 +35,17 @@ def given_pixels(source: np.ndarray | torch.Tensor, kind: str, shape: tuple[str 
         except Exception as error:  # tensor types of other libraries raise anything
             raise _wrong(source, kind, shape) from error
     return check_pixels(source, kind, shape)
+
+
+def check_given(source: np.ndarray | torch.Tensor, kind: str) -> None:
+    """Raises `InputError` as `given_pixels` does; what would have to be copied for that is not looked at.
+
+    Args:
+        source: an array or tensor of whatever type.
+        kind: "image" or "video".
+    """
+    if not isinstance(source, torch.Tensor) or source.device.type in ("cpu", "meta"):
+        given_pixels(source, kind, SIDES[kind])
 
 
 def check_pixels(pixels: np.ndarray, kind: str, shape: tuple[str | int, ...]) -> np.ndarray:

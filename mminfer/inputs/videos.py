@@ -16,7 +16,7 @@ from PIL import Image
 
 from mminfer.errors import InputError, shown
 from mminfer.inputs.images import load_image
-from mminfer.inputs.pixels import given_pixels
+from mminfer.inputs.pixels import SIDES, given_pixels
 from mminfer.inputs.sources import open_source
 from mminfer.inputs.video_files import VideoFile
 from mminfer.technique import is_whole
@@ -145,7 +145,7 @@ def video_metadata(pixels: np.ndarray, indices: list[int], total: int, rate: Fra
 
 def _given_frames(source: Any, access: dict[str, bool]) -> np.ndarray:
     if isinstance(source, (torch.Tensor, np.ndarray)):
-        return given_pixels(source, "video", ("F", "H", "W", 3))
+        return given_pixels(source, "video", SIDES["video"])
     if not isinstance(source, (list, tuple)) or not source:
         found = "an empty list" if isinstance(source, (list, tuple)) else type(source).__name__
         raise InputError(f"the given video is {found}: wanted a path, uint8 frames [F, H, W, 3] or a list of images")

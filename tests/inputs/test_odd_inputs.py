@@ -342,3 +342,13 @@ def test_words_about_values_are_few():
             assert len(shortened(value)) <= 200
     assert shown("a'b") == '"a\'b"' and shortened("short") == "short"
     assert issubclass(InputError, MminferError)
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+@pytest.mark.parametrize("wrong", [U8.bfloat16(), np.zeros((8, 8), np.uint8), 5, b"x", {"a": 1}])
+def test_what_is_no_medium_is_seen_before_the_first_piece(engine, refused, kind, wrong):
+    content = [PICTURE, "Which code?", {"type": kind, kind: wrong}, "And now?"]
+    refused(lambda: engine.generate([{"role": "user", "content": content}], 1, prefill_chunk_size=40))
+    refused(lambda: engine.chat(prefill_chunk_size=40).read(content))
+    frames = [PICTURE, "Which code?", {"type": "video", "video": [Image.new("RGB", (8, 8)), wrong]}]
+    refused(lambda: engine.chat(prefill_chunk_size=40).read(frames))
