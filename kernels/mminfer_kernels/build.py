@@ -8,6 +8,7 @@ calls `prepare` before the clock starts.
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import logging
 import os
@@ -65,6 +66,7 @@ def sources() -> Path:
     return (beside if beside.is_dir() else here.parents[1] / "csrc").resolve()  # git may write links as plain files
 
 
+@functools.cache  # every step of decoding asks
 def processor_isas() -> tuple[str, ...]:
     """The instruction sets that this processor runs, the widest first, whatever the environment says."""
     names = tuple(ISA_FLAGS)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mminfer.forward.turns import undone
 from mminfer.models.adapter import ModelAdapter
 from mminfer.models.structure import running_device
 
@@ -33,24 +34,27 @@ def probe(adapter: ModelAdapter) -> dict[str, Tensor]:
 def evaluating(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode, and every module back in its own behind the `with` block."""
     training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
+    with undone(lambda: _set_training(training, True)):
+        _set_training(training, False)
         yield
-    finally:
-        for module in training:
-            module.training = True
+
+
+def _set_training(modules: Sequence[nn.Module], mode: bool) -> None:
+    for module in modules:
+        module.training = mode
 
 
 @contextmanager
 def kept_attributes(module: nn.Module, names: Sequence[str]) -> Iterator[None]:
     """These attributes of a module as they were behind the `with` block."""
     before = {name: getattr(module, name) for name in names}
-    try:
-        yield
-    finally:
+
+    def put_back() -> None:
         for name, value in before.items():
             setattr(module, name, value)
+
+    with undone(put_back):
+        yield
 
 
 @contextmanager
@@ -58,12 +62,14 @@ def rotary_kept(adapter: ModelAdapter) -> Iterator[None]:
     """The rotary embedding as it was behind the `with` block: some remember the longest prompt they have seen."""
     rotary: Any = adapter.language_model.rotary_emb
     attributes, buffers = dict(vars(rotary)), dict(rotary._buffers)
-    try:
-        yield
-    finally:
+
+    def put_back() -> None:
         vars(rotary).update(attributes)
         rotary._buffers.clear()
         rotary._buffers.update(buffers)
+
+    with undone(put_back):
+        yield
 
 
 def is_close(ours: Tensor, host: Tensor, bar: float, half_bar: float) -> bool:

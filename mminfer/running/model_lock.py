@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from threading import get_ident
 from weakref import WeakKeyDictionary, ref
 
 from torch import nn
 
 from mminfer.errors import InputError
+from mminfer.forward.probe import evaluating
 from mminfer.forward.turns import TurnLock, undone
 
 
@@ -63,15 +64,8 @@ class ModelLock:
         """
         with self._turns.held(wait):
             model = self._model()
-            training = [] if model is None else [module for module in model.modules() if module.training]
-            with undone(lambda: _set_training(training, True)):
-                _set_training(training, False)
+            with nullcontext() if model is None else evaluating(model):
                 yield
-
-
-def _set_training(modules: list[nn.Module], mode: bool) -> None:
-    for module in modules:
-        module.training = mode
 
 
 _locks: WeakKeyDictionary[nn.Module, ModelLock] = WeakKeyDictionary()

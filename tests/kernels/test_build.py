@@ -388,9 +388,9 @@ def test_the_processor_is_asked_and_not_the_environment(monkeypatch):
         monkeypatch.setattr(build.torch.cpu, "_is_avx512_supported", lambda names=names: "avx512" in names)
         monkeypatch.setattr(build.torch.cpu, "_is_avx2_supported", lambda names=names: "avx2" in names)
         monkeypatch.setattr(build.platform, "machine", lambda: "x86_64")
-        assert build.processor_isas() == tuple(names)
+        assert build.processor_isas.__wrapped__() == tuple(names)
     monkeypatch.setattr(build.platform, "machine", lambda: "aarch64")
-    assert build.processor_isas() == ("baseline",)
+    assert build.processor_isas.__wrapped__() == ("baseline",)
 
 
 @pytest.mark.parametrize("name", ["ATEN_CPU_CAPABILITY", "MMINFER_ISA"])

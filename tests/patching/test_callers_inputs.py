@@ -21,11 +21,6 @@ def model():
     return tiny_model("llava")
 
 
-@pytest.fixture
-def inputs():
-    return tiny_inputs("llava", [[4, IMAGE, 5]])
-
-
 def generate(model, inputs, **kwargs):
     return model.generate(**inputs, **GREEDY, **kwargs)
 

@@ -17,17 +17,6 @@ GREEDY = {"max_new_tokens": 3, "do_sample": False}
 
 
 @pytest.fixture
-def model():
-    """One of the test's own. That of a first call is not copied: the host's marks of it cannot be pickled."""
-    return copy.deepcopy(tiny_model("llava"))
-
-
-@pytest.fixture
-def inputs():
-    return tiny_inputs("llava", [[4, IMAGE, 5]])
-
-
-@pytest.fixture
 def host(inputs):
     return tiny_model("llava").generate(**inputs, **GREEDY)
 

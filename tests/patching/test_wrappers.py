@@ -1,25 +1,13 @@
 """Models in wrappers: patched where they stand, or refused with the way out; never a patch that does nothing."""
 
-import copy
-
 import pytest
 import torch
 
 from mminfer import AIMMerge, Engine, InferenceConfig, UnsupportedModelError, patch, patched
-from tests.tiny import IMAGE, tiny_inputs, tiny_model
+from tests.tiny import tiny_model
 
 MERGED = InferenceConfig(merge=AIMMerge(0.25))
 GREEDY = {"max_new_tokens": 3, "do_sample": False}
-
-
-@pytest.fixture
-def model():
-    return copy.deepcopy(tiny_model("llava"))
-
-
-@pytest.fixture
-def inputs():
-    return tiny_inputs("llava", [[4, IMAGE, 5]])
 
 
 def by_torch_compile(model):
