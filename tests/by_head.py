@@ -17,7 +17,7 @@ from mminfer.technique import CacheEntries, CacheTechnique, LayerView
 
 
 @dataclass(frozen=True)
-class ByLot(CacheTechnique):
+class ByLot(CacheTechnique, register=False):
     """Keeps entries by lot, more of them in later heads; none of the first head but one.
 
     Args:
@@ -53,6 +53,16 @@ class ByLot(CacheTechnique):
             if head == 0 or not len(lengths) > 1:
                 mask[:1] = True
         return torch.cat(keep), torch.randn(sum(lengths), generator=lot)
+
+
+@dataclass(frozen=True)
+class Masked(ByLot, register=False):
+    """The same lot, but all entries stay: those that would leave count for nothing. Of one pass."""
+
+    def apply(self, view: LayerView) -> CacheEntries:
+        keep, log_mass = self.drawn(view.entries.lengths, view.layer_idx)
+        mass = (log_mass if self.weighed else torch.zeros(len(keep))).where(keep, -1e9)
+        return replace(view.entries, log_mass=mass.reshape(view.entries.keys.shape[:3]))
 
 
 class Truth:

@@ -177,7 +177,7 @@ class PruneTechnique(Technique):
     def importance(self, view: LayerView) -> Tensor | None:
         """[N] float32, how important the technique takes each key to be; None: it does not judge.
 
-        `mminfer inspect` shades pictures by it.
+        Those of the rows of this pass come last, and may be all there are. `mminfer inspect` shades pictures by it.
         """
         return None
 
