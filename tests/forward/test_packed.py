@@ -5,11 +5,14 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from mminfer_kernels import record_backends
+from mminfer_kernels.backends import cpu_takes
 
 from mminfer import AIMPrune, Digest, InferenceConfig, InputError, LookM, OperatorSkip, patched
 from mminfer.cache.h2o import H2O
 from mminfer.cache.random_evict import RandomEvict
 from mminfer.cache.snapkv import SnapKV
+from mminfer.forward import compiled
 from mminfer.forward.kv_cache import CACHE_NAME, CompressedCache
 from mminfer.metrics.flops import decode_flops, measured_flops
 from mminfer.models.registry import adapter_for
@@ -26,7 +29,19 @@ GREEDY = {
     "suppress_tokens": SPECIAL,
 }  # fmt: skip
 BATCH = [[9, IMAGE, 7], [12], [3, IMAGE, 1, IMAGE, 4]]
+native = pytest.mark.skipif(not cpu_takes(torch.empty(0)), reason="no C++ library here")
 ways = pytest.mark.parametrize("technique", [ByLot(), ByLot(weighed=True)], ids=["plain", "weighed"])
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """torch.compile without its slow half: the graph runs as it was traced."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    step = torch.compile(compiled._step, fullgraph=True, backend="eager")
+    monkeypatch.setattr(compiled, "_compiled", lambda: step)
+    yield
+    torch._dynamo.reset()
 
 
 def extended(inputs, tokens):
@@ -115,6 +130,45 @@ def test_beams_samples_and_long_answers(kwargs):
     assert torch.equal(outs[0].sequences, outs[1].sequences)
     packed, masked = (out[CACHE_NAME] for out in outs)
     assert packed.is_packed and masked.is_packed and packed.nbytes < 0.8 * masked.nbytes
+
+
+@native
+@ways
+@pytest.mark.parametrize("kwargs", [{}, {"num_beams": 3}, {"max_new_tokens": 80}])
+def test_the_fused_step_equals_the_hosts_modules(technique, kwargs):
+    model, inputs, outs = tiny_model("qwen2_5_vl"), tiny_inputs("qwen2_5_vl", BATCH), []
+    config, module = InferenceConfig(cache=technique), adapter_for(model).layers[2].mlp
+    for hooks in (0, 1):
+        handles = [module.register_forward_hook(lambda *args: None) for _ in range(hooks)]
+        with patched(model, config), record_backends() as backends:
+            outs.append(model.generate(**inputs, **GREEDY | kwargs))
+        for handle in handles:
+            handle.remove()
+        assert backends["decode_step"] == ("host" if hooks else "native")
+        assert ("packed_decode_attention" in backends) == bool(hooks)
+    assert torch.equal(outs[0].sequences, outs[1].sequences)
+    torch.testing.assert_close(logits_of(outs[0]), logits_of(outs[1]), rtol=0, atol=1e-4)
+
+
+@ways
+def test_one_graph_serves_all_steps_and_lengths(traced, technique):
+    """Under torch.compile, the op stands in the graph; another kind of cache makes another graph, once."""
+    model, graphs = tiny_model("llava"), []
+    long = GREEDY | {"max_new_tokens": 50}
+    for batch in (BATCH, [[40, IMAGE], [2], [5]], BATCH):
+        inputs = tiny_inputs("llava", batch)
+        with patched(model, InferenceConfig(cache=technique)):
+            want = model.generate(**inputs, **long)
+        with patched(model, InferenceConfig(cache=technique), compile=True), record_backends() as backends:
+            ours = model.generate(**inputs, **long)
+        assert backends["decode_step"] == "compiled"
+        assert torch.equal(ours.sequences, want.sequences)
+        torch.testing.assert_close(logits_of(ours), logits_of(want), rtol=0, atol=1e-4)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs == [1, 1, 1]
+    with patched(model, InferenceConfig(), compile=True):
+        model.generate(**tiny_inputs("llava", BATCH), **GREEDY)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
 def test_heads_that_are_alike_are_padded_as_ever():
