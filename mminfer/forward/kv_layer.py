@@ -66,6 +66,10 @@ class CompressedLayer(CacheLayerMixin):
     def row(self, sequence: int) -> CacheEntries:
         """One sequence's entries."""
 
+    def extended(self, sequence: int, new: CacheEntries) -> CacheEntries:
+        """One sequence's entries, then the new ones in each head."""
+        return self.row(sequence).extend(new)
+
     @abstractmethod
     def step_cache(self) -> LayerCache | PackedLayerCache:
         """Keys and values as the fused decoding step takes them, with room for the new entry."""

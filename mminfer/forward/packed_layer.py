@@ -203,6 +203,24 @@ class PackedLayer(CompressedLayer):
         }
         return CacheEntries.of(columns, self.head_lengths[sequence])
 
+    def extended(self, sequence: int, new: CacheEntries) -> CacheEntries:
+        """One sequence's entries, then the new ones in each head, by one copy."""
+        store = self._store
+        if (store.buffers["log_mass"] is None) != (new.log_mass is None):
+            return super().extended(sequence, new)
+        theirs = [head.columns for head in new.heads()]
+        columns: dict[str, Tensor | None] = {}
+        for name, column in store.buffers.items():
+            added = [of_head[name] for of_head in theirs]
+            if column is None or any(x is None for x in added):
+                columns[name] = None
+                continue
+            ours = store.stretches(column, sequence, self._new)
+            pairs = zip(ours, added, strict=True)
+            columns[name] = torch.cat([p for a, b in pairs if b is not None for p in (a, b[0, 0])])[None, None]
+        lengths = zip(self.head_lengths[sequence], new.lengths, strict=True)
+        return CacheEntries.of(columns, tuple(a + b for a, b in lengths))
+
     def _with_room(self) -> _Store:
         """The entries, with room for one more in each head."""
         if self._new >= self._store.spare:
