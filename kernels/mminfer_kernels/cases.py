@@ -76,6 +76,7 @@ def _attention_calls(dtype: torch.dtype, size: int) -> Calls:
         ("prompt_attention", prompt, "window", lambda f: f(q, k, k, scale, None, 1024)),
         ("prompt_attention", prompt, "subset", lambda f: f(q[:, :, : len(few)], k, k, scale, few, None)),
         ("prompt_attention_mass", prompt, "", lambda f: f(q, k, k, None, scale, None)),
+        ("prompt_attention_peak", prompt, "", lambda f: f(q[:, :, : TOKENS // 2], k, k, scale, None, TOKENS // 2)),
         ("decode_attention", "decode_attention", "", lambda f: f(last, k, k, None, None)),
         ("decode_attention", "decode_attention", "padded", lambda f: f(last, k, k, starts, None)),
         ("rotary", "rotary", "", lambda f: f(q, k, position[0], inv_freq, 1.0, None)),

@@ -55,6 +55,11 @@ def prompt_attention_mass(draw: Random) -> dict:
     return arguments | {"weights": draw.choice((None, torch.rand(q.shape[:3]), torch.rand(q.shape[0], q.shape[2])))}
 
 
+def prompt_attention_peak(draw: Random) -> dict:
+    arguments = attention(draw, scores=True)
+    return arguments | {"counted": draw.choice((None, draw.randint(0, arguments["k"].shape[2])))}
+
+
 def column_mass(draw: Random) -> dict:
     arguments = prompt_attention_mass(draw) | {"causal": draw.random() < 0.7, "temperature": draw.choice((1.0, 0.1))}
     del arguments["v"]
@@ -183,8 +188,9 @@ def decode_step(draw: Random) -> dict:
 OPS = {
     make.__name__: make
     for make in (
-        prompt_attention, prompt_attention_mass, column_mass, power_iterate, decode_attention, best_match, merge_rows,
-        add_rows, gather_rows, gather_rms_norm, swiglu, rotary_table, rotary, apply_rotary, decode_step,
+        prompt_attention, prompt_attention_mass, prompt_attention_peak, column_mass, power_iterate, decode_attention,
+        best_match, merge_rows, add_rows, gather_rows, gather_rms_norm, swiglu, rotary_table, rotary, apply_rotary,
+        decode_step,
     )
 } | {"rotary_": rotary}  # fmt: skip
 

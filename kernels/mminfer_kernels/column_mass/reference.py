@@ -1,4 +1,4 @@
-"""Column mass and power iteration in plain PyTorch, by blocks of queries."""
+"""Column mass, column peaks and power iteration in plain PyTorch, by blocks of queries."""
 
 import math
 from collections.abc import Iterator
@@ -46,6 +46,22 @@ def column_mass(
         visible = block.probabilities.shape[-1]
         mass[block.heads, :, :visible].baddbmm_(votes[block.heads, :, block.rows], block.probabilities)
     return mass.view(batch, heads, keys)
+
+
+@torch.no_grad()
+def column_peak(
+    q: torch.Tensor, k: torch.Tensor, scale: float, query_index: torch.Tensor | None, counted: int
+) -> torch.Tensor:
+    """[B, G, counted]: the largest probability that a query of the key's group gives it in a causal attention."""
+    batch, groups = k.shape[:2]
+    repeat = q.shape[1] // groups
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    peak = torch.zeros(batch * groups, counted, dtype=dtype, device=q.device)
+    for block in probability_blocks(q, k, scale, True, query_index):
+        seen = block.probabilities[..., :counted].unflatten(0, (-1, repeat)).flatten(1, 2)  # [groups, rows, keys]
+        highest = peak[block.heads.start // repeat : block.heads.stop // repeat, : seen.shape[-1]]
+        torch.maximum(highest, seen.amax(1), out=highest)
+    return peak.view(batch, groups, counted)
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from mminfer_kernels.column_mass.reference import column_mass
+from mminfer_kernels.column_mass.reference import column_mass, column_peak
 
 BLOCK_ROWS = 512
 MASK_ELEMENTS = 1 << 24
@@ -39,6 +39,20 @@ def prompt_attention_mass(
     """See `mminfer_kernels.prompt_attention_mass`."""
     out = prompt_attention(q, k, v, scale, query_index, None)
     return out, column_mass(q, k, weights, scale, True, query_index)
+
+
+@torch.no_grad()
+def prompt_attention_peak(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    query_index: torch.Tensor | None,
+    counted: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `mminfer_kernels.prompt_attention_peak`."""
+    out = prompt_attention(q, k, v, scale, query_index, None)
+    return out, column_peak(q, k, scale, query_index, counted)
 
 
 def blocked_attention(

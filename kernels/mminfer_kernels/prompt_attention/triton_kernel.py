@@ -1,4 +1,4 @@
-"""Prompt attention in Triton: flash attention's forward pass, whose log-sum-exp column mass then starts from."""
+"""Prompt attention in Triton: flash attention's forward pass, whose log-sum-exp mass and peak of columns start from."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mminfer_kernels.column_mass.triton_kernel import mass_of
+from mminfer_kernels.column_mass.triton_kernel import mass_of, peak_of
 from mminfer_kernels.launching import autotuned, dense_rows, interpretable, launch, strides, tile_fits
 from mminfer_kernels.prompt_attention.reference import rows_first
 from mminfer_kernels.tiles.triton_kernel import (
@@ -156,11 +156,37 @@ def prompt_attention_mass(
     query_index: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `mminfer_kernels.prompt_attention_mass`: the attention, then one pass over columns from its log-sum-exp."""
-    keys, given = k.shape[2], q
     if q.numel() == 0:
-        return rows_first(torch.empty_like(q)), torch.zeros(*q.shape[:2], keys, dtype=torch.float32, device=q.device)
-    ranges = ranges_of(keys, None, None if query_index is None else query_index + 1)
+        mass = torch.zeros(*q.shape[:2], k.shape[2], dtype=torch.float32, device=q.device)
+        return rows_first(torch.empty_like(q)), mass
+    given = q.dtype
     q, k, v = (dense_rows(x) for x in interpretable(q, k, v))
+    out, lse, ranges = _attention_and_lse(q, k, v, scale, query_index)
+    return out.to(given), mass_of(q, k, lse, weights, scale, True, ranges)
+
+
+@torch.no_grad()
+def prompt_attention_peak(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    query_index: torch.Tensor | None,
+    counted: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `mminfer_kernels.prompt_attention_peak`: the attention, then one pass over columns from its log-sum-exp."""
+    if q.numel() == 0:
+        peak = torch.zeros(*k.shape[:2], counted, dtype=torch.float32, device=q.device)
+        return rows_first(torch.empty_like(q)), peak
+    given = q.dtype
+    q, k, v = (dense_rows(x) for x in interpretable(q, k, v))
+    out, lse, ranges = _attention_and_lse(q, k, v, scale, query_index)
+    return out.to(given), peak_of(q, k, lse, scale, ranges, counted)
+
+
+def _attention_and_lse(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, query_index: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, Ranges]:
+    ranges = ranges_of(k.shape[2], None, None if query_index is None else query_index + 1)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    out = _attention(q, k, v, lse, scale, ranges)
-    return out.to(given.dtype), mass_of(q, k, lse, weights, scale, True, ranges)
+    return _attention(q, k, v, lse, scale, ranges), lse, ranges
