@@ -19,11 +19,6 @@ Block<NV> block_at(const AttentionArgs& x, int64_t slot, int64_t heads, int64_t 
   return block;
 }
 
-template <class T>
-const T* at(const void* base, const Rows3& stride, int64_t batch, int64_t head) {
-  return static_cast<const T*>(base) + batch * stride.batch + head * stride.head;
-}
-
 // What a power of each lane counts: its query's vote over the sum of its powers; of lanes without a query nothing.
 template <int NV>
 void shares(const AttentionArgs& x, const Block<NV>& block, int64_t batch, const Scratch& s, Vec* share) {
@@ -31,7 +26,7 @@ void shares(const AttentionArgs& x, const Block<NV>& block, int64_t batch, const
     float votes[kLanes] = {};
     for (int i = 0; i < block.count[n]; ++i)
       votes[i] = !x.weights ? 1.f
-                            : at<float>(x.weights, x.weight_stride, batch, block.head[n])[(block.first[n] + i) *
+                            : at(x.weights, x.weight_stride, batch, block.head[n])[(block.first[n] + i) *
                                                                                          x.weight_stride.row];
     share[n] = load(votes) / s.total[n];
   }
@@ -59,9 +54,8 @@ template <int NV, class T, bool WithValues, bool WithScores>
 void run_block(const AttentionArgs& x, int64_t part, int64_t batch, int64_t group, int64_t slot, Scratch& s) {
   const int64_t repeat = x.heads / x.groups;
   const Block<NV> block = block_at<NV>(x, slot, repeat, group * repeat);
-  attend<NV, T, WithValues, WithScores>(x, block, at<T>(x.q, x.q_stride, batch, 0),
-                                        at<T>(x.k, x.k_stride, batch, group),
-                                        WithValues ? at<T>(x.v, x.v_stride, batch, group) : nullptr, s);
+  const KeyHead<T> head(x, batch, group);
+  attend<NV, T, WithValues, WithScores>(x, block, at(static_cast<const T*>(x.q), x.q_stride, batch, 0), head, s);
   if (WithValues) {
     Vec factor[NV];
     for (int n = 0; n < NV; ++n) factor[n] = broadcast(1.f) / s.total[n];
@@ -124,9 +118,8 @@ void iterate_block(const AttentionArgs& x, int64_t batch, int64_t head, int64_t 
                    float* own) {
   constexpr int R = NV * kLanes;
   const Block<NV> block = block_at<NV>(x, slot, 1, head);
-  const int64_t group = head / (x.heads / x.groups);
-  attend<NV, T, false, true>(x, block, at<T>(x.q, x.q_stride, batch, 0), at<T>(x.k, x.k_stride, batch, group), nullptr,
-                             s);
+  const KeyHead<T> keys(x, batch, head / (x.heads / x.groups));
+  attend<NV, T, false, true>(x, block, at(static_cast<const T*>(x.q), x.q_stride, batch, 0), keys, s);
   Vec divided[NV];
   for (int n = 0; n < NV; ++n) divided[n] = broadcast(1.f) / s.total[n];
   settle<NV>(x, block, votes, divided, s, own);

@@ -46,7 +46,12 @@ def attention(draw: Random, scores: bool = False) -> dict:
 
 
 def prompt_attention(draw: Random) -> dict:
-    return attention(draw) | {"window": draw.choice((None, 1, 5, 1000))}
+    arguments = attention(draw)
+    return arguments | {"window": draw.choice((None, 1, 5, 1000)), "log_mass": log_mass(draw, arguments)}
+
+
+def log_mass(draw: Random, arguments: dict) -> Tensor | None:
+    return draw.choice((None, 3 * torch.rand(arguments["k"].shape[:3])))
 
 
 def prompt_attention_mass(draw: Random) -> dict:
@@ -57,7 +62,8 @@ def prompt_attention_mass(draw: Random) -> dict:
 
 def prompt_attention_peak(draw: Random) -> dict:
     arguments = attention(draw, scores=True)
-    return arguments | {"counted": draw.choice((None, draw.randint(0, arguments["k"].shape[2])))}
+    counted = draw.choice((None, draw.randint(0, arguments["k"].shape[2])))
+    return arguments | {"counted": counted, "log_mass": log_mass(draw, arguments)}
 
 
 def column_mass(draw: Random) -> dict:

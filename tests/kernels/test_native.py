@@ -99,6 +99,19 @@ def test_query_subsets(picked, dtype):
     agree(power_iterate, q, k, query_index=index)
 
 
+@every_dtype
+@pytest.mark.parametrize("size", [16, 33])
+def test_log_mass(size, dtype):
+    q, k, v = qkv(6, 2, 70, 150, size, dtype)
+    log_mass = torch.randint(1, 9, (2, 150, 2)).float().log().transpose(1, 2)
+    agree(prompt_attention_peak, q, k, v, counted=100, log_mass=log_mass)
+    agree(prompt_attention, q, k, v, log_mass=log_mass, window=90)
+    index = torch.randperm(150)[:70].sort().values
+    agree(prompt_attention, q, k, v, query_index=index, log_mass=log_mass.to(dtype))
+    plain = prompt_attention(q, k, v, backend="native")
+    assert torch.equal(prompt_attention(q, k, v, log_mass=torch.zeros(2, 2, 150), backend="native"), plain)
+
+
 def test_places_may_be_a_strided_view():
     q, k, v = qkv(2, 1, 40, 80)
     index = torch.arange(80)[::2]

@@ -98,6 +98,29 @@ def test_other_dtypes(dtype):
     torch.testing.assert_close(peak.double(), dense_peak(matrix, 2, 70), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("chosen", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_key_may_stand_for_several(dtype, chosen):
+    """As if it were there so many times."""
+    q, k, v = qkv(6, 2, 40, 100, dtype=dtype)
+    times, last = torch.randint(1, 6, (60,)), torch.ones(40, dtype=torch.int64)
+    log_mass = torch.cat([times, last]).float().log().expand(2, 2, 100)
+    index = torch.arange(60, 100)
+    copied = [torch.cat([x[:, :, :60].repeat_interleave(times, 2), x[:, :, 60:]], 2) for x in (k, v)]
+    wanted, peak = prompt_attention_peak(q.double(), *(x.double() for x in copied))
+    given = {"query_index": index if chosen else None, "log_mass": log_mass}
+    found, raised = prompt_attention_peak(q, k, v, counted=60, **given)
+    close = {"rtol": 1e-5, "atol": 1e-5} if dtype != torch.bfloat16 else {"rtol": 0.0, "atol": 0.01}
+    torch.testing.assert_close(found.double(), wanted, **close)
+    first = times.cumsum(0) - times
+    torch.testing.assert_close(raised.double(), peak[..., first] * times, rtol=1e-5, atol=1e-5)
+    assert torch.equal(prompt_attention(q, k, v, **given), found)
+    windowed = prompt_attention(q, k, v, window=45, **given)
+    near = [x[:, :, 55:].double() for x in (k, v)]  # of the last query
+    truth = prompt_attention(q[:, :, 39:].double(), *near, log_mass=log_mass[..., 55:])
+    torch.testing.assert_close(windowed[:, :, 39:].double(), truth, **close)
+
+
 def test_no_queries_and_no_batch():
     q, k, v = qkv(4, 2, 0, 9)
     assert prompt_attention(q, k, v).shape == (2, 4, 0, 16)
@@ -115,6 +138,11 @@ def test_wrong_input_is_named():
         "wanted the same of both": lambda: prompt_attention(q, k, v[:, :, 1:]),
         "at most one query a key": lambda: prompt_attention(q, k[:, :, 1:], v[:, :, 1:]),
         "weights has shape": lambda: prompt_attention_mass(q, k, v, torch.ones(2, 7)),
+        r"log_mass is torch.float32 .2, 2, 7., wanted float32 .2, 2, 8., one a key": lambda: prompt_attention_peak(
+            q, k, v, log_mass=torch.zeros(2, 2, 7)
+        ),
+        "log_mass is torch.int64": lambda: prompt_attention(q, k, v, log_mass=torch.zeros(2, 2, 8).long()),
+        "log_mass is 3,": lambda: prompt_attention(q, k, v, log_mass=3),
         "counted is 9, wanted a whole number from 0 to 8": lambda: prompt_attention_peak(q, k, v, counted=9),
         "counted is -1": lambda: prompt_attention_peak(q, k, v, counted=-1),
         "counted is True": lambda: prompt_attention_peak(q, k, v, counted=True),

@@ -48,6 +48,9 @@ CALLS = {
     "best_match": lambda: best_match.best_match(torch.randn(HEADS, TOKENS, 16), torch.randn(HEADS, TOKENS, 16)),
     "prompt_attention": lambda: attention(prompt_attention.prompt_attention, 0.25, None, None, values=True),
     "prompt_attention by a window": lambda: attention(prompt_attention.prompt_attention, 0.25, None, 99, values=True),
+    "prompt_attention of keys that stand for several": lambda: attention(
+        prompt_attention.prompt_attention, 0.25, None, None, torch.zeros(1, 1, TOKENS), values=True
+    ),
     "prompt_attention_mass": lambda: attention(prompt_attention.prompt_attention_mass, None, 0.25, None, values=True),
     "prompt_attention_peak": lambda: attention(prompt_attention.prompt_attention_peak, 0.25, None, TOKENS, values=True),
 }

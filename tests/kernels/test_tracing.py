@@ -40,7 +40,7 @@ def inputs_of(name):
     return {
         "prompt_attention": (q, k, v),
         "prompt_attention_mass": (q, k, v),
-        "prompt_attention_peak": (q, k, v, 0.3, None, 15),
+        "prompt_attention_peak": (q, k, v, 0.3, None, 15, torch.rand(BATCH, GROUPS, TOKENS)),
         "column_mass": (q, k),
         "power_iterate": (q, k, 3),
         "decode_attention": (q, k, v, torch.tensor([0, 5])),

@@ -125,6 +125,14 @@ def test_prompt_attention_peak(chosen, counted, dtype):
     meets_the_bar(prompt_attention_peak, q, k, v, scale=0.4, query_index=index, counted=counted)
 
 
+@pytest.mark.parametrize("chosen", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_log_mass(chosen):
+    q, k, v = tensors((6, 2, 27, 60, 24), batch=2)
+    given = {"query_index": some_places(27, 60) if chosen else None, "log_mass": 3 * torch.rand(2, 60, 2).mT}
+    meets_the_bar(prompt_attention, q, k, v, window=20, **given)
+    meets_the_bar(prompt_attention_peak, q, k, v, counted=50, **given)
+
+
 def test_large_logits_overflow_nothing():
     q, k, v = tensors((2, 1, 40, 40, 16))
     floor = 1e-4  # logits of a thousand: half of the last place of one is 3e-5, in base 2 as in base e

@@ -43,9 +43,9 @@ def _columns_fit(arguments: dict[str, Any]) -> bool:
 )
 @triton.jit
 def column_mass_fwd_kernel(
-    q, k, lse, weights, row_lo, row_hi, out, scale,
+    q, k, lse, weights, log_mass, row_lo, row_hi, out, scale,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kg, stride_kn, stride_lb, stride_lh,
-    stride_wt, stride_wb, stride_wh, stride_ot, stride_ob, stride_oh,
+    stride_wt, stride_wb, stride_wh, stride_mb, stride_mg, stride_ot, stride_ob, stride_oh,
     H, repeat, S, N, votes, bucket,
     D: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, VOTES: tl.constexpr, ACCUMULATE: tl.constexpr,
     PEAK: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -87,8 +87,12 @@ def column_mass_fwd_kernel(
                 m_w = m_s[:, None] & (vote[None, :] < votes)
                 b_w = tl.load(p_w[:, None] + vote[None, :] * stride_wt, mask=m_w, other=0.0)
                 b_mass = tl.dot(b_p, b_w, b_mass, input_precision="ieee")
-    if PEAK:
-        b_mass = tl.exp2(tl.max(b_mass, 1, keep_dims=True))  # of a key, not of a pair
+    if PEAK:  # what concerns a key is done once, not for every pair
+        b_mass = tl.max(b_mass, 1, keep_dims=True)
+        if log_mass is not None:
+            p_m = log_mass + batch * stride_mb + head // repeat * stride_mg + first + keys[:, None]
+            b_mass += tl.load(p_m, mask=first + keys[:, None] < N, other=0.0)
+        b_mass = tl.exp2(b_mass)
     elif VOTES == 1:
         b_mass = tl.sum(b_mass, 1, keep_dims=True)
     p_out = out + batch * stride_ob + head * stride_oh + first + keys[:, None] + vote[None, :] * stride_ot
@@ -115,6 +119,7 @@ def add_columns(
     ranges: Ranges,
     accumulate: bool,
     peak: bool = False,
+    log_mass: torch.Tensor | None = None,
 ) -> None:
     """Write into `mass`, or add to it, each key's probability times the votes of the rows that see it.
 
@@ -127,6 +132,7 @@ def add_columns(
         causal, ranges: which keys each row sees.
         accumulate: add to what `mass` holds.
         peak: write the largest probability in place of the sum; without weights, and T = 1.
+        log_mass: [B, G, N] of `in_base_2`, for peaks; it is in `lse` already.
     """
     votes = mass.shape[0]
     launch(
@@ -137,6 +143,7 @@ def add_columns(
             "k": k,
             "lse": lse,
             "weights": weights,
+            "log_mass": log_mass,
             "row_lo": ranges.row_lo,
             "row_hi": ranges.row_hi,
             "out": mass,
@@ -144,6 +151,7 @@ def add_columns(
         **attention_arguments(q, k),
         **strides(lse, "lbh"),
         **strides(weights, "wtbh"),
+        **strides(log_mass, "mbg"),
         **strides(mass, "otbh"),
         scale=scale * LOG2_E,
         votes=votes,
@@ -173,7 +181,13 @@ def mass_of(
 
 
 def peak_of(
-    q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor, scale: float, ranges: Ranges, counted: int
+    q: torch.Tensor,
+    k: torch.Tensor,
+    lse: torch.Tensor,
+    scale: float,
+    ranges: Ranges,
+    counted: int,
+    log_mass: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """[B, G, counted] float32: the largest probability in a group of each of the first keys of a causal attention."""
     queries, keys = q.shape[2], k.shape[2]
@@ -184,7 +198,8 @@ def peak_of(
         ranges = Ranges(row_lo=places.clamp_min(0).int())
     peak = torch.empty(*q.shape[:2], counted, dtype=torch.float32, device=q.device)
     if counted:
-        add_columns(peak[None], q, k[:, :, :counted], lse, None, scale, False, ranges, accumulate=False, peak=True)
+        entries, out = k[:, :, :counted], peak[None]
+        add_columns(out, q, entries, lse, None, scale, False, ranges, accumulate=False, peak=True, log_mass=log_mass)
     return peak.unflatten(1, (k.shape[1], -1)).amax(2)
 
 

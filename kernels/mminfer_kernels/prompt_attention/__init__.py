@@ -3,7 +3,7 @@
 import torch
 
 from mminfer_kernels.backends import cpu_takes, on_cuda, triton_takes
-from mminfer_kernels.checks import check_attention, check_scores, check_weights, check_whole, factor_of
+from mminfer_kernels.checks import check_attention, check_log_mass, check_scores, check_weights, check_whole, factor_of
 from mminfer_kernels.column_mass import pairs_of
 from mminfer_kernels.dispatch import backend_for, register, resolve
 from mminfer_kernels.prompt_attention import reference
@@ -99,9 +99,10 @@ def prompt_attention(
     scale: float | None = None,
     query_index: torch.Tensor | None = None,
     window: int | None = None,
+    log_mass: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """`softmax(q k^T * scale + causal) v`, never the score matrix.
+    """`softmax(q k^T * scale + log_mass + causal) v`, never the score matrix.
 
     Args:
         q: queries [B, H, S, D].
@@ -111,6 +112,7 @@ def prompt_attention(
         query_index: [S] int64, strictly ascending: the place of each query among the keys, which sees keys up to
             there. None puts the S queries at the last S places.
         window: a query sees its last `window` keys only, its own place included; None: all.
+        log_mass: [B, G, N] float32, the logarithm of how many keys each one stands for; None: 0.
         backend: "auto", "native", "triton" or "reference".
 
     Returns:
@@ -124,8 +126,9 @@ def prompt_attention(
     scale = factor_of(q, scale)
     if window is not None:
         check_whole("window", window, least=1)
+    check_log_mass(log_mass, k)
     _, run = resolve("prompt_attention", backend, q, k, v)
-    return run(q, k, v, scale, query_index, window)
+    return run(q, k, v, scale, query_index, window, log_mass)
 
 
 @traceable(_fake_mass, _flops_mass)
@@ -177,6 +180,7 @@ def prompt_attention_peak(
     scale: float | None = None,
     query_index: torch.Tensor | None = None,
     counted: int | None = None,
+    log_mass: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`prompt_attention`, and the largest probability that each of the first keys is given by any query of its group.
@@ -191,6 +195,8 @@ def prompt_attention_peak(
         scale: factor of the logits, `D ** -0.5` by default.
         query_index: [S] int64, strictly ascending: the place of each query among the keys. None: the last S places.
         counted: how many keys, from the first on, are told of; None: all N.
+        log_mass: [B, G, N] float32, the logarithm of how many keys each one stands for, all of which its probability
+            counts; None: 0.
         backend: "auto", "native", "triton" or "reference".
 
     Returns:
@@ -211,5 +217,6 @@ def prompt_attention_peak(
     if counted is None:
         counted = k.shape[2]
     check_whole("counted", counted, least=0, most=k.shape[2])
+    check_log_mass(log_mass, k)
     _, run = resolve("prompt_attention_peak", backend, q, k, v)
-    return run(q, k, v, scale, query_index, counted)
+    return run(q, k, v, scale, query_index, counted, log_mass)

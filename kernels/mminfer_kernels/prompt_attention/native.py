@@ -15,9 +15,9 @@ class AttentionArgs(ctypes.Structure):
     """`AttentionArgs` of `csrc/include/mminfer/cpu/attention.h`."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "out", "mass", "peak", "weights", "places")),
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "out", "mass", "peak", "weights", "log_mass", "places")),
         *((name, ctypes.c_int64) for name in ("batch", "heads", "groups", "queries", "keys", "head_dim")),
-        *((f"{name}_stride", Rows3) for name in ("q", "k", "v", "out", "weight")),
+        *((f"{name}_stride", Rows3) for name in ("q", "k", "v", "out", "weight", "log_mass")),
         *((name, ctypes.c_int64) for name in ("window", "causal", "parts", "iterations", "threads", "counted")),
         ("scale", ctypes.c_float),
     ]
@@ -44,11 +44,12 @@ def prompt_attention(
     scale: float,
     query_index: torch.Tensor | None,
     window: int | None,
+    log_mass: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `mminfer_kernels.prompt_attention`."""
     if q.numel() == 0:
         return reference.rows_first(torch.empty_like(q))
-    return attend(q, k, v, scale, True, query_index, window)[0]
+    return attend(q, k, v, scale, True, query_index, window, log_mass=log_mass)[0]
 
 
 def prompt_attention_mass(
@@ -70,9 +71,10 @@ def prompt_attention_peak(
     scale: float,
     query_index: torch.Tensor | None,
     counted: int,
+    log_mass: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `mminfer_kernels.prompt_attention_peak`."""
-    return attend(q, k, v, scale, True, query_index, None, Scores("peak", counted))
+    return attend(q, k, v, scale, True, query_index, None, Scores("peak", counted), log_mass)
 
 
 def attend(
@@ -84,6 +86,7 @@ def attend(
     query_index: torch.Tensor | None,
     window: int | None,
     scores: Scores | None = None,
+    log_mass: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention [B, H, S, D] if there are values, and scores if asked for; else empty tensors."""
     batch, heads, queries, _ = q.shape
@@ -105,6 +108,9 @@ def attend(
             per_head = (weights[:, None] if weights.dim() == 2 else weights).float().expand(batch, heads, queries)
             kept.append(per_head)
             args.weights, args.weight_stride = pointer(per_head), Rows3.of(per_head)
+        if log_mass is not None:
+            log_mass = log_mass.float()
+            args.log_mass, args.log_mass_stride = pointer(log_mass), Rows3.of(log_mass)
         call("prompt_attention", ctypes.byref(args), DTYPE_CODES[q.dtype])
     if scores is None or args.parts == 1:
         return out, columns[0] if scores else columns
