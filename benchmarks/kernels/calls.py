@@ -77,6 +77,25 @@ def prompt_attention_mass(like: Tensor, tokens: int) -> Call:
     )
 
 
+def prompt_attention_peak(like: Tensor, tokens: int) -> Call:
+    """Half of the tokens behind the entries of the other half, as where a context is replayed behind its cache.
+
+    Logits counted once, as if every backend shared them between attention and scores.
+    """
+    q, k, v = _prompt(like, tokens)
+    q, entries = q[:, :, tokens // 2 :].contiguous(), tokens // 2
+    return Call(
+        "prompt_attention_peak",
+        ops.prompt_attention_peak,
+        (q, k, v),
+        flops=_counted("prompt_attention", q, k, v),
+        moved=bytes_of(q, k, v) + q.nbytes + 4 * k.shape[1] * entries,
+        settings={"counted": entries},
+        rest=(SIZE**-0.5, None, entries),
+        beside={"the attention alone": lambda: ops.prompt_attention(q, k, v)},
+    )
+
+
 def column_mass(like: Tensor, tokens: int, stride: int = 1) -> Call:
     """Of all queries, or of every `stride`-th."""
     q, k, _ = _prompt(like, tokens)

@@ -46,6 +46,8 @@ CASES: tuple[Case, ...] = (
     Case("prompt_attention", TOKENS, calls.prompt_attention, {"tokens": 16_384}, MORE),
     Case("prompt_attention_mass", TOKENS, calls.prompt_attention_mass, {"tokens": 2048}, FEW),
     Case("prompt_attention_mass", TOKENS, calls.prompt_attention_mass, {"tokens": 16_384}, MORE),
+    Case("prompt_attention_peak", TOKENS, calls.prompt_attention_peak, {"tokens": 2048}, FEW),
+    Case("prompt_attention_peak", TOKENS, calls.prompt_attention_peak, {"tokens": 16_384}, MORE),
     Case("column_mass", TOKENS, calls.column_mass, {"tokens": 16_384}, FEW),
     Case(
         "column_mass",

@@ -1,4 +1,4 @@
-// Prompt attention, its column masses, and power iteration over them: plain C entry points.
+// Prompt attention, the masses and peaks of its columns, and power iteration: plain C entry points.
 #include "mminfer/cpu/attention.h"
 
 #include "mminfer/cpu/parallel.h"
@@ -19,63 +19,71 @@ Block<NV> block_at(const AttentionArgs& x, int64_t slot, int64_t heads, int64_t 
   return block;
 }
 
-template <class T>
-const T* at(const void* base, const Rows3& stride, int64_t batch, int64_t head) {
-  return static_cast<const T*>(base) + batch * stride.batch + head * stride.head;
-}
-
+// What a power of each lane counts: its query's vote over the sum of its powers; of lanes without a query nothing.
 template <int NV>
-void vote(const AttentionArgs& x, const Block<NV>& block, int64_t batch, float* mass, Scratch& s) {
-  constexpr int R = NV * kLanes;
-  Vec share[NV];
+void shares(const AttentionArgs& x, const Block<NV>& block, int64_t batch, const Scratch& s, Vec* share) {
   for (int n = 0; n < NV; ++n) {
     float votes[kLanes] = {};
     for (int i = 0; i < block.count[n]; ++i)
       votes[i] = !x.weights ? 1.f
-                            : at<float>(x.weights, x.weight_stride, batch, block.head[n])[(block.first[n] + i) *
+                            : at(x.weights, x.weight_stride, batch, block.head[n])[(block.first[n] + i) *
                                                                                          x.weight_stride.row];
     share[n] = load(votes) / s.total[n];
   }
-  for (int64_t start = block.begin, tile = 0; start < block.end; start += kTileKeys, ++tile) {
-    const int64_t count = block.end - start < kTileKeys ? block.end - start : kTileKeys;
-    const float* p = s.probabilities.data + (start - block.begin) * R;
-    for (int n = 0; n < NV; ++n) {
-      const Vec factor = share[n] * exp2(load(s.tile_max.data + tile * R + n * kLanes) - s.top[n]);
-      add_columns<1>(p + n * kLanes, R, count, &factor, mass + block.head[n] * x.keys + start);
-    }
+}
+
+// Adds the votes of a block to its heads' `mass` [H, N], or raises its group's `peak` [counted].
+template <int NV>
+void score(const AttentionArgs& x, const Block<NV>& block, int64_t batch, float* mass, float* peak, const Scratch& s) {
+  constexpr int R = NV * kLanes;
+  Vec share[NV], factor[NV];
+  shares<NV>(x, block, batch, s, share);
+  const int64_t end = block.end < x.counted ? block.end : x.counted;
+  for (int64_t start = 0, tile = 0; start < end; start += kTileKeys, ++tile) {
+    const int64_t count = end - start < kTileKeys ? end - start : kTileKeys;
+    const float* p = s.probabilities.data + start * R;
+    for (int n = 0; n < NV; ++n) factor[n] = share[n] * exp2(load(s.tile_max.data + tile * R + n * kLanes) - s.top[n]);
+    if (peak) fold_columns<Largest, NV>(p, R, count, factor, peak + start);
+    else
+      for (int n = 0; n < NV; ++n)
+        fold_columns<Sum, 1>(p + n * kLanes, R, count, factor + n, mass + block.head[n] * x.keys + start);
   }
 }
 
-template <int NV, class T, bool WithValues, bool WithMass>
-void run_block(const AttentionArgs& x, int64_t batch, int64_t group, int64_t slot, float* mass, Scratch& s) {
+template <int NV, class T, bool WithValues, bool WithScores>
+void run_block(const AttentionArgs& x, int64_t part, int64_t batch, int64_t group, int64_t slot, Scratch& s) {
   const int64_t repeat = x.heads / x.groups;
   const Block<NV> block = block_at<NV>(x, slot, repeat, group * repeat);
-  attend<NV, T, WithValues, WithMass>(x, block, at<T>(x.q, x.q_stride, batch, 0), at<T>(x.k, x.k_stride, batch, group),
-                                      WithValues ? at<T>(x.v, x.v_stride, batch, group) : nullptr, s);
+  const KeyHead<T> head(x, batch, group);
+  attend<NV, T, WithValues, WithScores>(x, block, at(static_cast<const T*>(x.q), x.q_stride, batch, 0), head, s);
   if (WithValues) {
     Vec factor[NV];
     for (int n = 0; n < NV; ++n) factor[n] = broadcast(1.f) / s.total[n];
     block.store_rows(x, s.values.data, factor, static_cast<T*>(x.out) + batch * x.out_stride.batch);
   }
-  if (WithMass) vote<NV>(x, block, batch, mass, s);
+  if (WithScores) {
+    const int64_t owner = part * x.batch + batch;
+    float* mass = x.mass ? x.mass + owner * x.heads * x.keys : nullptr;
+    float* peak = x.peak ? x.peak + (owner * x.groups + group) * x.counted : nullptr;
+    score<NV>(x, block, batch, mass, peak, s);
+  }
 }
 
-// Units of work: every `parts`-th block of a group, heaviest first. Each adds to columns of its own, so that the
-// result does not depend on who finishes when.
-template <class T, bool WithValues, bool WithMass>
+// Units of work: every `parts`-th block of a group, heaviest first. Each has columns of its own, so that the result
+// does not depend on who finishes when.
+template <class T, bool WithValues, bool WithScores>
 int attention(const AttentionArgs& x) {
   const int64_t repeat = x.heads / x.groups, slots = (x.queries + kLanes - 1) / kLanes * repeat;
   const int64_t blocks = (slots + kSlots - 1) / kSlots;
-  const auto scratch = [&] { return Scratch(x, WithMass); };
+  const auto scratch = [&] { return Scratch(x, WithScores); };
   const auto unit = [&](int64_t i, Scratch& s) {
     const int64_t part = i / (x.batch * x.groups), owner = i % (x.batch * x.groups);
     const int64_t batch = owner / x.groups, group = owner % x.groups;
-    float* mass = WithMass ? x.mass + (part * x.batch + batch) * x.heads * x.keys : nullptr;
     for (int64_t block = blocks - 1 - part; block >= 0; block -= x.parts) {
       const int64_t slot = block * kSlots;
-      if (slots - slot >= 3) run_block<3, T, WithValues, WithMass>(x, batch, group, slot, mass, s);
-      else if (slots - slot == 2) run_block<2, T, WithValues, WithMass>(x, batch, group, slot, mass, s);
-      else run_block<1, T, WithValues, WithMass>(x, batch, group, slot, mass, s);
+      if (slots - slot >= 3) run_block<3, T, WithValues, WithScores>(x, part, batch, group, slot, s);
+      else if (slots - slot == 2) run_block<2, T, WithValues, WithScores>(x, part, batch, group, slot, s);
+      else run_block<1, T, WithValues, WithScores>(x, part, batch, group, slot, s);
     }
   };
   return parallel_for(x.parts * x.batch * x.groups, x.threads, scratch, unit);
@@ -110,9 +118,8 @@ void iterate_block(const AttentionArgs& x, int64_t batch, int64_t head, int64_t 
                    float* own) {
   constexpr int R = NV * kLanes;
   const Block<NV> block = block_at<NV>(x, slot, 1, head);
-  const int64_t group = head / (x.heads / x.groups);
-  attend<NV, T, false, true>(x, block, at<T>(x.q, x.q_stride, batch, 0), at<T>(x.k, x.k_stride, batch, group), nullptr,
-                             s);
+  const KeyHead<T> keys(x, batch, head / (x.heads / x.groups));
+  attend<NV, T, false, true>(x, block, at(static_cast<const T*>(x.q), x.q_stride, batch, 0), keys, s);
   Vec divided[NV];
   for (int n = 0; n < NV; ++n) divided[n] = broadcast(1.f) / s.total[n];
   settle<NV>(x, block, votes, divided, s, own);
@@ -123,7 +130,7 @@ void iterate_block(const AttentionArgs& x, int64_t batch, int64_t head, int64_t 
       for (int n = 0; n < NV; ++n)
         factor[n] = load(own + t * R + n * kLanes) * divided[n] *
                     exp2(load(s.tile_max.data + tile * R + n * kLanes) - s.top[n]);
-      add_columns<NV>(s.probabilities.data + (start - block.begin) * R, R, count, factor, votes + t * x.keys + start);
+      fold_columns<Sum, NV>(s.probabilities.data + tile * kTileKeys * R, R, count, factor, votes + t * x.keys + start);
     }
   }
 }
@@ -154,7 +161,7 @@ int power_iterate(const AttentionArgs& x) {
 
 template <class T>
 int prompt_attention(const AttentionArgs& x) {
-  if (x.out && x.mass) return attention<T, true, true>(x);
+  if (x.out && (x.mass || x.peak)) return attention<T, true, true>(x);
   return x.out ? attention<T, true, false>(x) : attention<T, false, true>(x);
 }
 

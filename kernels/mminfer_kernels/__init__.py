@@ -22,7 +22,7 @@ from mminfer_kernels.dispatch import (
     registered_ops,
 )
 from mminfer_kernels.merge_rows import merge_rows
-from mminfer_kernels.prompt_attention import prompt_attention, prompt_attention_mass
+from mminfer_kernels.prompt_attention import prompt_attention, prompt_attention_mass, prompt_attention_peak
 from mminfer_kernels.rotary import apply_rotary, rotary, rotary_, rotary_table
 from mminfer_kernels.rows import add_rows, gather_rms_norm, gather_rows, swiglu
 
@@ -54,6 +54,7 @@ __all__ = [
     "prepare",
     "prompt_attention",
     "prompt_attention_mass",
+    "prompt_attention_peak",
     "record_backends",
     "rotary",
     "rotary_",

@@ -60,6 +60,7 @@ def _attention_calls(dtype: torch.dtype, size: int) -> Calls:
     q = torch.empty(1, HEADS, TOKENS, size, dtype=dtype)
     k = torch.empty(1, GROUPS, TOKENS, size, dtype=dtype)
     few, weights = torch.arange(0, TOKENS, 8), torch.empty(1, HEADS, TOKENS)
+    mass = weights[:, :GROUPS]
     starts, kept = torch.zeros(1, dtype=torch.int64), torch.zeros(1, GROUPS, TOKENS, dtype=torch.int64)
     packed = torch.arange(0, TOKENS + 1, TOKENS // 4)
     position = torch.zeros(3, 1, TOKENS, dtype=torch.float64)
@@ -76,6 +77,8 @@ def _attention_calls(dtype: torch.dtype, size: int) -> Calls:
         ("prompt_attention", prompt, "window", lambda f: f(q, k, k, scale, None, 1024)),
         ("prompt_attention", prompt, "subset", lambda f: f(q[:, :, : len(few)], k, k, scale, few, None)),
         ("prompt_attention_mass", prompt, "", lambda f: f(q, k, k, None, scale, None)),
+        ("prompt_attention_peak", prompt, "", lambda f: f(q[:, :, : TOKENS // 2], k, k, scale, None, TOKENS // 2)),
+        ("prompt_attention_peak", prompt, "log_mass", lambda f: f(q, k, k, scale, None, TOKENS, mass)),
         ("decode_attention", "decode_attention", "", lambda f: f(last, k, k, None, None)),
         ("decode_attention", "decode_attention", "padded", lambda f: f(last, k, k, starts, None)),
         ("rotary", "rotary", "", lambda f: f(q, k, position[0], inv_freq, 1.0, None)),

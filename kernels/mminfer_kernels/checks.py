@@ -204,6 +204,14 @@ def check_weights(weights: Tensor | None, q: Tensor) -> None:
         )
 
 
+def check_log_mass(log_mass: Tensor | None, k: Tensor) -> None:
+    """Raises `ValueError` unless there is one float a key of k [B, G, N, D], or none at all."""
+    check_tensors({"k": k}, {"log_mass": log_mass})
+    if log_mass is not None and (log_mass.shape != k.shape[:-1] or log_mass.dtype not in KNOWN_FLOATS):
+        wanted = f"float32 {list(k.shape[:-1])}, one a key"
+        raise ValueError(f"log_mass is {log_mass.dtype} {list(log_mass.shape)}, wanted {wanted}")
+
+
 def check_index(x: Tensor, index: Tensor, rows: int | None = None) -> None:
     """Raises `ValueError` unless `index` is [K], or [..., K] with x's leading sizes, and of places among x's rows.
 

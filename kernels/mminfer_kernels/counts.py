@@ -92,6 +92,7 @@ def column_mass(a: dict[str, Any]) -> Count:
     a_row = a["D"] * a["q"].element_size() + 4 + (0 if a["weights"] is None else 4 * a["votes"])
     asked = heads * steps * a["BLOCK_S"] * a_row
     own = bytes_of(a["out"]) * (2 if a["ACCUMULATE"] else 1)
+    own += 0 if a["log_mass"] is None else 4 * a["out"].numel() // a["repeat"]
     keys = heads * a["N"] * a["D"] * a["k"].element_size()
     extra = bytes_of(a["row_lo"], a["row_hi"])
     of_a_head = streamed // heads
@@ -108,7 +109,7 @@ def prompt_attention(a: dict[str, Any]) -> Count:
     heads = a["q"].shape[0] * a["q"].shape[1]
     pairs, steps = _key_spans(a, True)
     keys = 2 * heads * steps * a["BLOCK_N"] * a["D"] * a["k"].element_size()
-    own = bytes_of(a["q"], a["out"], a["lse"])
+    own = bytes_of(a["q"], a["out"], a["lse"], a["log_mass"])
     extra = bytes_of(a["lo"], a["hi"])
     groups = a["k"].shape[0] * a["k"].shape[1]
     of_a_group = bytes_of(a["k"], a["v"]) // groups

@@ -54,13 +54,24 @@ def attention(draw: Random, scores: bool = False) -> dict:
 
 
 def prompt_attention(draw: Random) -> dict:
-    return attention(draw) | {"window": draw.choice((None, 1, 5, 1000))}
+    arguments = attention(draw)
+    return arguments | {"window": draw.choice((None, 1, 5, 1000)), "log_mass": log_mass(draw, arguments)}
+
+
+def log_mass(draw: Random, arguments: dict) -> Tensor | None:
+    return draw.choice((None, 3 * torch.rand(arguments["k"].shape[:3])))
 
 
 def prompt_attention_mass(draw: Random) -> dict:
     arguments = attention(draw, scores=True)
     q = arguments["q"]
     return arguments | {"weights": draw.choice((None, torch.rand(q.shape[:3]), torch.rand(q.shape[0], q.shape[2])))}
+
+
+def prompt_attention_peak(draw: Random) -> dict:
+    arguments = attention(draw, scores=True)
+    counted = draw.choice((None, draw.randint(0, arguments["k"].shape[2])))
+    return arguments | {"counted": counted, "log_mass": log_mass(draw, arguments)}
 
 
 def column_mass(draw: Random) -> dict:
@@ -220,9 +231,15 @@ def packed_decode_step(draw: Random) -> dict:
 OPS = {
     make.__name__: make
     for make in (
+<<<<<<< HEAD
+        prompt_attention, prompt_attention_mass, prompt_attention_peak, column_mass, power_iterate, decode_attention,
+        best_match, merge_rows, add_rows, gather_rows, gather_rms_norm, swiglu, rotary_table, rotary, apply_rotary,
+        decode_step,
+=======
         prompt_attention, prompt_attention_mass, column_mass, power_iterate, decode_attention, packed_decode_attention,
         best_match, merge_rows, add_rows, gather_rows, gather_rms_norm, swiglu, rotary_table, rotary, apply_rotary,
         decode_step, packed_decode_step,
+>>>>>>> part-store
     )
 } | {"rotary_": rotary}  # fmt: skip
 

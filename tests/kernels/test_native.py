@@ -16,6 +16,7 @@ from mminfer_kernels import (
     power_iterate,
     prompt_attention,
     prompt_attention_mass,
+    prompt_attention_peak,
     rotary,
     rotary_table,
     swiglu,
@@ -68,6 +69,7 @@ def test_prompt_attention(tokens, heads, groups, dtype):
     q, k, v = qkv(heads, groups, tokens, tokens, dtype=dtype)
     agree(prompt_attention, q, k, v)
     agree(prompt_attention_mass, q, k, v)
+    agree(prompt_attention_peak, q, k, v)
     agree(prompt_attention, q, k, v, scale=0.3, window=max(1, tokens // 3))
 
 
@@ -77,6 +79,7 @@ def test_head_sizes(size, dtype):
     q, k, v = qkv(4, 2, 70, 70, size, dtype)
     agree(prompt_attention, q, k, v)
     agree(prompt_attention_mass, q, k, v, torch.rand(2, 70))
+    agree(prompt_attention_peak, q[:, :, 30:], k, v, counted=30)
     agree(column_mass, q, k)
     agree(power_iterate, q, k)
     agree(decode_attention, q[:, :, :2], k, v, torch.tensor([0, 31]))
@@ -91,8 +94,22 @@ def test_query_subsets(picked, dtype):
     agree(prompt_attention, q, k, v, query_index=index)
     agree(prompt_attention, q, k, v, query_index=index, window=37)
     agree(prompt_attention_mass, q, k, v, query_index=index)
+    agree(prompt_attention_peak, q, k, v, query_index=index, counted=130)
     agree(column_mass, q, k, query_index=index, temperature=0.5)
     agree(power_iterate, q, k, query_index=index)
+
+
+@every_dtype
+@pytest.mark.parametrize("size", [16, 33])
+def test_log_mass(size, dtype):
+    q, k, v = qkv(6, 2, 70, 150, size, dtype)
+    log_mass = torch.randint(1, 9, (2, 150, 2)).float().log().transpose(1, 2)
+    agree(prompt_attention_peak, q, k, v, counted=100, log_mass=log_mass)
+    agree(prompt_attention, q, k, v, log_mass=log_mass, window=90)
+    index = torch.randperm(150)[:70].sort().values
+    agree(prompt_attention, q, k, v, query_index=index, log_mass=log_mass.to(dtype))
+    plain = prompt_attention(q, k, v, backend="native")
+    assert torch.equal(prompt_attention(q, k, v, log_mass=torch.zeros(2, 2, 150), backend="native"), plain)
 
 
 def test_places_may_be_a_strided_view():
@@ -228,6 +245,7 @@ def test_layouts_do_not_matter(how):
     calls = {
         prompt_attention: (q, k, v),
         prompt_attention_mass: (q, k, v, votes),
+        prompt_attention_peak: (q, k, v),
         column_mass: (q, k, votes),
         power_iterate: (q, k),
         decode_attention: (q[:, :, :3], k, v, ends),
@@ -270,6 +288,7 @@ def test_large():
     """Many blocks, tiles and stretches, the last ones in part."""
     q, k, v = qkv(14, 2, 3000, 3000, 64, batch=1)
     agree(prompt_attention_mass, q, k, v)
+    agree(prompt_attention_peak, q[:, :, 1500:], k, v, counted=1500)
     agree(power_iterate, q[:, :2], k, temperature=1.0)
     agree(decode_attention, q[:, :, -1:], k, v)
     agree(prompt_attention, *(x.bfloat16() for x in (q, k, v)), window=500)

@@ -15,6 +15,7 @@ from mminfer_kernels import (
     power_iterate,
     prompt_attention,
     prompt_attention_mass,
+    prompt_attention_peak,
     rotary,
     rotary_table,
     swiglu,
@@ -84,10 +85,15 @@ def test_prompt_does_not_see_behind_a_query(place):
     found, mass = prompt_attention_mass(q, k, v, votes, backend="native")
     assert torch.equal(found[:, :, :place], wanted)
     torch.testing.assert_close(mass[:, :, :place], masses[0])
+    short = [x[:, :, :place].clone() for x in (q, k, v)]
+    peak = prompt_attention_peak(q[:, :, :place], k, v, query_index=torch.arange(place), backend="native")[1]
+    assert torch.equal(peak[..., :place], prompt_attention_peak(*short, backend="native")[1])
+    assert (peak[..., place:] == 0).all()
     index = torch.arange(place)
     q, k, v = q[:, :, :place], torch.full_like(k, torch.nan), torch.full_like(v, torch.nan)
     k[:, :, :place], v[:, :, :place] = torch.randn_like(k[:, :, :place]), torch.randn_like(v[:, :, :place])
-    for op, inputs in ((prompt_attention, (k, v)), (prompt_attention_mass, (k, v)), (power_iterate, (k,))):
+    calls = [(op, (k, v)) for op in (prompt_attention, prompt_attention_mass, prompt_attention_peak)]
+    for op, inputs in (*calls, (power_iterate, (k,))):
         found = op(q, *inputs, query_index=index, backend="native")
         assert all(x.isfinite().all() for x in (found if isinstance(found, tuple) else (found,)))
 
@@ -133,7 +139,7 @@ def test_no_row_has_no_place():
 def test_empty_inputs(batch):
     q, k, v = qkv(4, 2, 0, 9, batch=batch)
     full = qkv(4, 2, 9, 9, batch=0)
-    for op in (prompt_attention, prompt_attention_mass, decode_attention):
+    for op in (prompt_attention, prompt_attention_mass, prompt_attention_peak, decode_attention):
         agree(op, q, k, v)
         agree(op, *full)
     for op in (column_mass, power_iterate):
@@ -168,6 +174,7 @@ def every_op(batch=2, tokens=150, size=24):
     return {
         "prompt_attention": lambda **to: prompt_attention(q, k, v, window=50, **to),
         "prompt_attention_mass": lambda **to: prompt_attention_mass(q, k, v, **to),
+        "prompt_attention_peak": lambda **to: prompt_attention_peak(q, k, v, counted=tokens // 2, **to),
         "column_mass": lambda **to: column_mass(q, k, **to),
         "power_iterate": lambda **to: power_iterate(q, k, **to),
         "decode_attention": lambda **to: decode_attention(q[:, :, -3:], k, v, torch.tensor([7] * batch), **to),
@@ -223,6 +230,7 @@ def test_every_instruction_set(isa, size):
         a, b, c = q.to(dtype), k.to(dtype), v.to(dtype)
         agree(prompt_attention, a, b, c, window=30)
         agree(prompt_attention_mass, a, b, c, torch.rand(2, 77), query_index=torch.arange(77))
+        agree(prompt_attention_peak, a[:, :, 37:], b, c, counted=41)
         agree(column_mass, a, b, causal=False)
         agree(power_iterate, a, b)
         agree(decode_attention, a[:, :, :3], b, c, torch.tensor([0, 40]))

@@ -14,6 +14,7 @@ from mminfer_kernels import (
     power_iterate,
     prompt_attention,
     prompt_attention_mass,
+    prompt_attention_peak,
     rotary,
     rotary_table,
     swiglu,
@@ -80,6 +81,16 @@ def test_prompt_attention_mass(inputs, weighted):
     assert torch.equal(found, prompt_attention(q, k, v, query_index=places, backend="native"))
     votes = float(q.shape[2]) if weights is None else weights.sum(-1)
     torch.testing.assert_close(mass.sum(-1), torch.as_tensor(votes).expand(q.shape[:2]), rtol=1e-5, atol=1e-5)
+
+
+@drawn
+@given(attentions(), st.data())
+def test_prompt_attention_peak(inputs, data):
+    q, k, v, places = inputs
+    counted = data.draw(st.integers(0, k.shape[2]))
+    found, peak = agree(prompt_attention_peak, q, k, v, query_index=places, counted=counted)
+    assert torch.equal(found, prompt_attention(q, k, v, query_index=places, backend="native"))
+    assert (peak >= 0).all() and (peak <= 1 + 1e-6).all()
 
 
 @drawn

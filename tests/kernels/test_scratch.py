@@ -48,7 +48,11 @@ CALLS = {
     "best_match": lambda: best_match.best_match(torch.randn(HEADS, TOKENS, 16), torch.randn(HEADS, TOKENS, 16)),
     "prompt_attention": lambda: attention(prompt_attention.prompt_attention, 0.25, None, None, values=True),
     "prompt_attention by a window": lambda: attention(prompt_attention.prompt_attention, 0.25, None, 99, values=True),
+    "prompt_attention of keys that stand for several": lambda: attention(
+        prompt_attention.prompt_attention, 0.25, None, None, torch.zeros(1, 1, TOKENS), values=True
+    ),
     "prompt_attention_mass": lambda: attention(prompt_attention.prompt_attention_mass, None, 0.25, None, values=True),
+    "prompt_attention_peak": lambda: attention(prompt_attention.prompt_attention_peak, 0.25, None, TOKENS, values=True),
 }
 FUSED = {"prompt_attention"}  # one call of SDPA, nothing to see inside
 
@@ -83,6 +87,7 @@ def run(tokens):
     calls = {
         "column_mass": lambda: mminfer_kernels.column_mass(q, k, backend="native"),
         "prompt_attention_mass": lambda: mminfer_kernels.prompt_attention_mass(q, k, v, backend="native"),
+        "prompt_attention_peak": lambda: mminfer_kernels.prompt_attention_peak(q, k, v, backend="native"),
         "power_iterate": lambda: mminfer_kernels.power_iterate(q, k, backend="native"),
         "best_match": lambda: mminfer_kernels.best_match(rows, rows, backend="native"),
         "merge_rows": lambda: mminfer_kernels.merge_rows(rows, rows, index, backend="native"),
@@ -115,7 +120,10 @@ def test_memory_is_measured(mebibytes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["column_mass", "prompt_attention_mass", "power_iterate", "best_match", "merge_rows"])
+@pytest.mark.parametrize(
+    "name",
+    ["column_mass", "prompt_attention_mass", "prompt_attention_peak", "power_iterate", "best_match", "merge_rows"],
+)
 def test_native_kernels_take_little_memory(mebibytes, name):
     """The whole attention matrix would be 896 MiB, one head of it 64."""
     assert 0 < mebibytes[name] <= 64

@@ -16,6 +16,7 @@ from mminfer_kernels import (
     power_iterate,
     prompt_attention,
     prompt_attention_mass,
+    prompt_attention_peak,
     rotary,
     rotary_,
     rotary_table,
@@ -41,6 +42,7 @@ def inputs_of(name):
     return {
         "prompt_attention": (q, k, v),
         "prompt_attention_mass": (q, k, v),
+        "prompt_attention_peak": (q, k, v, 0.3, None, 15, torch.rand(BATCH, GROUPS, TOKENS)),
         "column_mass": (q, k),
         "power_iterate": (q, k, 3),
         "decode_attention": (q, k, v, torch.tensor([0, 5])),
@@ -59,9 +61,9 @@ def inputs_of(name):
 
 
 NAMES = [
-    "prompt_attention", "prompt_attention_mass", "column_mass", "power_iterate", "decode_attention",
-    "packed_decode_attention", "best_match", "merge_rows", "_add_rows_", "gather_rows", "gather_rms_norm", "swiglu",
-    "rotary", "rotary_", "rotary_table", "apply_rotary",
+    "prompt_attention", "prompt_attention_mass", "prompt_attention_peak", "column_mass", "power_iterate",
+    "decode_attention", "packed_decode_attention", "best_match", "merge_rows", "_add_rows_", "gather_rows",
+    "gather_rms_norm", "swiglu", "rotary", "rotary_", "rotary_table", "apply_rotary",
 ]  # fmt: skip
 
 
@@ -86,6 +88,7 @@ def test_schema_and_fake(name, dtype):
 CALLS = {
     "prompt_attention": lambda q, k, v: prompt_attention(q, k, v, window=4),
     "prompt_attention_mass": prompt_attention_mass,
+    "prompt_attention_peak": prompt_attention_peak,
     "column_mass": lambda q, k: column_mass(q, k, temperature=0.5),
     "power_iterate": power_iterate,
     "decode_attention": decode_attention,
@@ -153,6 +156,8 @@ def test_flops_by_the_formula(name, wanted):
 def test_flops_of_scores_shared_or_not(backend):
     products = 2 if backend == "native" else 3
     assert counted("prompt_attention_mass")[1] == BATCH * HEADS * PAIRS * 2 * (products * SIZE + 1)
+    again = 0 if backend == "native" else sum(min(n, 15) for n in range(TOKENS - QUERIES + 1, TOKENS + 1))
+    assert counted("prompt_attention_peak")[1] == BATCH * HEADS * 2 * SIZE * (2 * PAIRS + again)
 
 
 def test_flops_of_packed_sequences():

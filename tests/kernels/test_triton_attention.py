@@ -2,7 +2,14 @@
 
 import pytest
 import torch
-from mminfer_kernels import column_mass, decode_attention, power_iterate, prompt_attention, prompt_attention_mass
+from mminfer_kernels import (
+    column_mass,
+    decode_attention,
+    power_iterate,
+    prompt_attention,
+    prompt_attention_mass,
+    prompt_attention_peak,
+)
 from mminfer_kernels.column_mass import triton_kernel as column_kernel
 from mminfer_kernels.decode_attention import triton_kernel as decode_kernel
 
@@ -82,6 +89,7 @@ def test_no_iterations_and_no_queries():
     meets_the_bar(power_iterate, q, k, iterations=0)
     meets_the_bar(power_iterate, q[:, :, :0], k)
     meets_the_bar(column_mass, q[:, :, :0], k)
+    meets_the_bar(prompt_attention_peak, q[:, :, :0], k, k, counted=5)
     assert torch.equal(prompt_attention(q[:, :, :0], k, k, backend="triton"), q[:, :, :0])
     meets_the_bar(decode_attention, q[:, :, :0], k, k)
 
@@ -107,10 +115,29 @@ def test_prompt_attention_mass(chosen, dtype):
     meets_the_bar(prompt_attention_mass, q, k, v, torch.rand(1, 45), scale=0.4, query_index=index)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("counted", [None, 0, 33, pytest.param(58, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("chosen", [True, False])
+def test_prompt_attention_peak(chosen, counted, dtype):
+    """Keys that every query sees, and keys that some or none of them see."""
+    q, k, v = tensors((6, 2, 27, 60, 24), dtype)
+    index = some_places(27, 60) if chosen else None
+    meets_the_bar(prompt_attention_peak, q, k, v, scale=0.4, query_index=index, counted=counted)
+
+
+@pytest.mark.parametrize("chosen", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_log_mass(chosen):
+    q, k, v = tensors((6, 2, 27, 60, 24), batch=2)
+    given = {"query_index": some_places(27, 60) if chosen else None, "log_mass": 3 * torch.rand(2, 60, 2).mT}
+    meets_the_bar(prompt_attention, q, k, v, window=20, **given)
+    meets_the_bar(prompt_attention_peak, q, k, v, counted=50, **given)
+
+
 def test_large_logits_overflow_nothing():
     q, k, v = tensors((2, 1, 40, 40, 16))
     floor = 1e-4  # logits of a thousand: half of the last place of one is 3e-5, in base 2 as in base e
     meets_the_bar(prompt_attention_mass, 20 * q, 20 * k, v, floor=floor)
+    meets_the_bar(prompt_attention_peak, 20 * q, 20 * k, v, floor=floor)
     meets_the_bar(decode_attention, 20 * q[:, :, :1], 20 * k, v, floor=floor)
 
 
@@ -166,6 +193,7 @@ def test_bfloat16():
     meets_the_bar(power_iterate, q, k, iterations=2, temperature=1.0)
     meets_the_bar(prompt_attention, q, k, v)
     meets_the_bar(prompt_attention_mass, q, k, v)
+    meets_the_bar(prompt_attention_peak, q, k, v)
     meets_the_bar(decode_attention, q[:, :, :2], k, v)
 
 

@@ -29,6 +29,7 @@ def calls(layout):
         "power_iterate": (q, k),
         "prompt_attention": (q, k, k),
         "prompt_attention_mass": (q, k, k),
+        "prompt_attention_peak": (q, k, k, None, None, 5),
         "rotary": (q, k, POSITION, INV_FREQ),
         "rotary_": (q, k, POSITION, INV_FREQ),
         "rotary_table": (POSITION, INV_FREQ),

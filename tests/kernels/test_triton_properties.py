@@ -16,6 +16,7 @@ from mminfer_kernels import (
     power_iterate,
     prompt_attention,
     prompt_attention_mass,
+    prompt_attention_peak,
     rotary,
     rotary_table,
     swiglu,
@@ -93,6 +94,16 @@ def test_prompt_attention_mass_is_both_ops(inputs):
     out, mass = meets_the_bar(prompt_attention_mass, q, k, v, query_index=index)
     assert torch.equal(out, prompt_attention(q, k, v, query_index=index, backend="triton"))
     torch.testing.assert_close(mass, column_mass(q, k, query_index=index, backend="triton"))
+
+
+@bounded
+@given(attention(), st.data())
+def test_prompt_attention_peak(inputs, data):
+    q, k, v, index = inputs
+    counted = data.draw(st.integers(0, k.shape[2]))
+    out, peak = meets_the_bar(prompt_attention_peak, q, k, v, query_index=index, counted=counted)
+    assert torch.equal(out, prompt_attention(q, k, v, query_index=index, backend="triton"))
+    assert (peak >= 0).all() and (peak <= 1 + 1e-5).all()
 
 
 @bounded

@@ -167,13 +167,13 @@ def power_iterate(
     return run(q, k, iterations, scale, query_index)
 
 
-def pairs_of(q: torch.Tensor, k: torch.Tensor, query_index: torch.Tensor | None, window: int | None) -> int:
-    """Query-key pairs of one head that a causal attention looks at."""
+def pairs_of(q: torch.Tensor, k: torch.Tensor, query_index: torch.Tensor | None, most: int | None) -> int:
+    """Query-key pairs of one head that a causal attention looks at, at most so many of a query."""
     queries, keys = q.shape[2], k.shape[2]
-    if query_index is None and window is None:
+    if query_index is None and (most is None or most >= keys):
         return queries * (2 * keys - queries + 1) // 2
     seen = (torch.arange(keys - queries, keys) if query_index is None else query_index) + 1
-    return int((seen if window is None else seen.clamp_max(window)).sum())
+    return int((seen if most is None else seen.clamp_max(most)).sum())
 
 
 def _check_packed(q: torch.Tensor, k: torch.Tensor, query_index: torch.Tensor | None, cu_seqlens: torch.Tensor) -> None:

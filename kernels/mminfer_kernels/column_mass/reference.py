@@ -1,4 +1,4 @@
-"""Column mass and power iteration in plain PyTorch, by blocks of queries."""
+"""Column mass, column peaks and power iteration in plain PyTorch, by blocks of queries."""
 
 import math
 from collections.abc import Iterator
@@ -49,6 +49,27 @@ def column_mass(
 
 
 @torch.no_grad()
+def column_peak(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    scale: float,
+    query_index: torch.Tensor | None,
+    counted: int,
+    log_mass: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """[B, G, counted]: the largest probability that a query of the key's group gives it in a causal attention."""
+    batch, groups = k.shape[:2]
+    repeat = q.shape[1] // groups
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    peak = torch.zeros(batch * groups, counted, dtype=dtype, device=q.device)
+    for block in probability_blocks(q, k, scale, True, query_index, log_mass=log_mass):
+        seen = block.probabilities[..., :counted].unflatten(0, (-1, repeat)).flatten(1, 2)  # [groups, rows, keys]
+        highest = peak[block.heads.start // repeat : block.heads.stop // repeat, : seen.shape[-1]]
+        torch.maximum(highest, seen.amax(1), out=highest)
+    return peak.view(batch, groups, counted)
+
+
+@torch.no_grad()
 def power_iterate(
     q: torch.Tensor, k: torch.Tensor, iterations: int, scale: float, query_index: torch.Tensor | None
 ) -> torch.Tensor:
@@ -91,6 +112,7 @@ def probability_blocks(
     causal: bool,
     query_index: torch.Tensor | None,
     reverse: bool = False,
+    log_mass: torch.Tensor | None = None,
 ) -> Iterator[ProbabilityBlock]:
     """Yield the attention matrix block by block, each softmax row complete and only visible keys touched.
 
@@ -99,6 +121,7 @@ def probability_blocks(
         scale: factor of the logits.
         causal, query_index: as in `mminfer_kernels.column_mass`.
         reverse: walk the queries from the last to the first.
+        log_mass: [B, G, N], added to the logits; None: 0.
 
     Yields:
         Blocks in one shared buffer, float32 or float64: use each before asking for the next.
@@ -125,6 +148,8 @@ def probability_blocks(
             q_rows = q[part, :, block].to(dtype).mul(scale).flatten(1, 2)  # [groups, repeat * rows, D]
             scores = scratch[: q_rows.shape[0] * q_rows.shape[1] * visible].view(*q_rows.shape[:2], visible)
             torch.bmm(q_rows, k_part[:, :, :visible], out=scores)
+            if log_mass is not None:
+                scores += log_mass.flatten(0, 1)[part, None, :visible]
             scores = scores.view(q_rows.shape[0] * repeat, -1, visible)
             if seen_by_all < visible:
                 hidden = places[seen_by_all:visible] > index[block, None]

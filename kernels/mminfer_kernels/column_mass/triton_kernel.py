@@ -1,4 +1,4 @@
-"""Column mass and power iteration in Triton: from the rows' log-sum-exp, passes over columns."""
+"""Column mass, column peaks and power iteration in Triton: from the rows' log-sum-exp, passes over columns."""
 
 from typing import Any
 
@@ -43,14 +43,17 @@ def _columns_fit(arguments: dict[str, Any]) -> bool:
 )
 @triton.jit
 def column_mass_fwd_kernel(
-    q, k, lse, weights, row_lo, row_hi, out, scale,
+    q, k, lse, weights, log_mass, row_lo, row_hi, out, scale,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kg, stride_kn, stride_lb, stride_lh,
-    stride_wt, stride_wb, stride_wh, stride_ot, stride_ob, stride_oh,
+    stride_wt, stride_wb, stride_wh, stride_mb, stride_mg, stride_ot, stride_ob, stride_oh,
     H, repeat, S, N, votes, bucket,
     D: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, VOTES: tl.constexpr, ACCUMULATE: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr,
+    PEAK: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Each key's probability summed over the rows that see it, times their votes. Grid: key blocks; batch and heads."""
+    """Each key's probability summed over the rows that see it, times their votes; PEAK: the largest of them.
+
+    Grid: key blocks; batch and heads.
+    """
     first = tl.program_id(0) * BLOCK_N
     batch, head = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
     keys, rows = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_S)
@@ -63,17 +66,20 @@ def column_mass_fwd_kernel(
     b_lo, b_hi = row_range(row_lo, row_hi, first + keys, S, N, CAUSAL)
     vote = tl.arange(0, VOTES).to(tl.int64)  # the second dimension of weights and mass
     # one vote a row: summed over rows only once, at the end
-    b_mass = tl.zeros([BLOCK_N, BLOCK_S if VOTES == 1 else VOTES], tl.float32)
+    b_mass = tl.full([BLOCK_N, BLOCK_S if VOTES == 1 else VOTES], float("-inf") if PEAK else 0.0, tl.float32)
     for start in tl.range(begin // BLOCK_S * BLOCK_S, end, BLOCK_S):
         b_q = load_rows(p_q, start, rows, stride_qs, S, D, BLOCK_D, True)
         m_s = start + rows < S
         b_lse = tl.load(p_lse + start + rows, mask=m_s, other=float("inf"))  # no probability past the last row
-        b_p = tl.exp2(tl.dot(b_k, b_q.trans(), input_precision="ieee") * scale - b_lse[None, :])
+        b_p = tl.dot(b_k, b_q.trans(), input_precision="ieee") * scale - b_lse[None, :]  # [BLOCK_N, BLOCK_S]
         m_p = (start + rows[None, :] >= b_lo[:, None]) & (start + rows[None, :] < b_hi[:, None])
-        b_p = tl.where(m_p, b_p, 0.0)  # [BLOCK_N, BLOCK_S]
-        if weights is None:
-            b_mass += b_p
+        b_p = tl.where(m_p, b_p, float("-inf"))
+        if PEAK:
+            b_mass = tl.maximum(b_mass, b_p)
+        elif weights is None:
+            b_mass += tl.exp2(b_p)
         else:
+            b_p = tl.exp2(b_p)
             p_w = weights + batch * stride_wb + head * stride_wh + start + rows
             if VOTES == 1:
                 b_mass += b_p * tl.load(p_w, mask=m_s, other=0.0)[None, :]
@@ -81,7 +87,13 @@ def column_mass_fwd_kernel(
                 m_w = m_s[:, None] & (vote[None, :] < votes)
                 b_w = tl.load(p_w[:, None] + vote[None, :] * stride_wt, mask=m_w, other=0.0)
                 b_mass = tl.dot(b_p, b_w, b_mass, input_precision="ieee")
-    if VOTES == 1:
+    if PEAK:  # what concerns a key is done once, not for every pair
+        b_mass = tl.max(b_mass, 1, keep_dims=True)
+        if log_mass is not None:
+            p_m = log_mass + batch * stride_mb + head // repeat * stride_mg + first + keys[:, None]
+            b_mass += tl.load(p_m, mask=first + keys[:, None] < N, other=0.0)
+        b_mass = tl.exp2(b_mass)
+    elif VOTES == 1:
         b_mass = tl.sum(b_mass, 1, keep_dims=True)
     p_out = out + batch * stride_ob + head * stride_oh + first + keys[:, None] + vote[None, :] * stride_ot
     m_out = (first + keys[:, None] < N) & (vote[None, :] < votes)
@@ -106,6 +118,8 @@ def add_columns(
     causal: bool,
     ranges: Ranges,
     accumulate: bool,
+    peak: bool = False,
+    log_mass: torch.Tensor | None = None,
 ) -> None:
     """Write into `mass`, or add to it, each key's probability times the votes of the rows that see it.
 
@@ -117,6 +131,8 @@ def add_columns(
         scale: factor of the logits.
         causal, ranges: which keys each row sees.
         accumulate: add to what `mass` holds.
+        peak: write the largest probability in place of the sum; without weights, and T = 1.
+        log_mass: [B, G, N] of `in_base_2`, for peaks; it is in `lse` already.
     """
     votes = mass.shape[0]
     launch(
@@ -127,6 +143,7 @@ def add_columns(
             "k": k,
             "lse": lse,
             "weights": weights,
+            "log_mass": log_mass,
             "row_lo": ranges.row_lo,
             "row_hi": ranges.row_hi,
             "out": mass,
@@ -134,12 +151,14 @@ def add_columns(
         **attention_arguments(q, k),
         **strides(lse, "lbh"),
         **strides(weights, "wtbh"),
+        **strides(log_mass, "mbg"),
         **strides(mass, "otbh"),
         scale=scale * LOG2_E,
         votes=votes,
         CAUSAL=causal,
         VOTES=1 if votes == 1 else MOST_VOTES,
         ACCUMULATE=accumulate,
+        PEAK=peak,
     )
 
 
@@ -159,6 +178,29 @@ def mass_of(
         weights = dense_rows(per_head.float()).expand(q.shape[:3])[None]
     add_columns(mass[None], q, k, lse, weights, scale, causal, ranges, accumulate=False)
     return mass
+
+
+def peak_of(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    lse: torch.Tensor,
+    scale: float,
+    ranges: Ranges,
+    counted: int,
+    log_mass: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """[B, G, counted] float32: the largest probability in a group of each of the first keys of a causal attention."""
+    queries, keys = q.shape[2], k.shape[2]
+    if ranges.row_lo is not None:
+        ranges = Ranges(row_lo=ranges.row_lo[:counted])
+    elif counted > keys - queries:  # else every row sees all of them
+        places = torch.arange(queries - keys, queries - keys + counted, device=q.device)
+        ranges = Ranges(row_lo=places.clamp_min(0).int())
+    peak = torch.empty(*q.shape[:2], counted, dtype=torch.float32, device=q.device)
+    if counted:
+        entries, out = k[:, :, :counted], peak[None]
+        add_columns(out, q, entries, lse, None, scale, False, ranges, accumulate=False, peak=True, log_mass=log_mass)
+    return peak.unflatten(1, (k.shape[1], -1)).amax(2)
 
 
 @torch.no_grad()

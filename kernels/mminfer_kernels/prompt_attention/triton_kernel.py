@@ -1,4 +1,4 @@
-"""Prompt attention in Triton: flash attention's forward pass, whose log-sum-exp column mass then starts from."""
+"""Prompt attention in Triton: flash attention's forward pass, whose log-sum-exp mass and peak of columns start from."""
 
 from typing import Any
 
@@ -6,13 +6,14 @@ import torch
 import triton
 import triton.language as tl
 
-from mminfer_kernels.column_mass.triton_kernel import mass_of
+from mminfer_kernels.column_mass.triton_kernel import mass_of, peak_of
 from mminfer_kernels.launching import autotuned, dense_rows, interpretable, launch, strides, tile_fits
 from mminfer_kernels.prompt_attention.reference import rows_first
 from mminfer_kernels.tiles.triton_kernel import (
     LOG2_E,
     Ranges,
     attention_arguments,
+    in_base_2,
     key_blocks,
     key_range,
     load_rows,
@@ -22,7 +23,7 @@ from mminfer_kernels.tiles.triton_kernel import (
 
 @triton.jit
 def _attend(
-    b_out, b_max, b_sum, b_q, p_k, p_v, b_lo, b_hi, begin, end, stride_kn, stride_vn, N, scale,
+    b_out, b_max, b_sum, b_q, p_k, p_v, p_m, b_lo, b_hi, begin, end, stride_kn, stride_vn, N, scale,
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Take keys `begin .. end - 1` into the rows' output, maximum and sum; not MASKED: all rows see all of them."""
@@ -30,6 +31,8 @@ def _attend(
         keys = tl.arange(0, BLOCK_N)
         b_k = load_rows(p_k, start, keys, stride_kn, N, D, BLOCK_D, MASKED)
         b_s = tl.dot(b_q, b_k.trans(), input_precision="ieee") * scale  # [BLOCK_S, BLOCK_N]
+        if p_m is not None:
+            b_s += tl.load(p_m + start + keys, mask=start + keys < N, other=0.0)[None, :]
         if MASKED:
             seen = start + keys[None, :]
             b_s = tl.where((seen >= b_lo[:, None]) & (seen < b_hi[:, None]), b_s, float("-inf"))
@@ -66,9 +69,9 @@ def _fits(arguments: dict[str, Any]) -> bool:
 )
 @triton.jit
 def prompt_attention_fwd_kernel(
-    q, k, v, out, lse, lo, hi, scale,
+    q, k, v, log_mass, out, lse, lo, hi, scale,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kg, stride_kn, stride_vb, stride_vg, stride_vn,
-    stride_ob, stride_oh, stride_os, stride_lb, stride_lh,
+    stride_mb, stride_mg, stride_ob, stride_oh, stride_os, stride_lb, stride_lh,
     H, repeat, S, N, bucket,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -79,6 +82,7 @@ def prompt_attention_fwd_kernel(
     b_q = load_rows(q + batch * stride_qb + head * stride_qh, row, rows, stride_qs, S, D, BLOCK_D, True)
     p_k = k + batch * stride_kb + head // repeat * stride_kg
     p_v = v + batch * stride_vb + head // repeat * stride_vg
+    p_m = None if log_mass is None else log_mass + batch * stride_mb + head // repeat * stride_mg
     begin, full_end, end = key_blocks(lo, hi, row, S, N, True, BLOCK_S, BLOCK_N)
     b_lo, b_hi = key_range(lo, hi, row + rows, S, N, True)
     b_max = tl.full([BLOCK_S], -1e30, tl.float32)  # finite: a block that shows a row no key leaves no NaN
@@ -86,11 +90,11 @@ def prompt_attention_fwd_kernel(
     b_out = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
     if lo is None:
         b_out, b_max, b_sum = _attend(
-            b_out, b_max, b_sum, b_q, p_k, p_v, b_lo, b_hi, begin, full_end, stride_kn, stride_vn, N, scale,
+            b_out, b_max, b_sum, b_q, p_k, p_v, p_m, b_lo, b_hi, begin, full_end, stride_kn, stride_vn, N, scale,
             D, BLOCK_N, BLOCK_D, False,
         )  # fmt: skip
     b_out, b_max, b_sum = _attend(
-        b_out, b_max, b_sum, b_q, p_k, p_v, b_lo, b_hi, full_end, end, stride_kn, stride_vn, N, scale,
+        b_out, b_max, b_sum, b_q, p_k, p_v, p_m, b_lo, b_hi, full_end, end, stride_kn, stride_vn, N, scale,
         D, BLOCK_N, BLOCK_D, True,
     )  # fmt: skip
     b_out = b_out / b_sum[:, None]
@@ -109,15 +113,17 @@ def _attention(
     lse: torch.Tensor | None,
     scale: float,
     ranges: Ranges,
+    log_mass: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """[B, H, S, D] in q's dtype; writes the rows' base-2 log-sum-exp into `lse` [B, H, S]."""
+    """[B, H, S, D] in q's dtype; writes the rows' base-2 log-sum-exp into `lse` [B, H, S]; log_mass: of `in_base_2`."""
     out = rows_first(torch.empty_like(q))
     launch(
         prompt_attention_fwd_kernel,
         lambda meta: (triton.cdiv(q.shape[2], meta["BLOCK_S"]), q.shape[0] * q.shape[1]),
-        {"q": q, "k": k, "v": v, "out": out, "lse": lse, "lo": ranges.lo, "hi": ranges.hi},
+        {"q": q, "k": k, "v": v, "log_mass": log_mass, "out": out, "lse": lse, "lo": ranges.lo, "hi": ranges.hi},
         **attention_arguments(q, k),
         **strides(v, "vbgn"),
+        **strides(log_mass, "mbg"),
         **strides(out, "obhs"),
         **strides(lse, "lbh"),
         scale=scale * LOG2_E,
@@ -133,6 +139,7 @@ def prompt_attention(
     scale: float,
     query_index: torch.Tensor | None,
     window: int | None,
+    log_mass: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `mminfer_kernels.prompt_attention`."""
     if q.numel() == 0:
@@ -143,7 +150,7 @@ def prompt_attention(
         hi = torch.arange(keys - queries + 1, keys + 1, device=q.device) if hi is None else hi
         lo = (hi - window).clamp_min(0)
     q, k, v = (dense_rows(x) for x in interpretable(q, k, v))
-    return _attention(q, k, v, None, scale, ranges_of(keys, lo, hi)).to(given.dtype)
+    return _attention(q, k, v, None, scale, ranges_of(keys, lo, hi), in_base_2(log_mass)).to(given.dtype)
 
 
 @torch.no_grad()
@@ -156,11 +163,44 @@ def prompt_attention_mass(
     query_index: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `mminfer_kernels.prompt_attention_mass`: the attention, then one pass over columns from its log-sum-exp."""
-    keys, given = k.shape[2], q
     if q.numel() == 0:
-        return rows_first(torch.empty_like(q)), torch.zeros(*q.shape[:2], keys, dtype=torch.float32, device=q.device)
-    ranges = ranges_of(keys, None, None if query_index is None else query_index + 1)
+        mass = torch.zeros(*q.shape[:2], k.shape[2], dtype=torch.float32, device=q.device)
+        return rows_first(torch.empty_like(q)), mass
+    given = q.dtype
     q, k, v = (dense_rows(x) for x in interpretable(q, k, v))
+    out, lse, ranges = _attention_and_lse(q, k, v, scale, query_index)
+    return out.to(given), mass_of(q, k, lse, weights, scale, True, ranges)
+
+
+@torch.no_grad()
+def prompt_attention_peak(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    query_index: torch.Tensor | None,
+    counted: int,
+    log_mass: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `mminfer_kernels.prompt_attention_peak`: the attention, then one pass over columns from its log-sum-exp."""
+    if q.numel() == 0:
+        peak = torch.zeros(*k.shape[:2], counted, dtype=torch.float32, device=q.device)
+        return rows_first(torch.empty_like(q)), peak
+    given = q.dtype
+    q, k, v = (dense_rows(x) for x in interpretable(q, k, v))
+    log_mass = in_base_2(log_mass)
+    out, lse, ranges = _attention_and_lse(q, k, v, scale, query_index, log_mass)
+    return out.to(given), peak_of(q, k, lse, scale, ranges, counted, log_mass)
+
+
+def _attention_and_lse(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    query_index: torch.Tensor | None,
+    log_mass: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, Ranges]:
+    ranges = ranges_of(k.shape[2], None, None if query_index is None else query_index + 1)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    out = _attention(q, k, v, lse, scale, ranges)
-    return out.to(given.dtype), mass_of(q, k, lse, weights, scale, True, ranges)
+    return _attention(q, k, v, lse, scale, ranges, log_mass), lse, ranges

@@ -84,6 +84,11 @@ def ranges_of(keys: int, lo: torch.Tensor | None, hi: torch.Tensor | None) -> Ra
     return Ranges(None if lo is None else lo.int(), hi.int(), row_lo, row_hi)
 
 
+def in_base_2(log_mass: torch.Tensor | None) -> torch.Tensor | None:
+    """[B, G, N] float32 with dense rows, as kernels add it to their logits."""
+    return None if log_mass is None else (log_mass.float() * LOG2_E).contiguous()
+
+
 def attention_arguments(q: torch.Tensor, k: torch.Tensor) -> dict[str, int]:
     """Strides and sizes of q [B, H, S, D] and k [B, G, N, D] by the names that kernels of attention give them."""
     heads, queries, size = q.shape[1:]

@@ -1,4 +1,4 @@
-// Causal attention by blocks of query rows, the softmax in float32, and what its columns sum to.
+// Causal attention by blocks of query rows, the softmax in float32, and the sums or maxima of its columns.
 //
 // Query rows are the lanes. A block holds NV "slots" of kLanes queries of one head each; the queries of a block lie
 // transposed, [D][NV * kLanes], so keys and values are read in place, element by element, and every softmax
@@ -16,17 +16,37 @@ struct Rows3 {  // strides of [B, heads, rows, D] in elements; D is contiguous
   int64_t batch, head, row;
 };
 
+template <class T>
+const T* at(const T* base, const Rows3& stride, int64_t batch, int64_t head) {
+  return base ? base + batch * stride.batch + head * stride.head : nullptr;
+}
+
 struct AttentionArgs {
   const void *q, *k, *v;
   void* out;             // [B, H, S, D] in the type of q; null: scores alone
-  float* mass;           // [parts, B, H, N]; null: attention alone
+  float* mass;           // [parts, B, H, N], the votes that each key gets; null: none
+  float* peak;           // [parts, B, G, counted], the largest probability that each key gets; null: none
   const float* weights;  // [B, H, S] by its strides; null: 1
+  const float* log_mass; // [B, G, N] by its strides, added to the logits; null: 0
   const int64_t* places; // [S]; null: the last S of the N keys
   int64_t batch, heads, groups, queries, keys, head_dim;
-  Rows3 q_stride, k_stride, v_stride, out_stride, weight_stride;
+  Rows3 q_stride, k_stride, v_stride, out_stride, weight_stride, log_mass_stride;
   int64_t window;  // 0: none
   int64_t causal, parts, iterations, threads;
+  int64_t counted;  // keys from the first on whose probabilities are looked at
   float scale;
+};
+
+// What the queries of one key head read.
+template <class T>
+struct KeyHead {
+  const T *keys, *values;
+  const float* log_mass;
+
+  KeyHead(const AttentionArgs& x, int64_t batch, int64_t group)
+      : keys(at(static_cast<const T*>(x.k), x.k_stride, batch, group)),
+        values(at(static_cast<const T*>(x.v), x.v_stride, batch, group)),
+        log_mass(at(x.log_mass, x.log_mass_stride, batch, group)) {}
 };
 
 // Rows of keys or values as floats: in place, or converted into a buffer of [kTileKeys, D].
@@ -159,15 +179,18 @@ struct Block {
   static void store_row(T* to, Vec v, int width) { store_some(to, v, width); }
 };
 
-// What a thread needs for blocks of up to kSlots slots.
+inline int64_t tiles_of(int64_t keys) { return (keys + kTileKeys - 1) / kTileKeys; }
+
+// What a thread needs for blocks of up to kSlots slots: the powers of the tiles that are kept, and of one other.
 struct Scratch {
   static constexpr int R = kSlots * kLanes;
   Buffer queries, values, panel, probabilities, tile_max;
   Vec top[kSlots], total[kSlots];  // largest logit and sum of powers of each row
 
-  Scratch(const AttentionArgs& x, bool keep_all)
+  Scratch(const AttentionArgs& x, bool keep)
       : queries(x.head_dim * R), values(x.head_dim * R), panel(kTileKeys * x.head_dim),
-        probabilities((keep_all ? x.keys : kTileKeys) * R), tile_max(keep_all ? (x.keys / kTileKeys + 1) * R : 0) {}
+        probabilities((keep ? tiles_of(x.counted) + 1 : 1) * kTileKeys * R),
+        tile_max(keep ? tiles_of(x.counted) * R : 0) {}
 };
 
 // Lanes that do not see their key drop out of the tile.
@@ -179,6 +202,16 @@ inline void hide(const Block<NV>& block, int64_t start, int64_t count, float* p)
       const IntVec key = (int32_t)(start + j) - IntVec{};
       float* at = p + (j * NV + n) * kLanes;
       store(at, (key <= block.last_key[n]) & (key >= block.first_key[n]) ? load(at) : nothing);
+    }
+}
+
+// Adds to the logits of each key the logarithm of how many it stands for.
+template <int NV>
+inline void weigh(const float* log_mass, int64_t stride, int64_t count, float* p) {
+  for (int64_t j = 0; j < count; ++j)
+    for (int n = 0; n < NV; ++n) {
+      float* at = p + (j * NV + n) * kLanes;
+      store(at, load(at) + log_mass[j * stride] * 1.44269504f);
     }
 }
 
@@ -203,45 +236,49 @@ inline void soften(int64_t count, float* p, Vec* top, Vec* total, Vec* shrink) {
   for (int n = 0; n < NV; ++n) total[n] = sum_of[n];
 }
 
-// One block against all keys it sees. With `KeepAll` the powers of all keys stay in the scratch, each tile's
+// One block against all keys it sees. With `Keep` the powers of the counted keys stay in the scratch, each tile's
 // relative to the maximum in `tile_max`; with values the weighted sums are left in `values`, not yet divided.
-template <int NV, class T, bool WithValues, bool KeepAll>
-void attend(const AttentionArgs& x, const Block<NV>& block, const T* q, const T* k, const T* v, Scratch& s) {
+template <int NV, class T, bool WithValues, bool Keep>
+void attend(const AttentionArgs& x, const Block<NV>& block, const T* q, const KeyHead<T>& head, Scratch& s) {
   constexpr int R = NV * kLanes;
   block.load_queries(x, q, s.queries.data);
   for (int n = 0; n < NV; ++n) s.top[n] = broadcast(-1e30f), s.total[n] = zero();
   if (WithValues) s.values.clear(x.head_dim * R);
+  const int64_t kept = Keep ? tiles_of(x.counted) : 0;
   for (int64_t start = block.begin, tile = 0; start < block.end; start += kTileKeys, ++tile) {
     const int64_t count = block.end - start < kTileKeys ? block.end - start : kTileKeys;
-    float* p = s.probabilities.data + (KeepAll ? (start - block.begin) * R : 0);
-    const Panel<T> keys(k + start * x.k_stride.row, x.k_stride.row, count, x.head_dim, s.panel.data);
+    float* p = s.probabilities.data + (tile < kept ? tile : kept) * kTileKeys * R;
+    const Panel<T> keys(head.keys + start * x.k_stride.row, x.k_stride.row, count, x.head_dim, s.panel.data);
     multiply_rows<NV, false>(count, keys.data, keys.stride, 1, s.queries.data, x.head_dim, nullptr, p);
+    if (head.log_mass)
+      weigh<NV>(head.log_mass + start * x.log_mass_stride.row, x.log_mass_stride.row, count, p);
     if (start < block.all_begin || start + count > block.all_end) hide<NV>(block, start, count, p);
     Vec shrink[NV];
     soften<NV>(count, p, s.top, s.total, shrink);
-    if (KeepAll)
+    if (tile < kept)
       for (int n = 0; n < NV; ++n) store(s.tile_max.data + tile * R + n * kLanes, s.top[n]);
     if (WithValues) {
-      const Panel<T> values(v + start * x.v_stride.row, x.v_stride.row, count, x.head_dim, s.panel.data);
+      const Panel<T> values(head.values + start * x.v_stride.row, x.v_stride.row, count, x.head_dim, s.panel.data);
       multiply_rows<NV, true>(x.head_dim, values.data, 1, values.stride, p, count, shrink, s.values.data);
     }
   }
 }
 
-// Adds to `mass` of each key the sum over lanes of `factor * p`; of a vector every `row` floats.
-template <int NV>
-inline void add_columns(const float* p, int64_t row, int64_t count, const Vec* factor, float* mass) {
+// Takes `factor * p` of all lanes, none of it negative where `Op` is not the sum, into `to` of each key; of NV vectors
+// every `row` floats.
+template <class Op, int NV>
+inline void fold_columns(const float* p, int64_t row, int64_t count, const Vec* factor, float* to) {
   Vec part[kLanes];
   for (int64_t j = 0; j < count; j += kLanes) {
     const int width = count - j < kLanes ? (int)(count - j) : kLanes;
     for (int i = 0; i < kLanes; ++i) {
       part[i] = zero();
       if (i < width)
-        for (int n = 0; n < NV; ++n) part[i] += load(p + (j + i) * row + n * kLanes) * factor[n];
+        for (int n = 0; n < NV; ++n) part[i] = Op::of(part[i], load(p + (j + i) * row + n * kLanes) * factor[n]);
     }
-    const Vec total = sums(part);
-    if (width == kLanes) store(mass + j, load(mass + j) + total);
-    else store_some(mass + j, load_some(mass + j, width) + total, width);
+    const Vec all = fold<Op>(part);
+    if (width == kLanes) store(to + j, Op::of(load(to + j), all));
+    else store_some(to + j, Op::of(load_some(to + j, width), all), width);
   }
 }
 

@@ -117,15 +117,19 @@ inline void transpose(Vec* x) {
   }
 }
 
-// Lane i of the result is the sum of x[i]; x is overwritten.
-template <int W = kLanes / 2>
-inline Vec sums(Vec* x) {
+struct Sum { static Vec of(Vec a, Vec b) { return a + b; } };
+struct Largest { static Vec of(Vec a, Vec b) { return max(a, b); } };
+
+// Lane i of the result is what `Op` makes of the lanes of x[i]; x is overwritten.
+template <class Op, int W = kLanes / 2>
+inline Vec fold(Vec* x) {
   if constexpr (W == 0) return x[0];
   else {
-    for (int i = 0; i < W; ++i) x[i] = evens<W>(x[i], x[i + W]) + odds<W>(x[i], x[i + W]);
-    return sums<W / 2>(x);
+    for (int i = 0; i < W; ++i) x[i] = Op::of(evens<W>(x[i], x[i + W]), odds<W>(x[i], x[i + W]));
+    return fold<Op, W / 2>(x);
   }
 }
+inline Vec sums(Vec* x) { return fold<Sum>(x); }
 
 inline float sum(Vec v) {
 #if defined(__AVX512F__)
