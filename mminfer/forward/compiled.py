@@ -46,12 +46,14 @@ class PackedBuffers(NamedTuple):
         values: [R, D].
         first: [B, G] int64, the row at which each segment begins.
         log_mass: [R] float32; None: nothing is added to the logits.
+        room: [rows of the longest segment, spare ones included, 0]: a size that a graph takes as it comes.
     """
 
     keys: Tensor
     values: Tensor
     first: Tensor
     log_mass: Tensor | None
+    room: Tensor
 
 
 Buffers = LayerBuffers | PackedBuffers
@@ -94,10 +96,11 @@ def _buffers(layer: CompressedLayer) -> tuple[Buffers, Tensor]:
     """A layer's buffers, sizes that grow marked so; and where the new entries go, as `_step` takes it."""
     if isinstance(layer, PackedLayer):
         keys, values, first, lengths, new_rows, log_mass, _ = layer.step_segments()
-        for column in (keys, values, *(() if log_mass is None else (log_mass,))):
+        room = keys.new_empty(layer.largest_segment, 0)
+        for column in (keys, values, room, *(() if log_mass is None else (log_mass,))):
             torch._dynamo.maybe_mark_dynamic(column, 0)
         # Of the lengths of all steps ahead a copy of this step's, since a graph is made for one place in memory.
-        return PackedBuffers(keys, values, first, log_mass), torch.stack([lengths, new_rows.view_as(lengths)])
+        return PackedBuffers(keys, values, first, log_mass, room), torch.stack([lengths, new_rows.view_as(lengths)])
     if not isinstance(layer, PaddedLayer):
         raise TypeError(f"a layer of type {type(layer).__name__}")
     keys, values = layer.reserve(1)
@@ -203,7 +206,7 @@ def _attend_packed(
         scale: factor of the scores.
         window: None.
     """
-    (keys, values, first, log_mass), (lengths, new_rows) = target
+    (keys, values, first, log_mass, room), (lengths, new_rows) = target
     keys.index_copy_(0, new_rows.flatten(), k.reshape(-1, k.shape[-1]))
     values.index_copy_(0, new_rows.flatten(), v.reshape(-1, v.shape[-1]))
-    return packed_decode_attention(q, keys, values, first, lengths, scale, log_mass, keys.shape[0])
+    return packed_decode_attention(q, keys, values, first, lengths, scale, log_mass, room.shape[0])

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from itertools import accumulate
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from mminfer_kernels import PackedLayerCache, Segments
+from mminfer_kernels import PackedLayerCache
 from torch import Tensor
 
-from mminfer.forward.kv_layer import NEW, CompressedLayer, PaddedLayer
+from mminfer.forward.kv_layer import CompressedLayer, PaddedLayer
+from mminfer.forward.packed_store import PackedStore, laid_out, room_for, there
 from mminfer.technique import CacheEntries, mean_length
 
 if TYPE_CHECKING:
     from mminfer.forward.kv_cache import CompressedCache
 
-LEAST_SPARE = 32  # spare rows of a head, where an eighth of its entries is less
 STEPS_AHEAD = 64  # decoding steps for which lengths are made at a time
 
 
@@ -54,73 +51,6 @@ def layer_of(entries: Sequence[CacheEntries], tokens_seen: Sequence[int], cache:
     return PackedLayer(entries, tokens_seen, cache)
 
 
-@dataclass(frozen=True, eq=False)
-class _Store:
-    """Segments of rows, one for each sequence and head, each with the same number of spare rows behind it.
-
-    Args:
-        lengths: of each sequence and head, how many entries it had when the layer was made.
-        spare: rows behind these, of each segment.
-        buffers: the columns, [R, ...] each.
-        device: where they are.
-    """
-
-    lengths: tuple[tuple[int, ...], ...]
-    spare: int
-    buffers: Mapping[str, Tensor | None]
-    device: torch.device
-
-    @cached_property
-    def longest(self) -> int:
-        return max(map(max, self.lengths))
-
-    @cached_property
-    def starts(self) -> list[list[int]]:
-        """Of each sequence and head, the row at which its segment begins; behind the last head, where all end."""
-        heads, sizes = len(self.lengths[0]), [n + self.spare for lengths in self.lengths for n in lengths]
-        rows = list(accumulate(sizes, initial=0))
-        return [rows[b * heads : (b + 1) * heads + 1] for b in range(len(self.lengths))]
-
-    @cached_property
-    def first(self) -> Tensor:
-        """[B, G] int64: `starts`."""
-        return torch.tensor([starts[:-1] for starts in self.starts], device=self.device)
-
-    @cached_property
-    def segments(self) -> Segments:
-        """The same for the fused step, which looks at them once."""
-        return Segments(self.first, self.base, _there(self.buffers["keys"]).shape[0])
-
-    @cached_property
-    def base(self) -> Tensor:
-        """[B, G] int64: `lengths`."""
-        return torch.tensor(self.lengths, device=self.device)
-
-    def stretches(self, column: Tensor, sequence: int, new: int) -> list[Tensor]:
-        """The rows of a column in use in each head of a sequence, as views; new: entries since the layer was made."""
-        of_heads = zip(self.starts[sequence], self.lengths[sequence], strict=False)
-        return [column[start : start + length + new] for start, length in of_heads]
-
-    def grown(self, new: int) -> _Store:
-        """The same entries, `new` of each segment made since, with more spare rows behind them."""
-        more = _room([n + new for lengths in self.lengths for n in lengths])
-        sequences = range(len(self.lengths))
-        buffers = {
-            name: None if x is None else _joined([p for b in sequences for p in self.stretches(x, b, new)], more, name)
-            for name, x in self.buffers.items()
-        }
-        return _Store(self.lengths, new + more, buffers, self.device)
-
-    def select(self, rows: Sequence[int]) -> _Store:
-        """Of these sequences."""
-        ends = [(self.starts[b][0], self.starts[b][-1]) for b in rows]
-        buffers = {
-            name: None if x is None else torch.cat([x[start:stop] for start, stop in ends])
-            for name, x in self.buffers.items()
-        }
-        return _Store(tuple(self.lengths[b] for b in rows), self.spare, buffers, self.device)
-
-
 class _Ahead(NamedTuple):
     """Lengths and rows of the steps to come.
 
@@ -131,7 +61,7 @@ class _Ahead(NamedTuple):
         rows: of each step, [B * G] int64: the rows into which it writes.
     """
 
-    store: _Store
+    store: PackedStore
     begin: int
     lengths: tuple[Tensor, ...]
     rows: tuple[Tensor, ...]
@@ -152,13 +82,13 @@ class PackedLayer(CompressedLayer):
     def __init__(self, entries: Sequence[CacheEntries], tokens_seen: Sequence[int], cache: CompressedCache) -> None:
         super().__init__(tokens_seen, cache, entries[0].keys)
         lengths = tuple(e.lengths for e in entries)
-        spare = min(cache.headroom, _room([n for of_one in lengths for n in of_one]))
+        spare = min(cache.headroom, room_for([n for of_one in lengths for n in of_one]))
         packed = [e.packed() for e in entries]
         if any(e.log_mass is not None for e in packed):
             packed = [e.weighed() for e in packed]
         columns = [e.columns for e in packed]
-        buffers = {name: _laid_out([c[name] for c in columns], lengths, spare, name) for name in columns[0]}
-        self._store = _Store(lengths, spare, buffers, self.device)
+        buffers = {name: laid_out([c[name] for c in columns], lengths, spare, name) for name in columns[0]}
+        self._store = PackedStore(lengths, spare, buffers, self.device)
         self._new = 0  # entries that every head got since
         self._ahead: _Ahead | None = None
 
@@ -168,14 +98,19 @@ class PackedLayer(CompressedLayer):
         return self._store.longest + self._new
 
     @property
+    def largest_segment(self) -> int:
+        """Rows of the longest head, spare ones included."""
+        return self._store.longest + self._store.spare
+
+    @property
     def keys(self) -> Tensor:  # type: ignore[override]
         """[R, D], spare rows included."""
-        return _there(self._store.buffers["keys"])
+        return there(self._store.buffers["keys"])
 
     @property
     def values(self) -> Tensor:  # type: ignore[override]
         """[R, D], spare rows included."""
-        return _there(self._store.buffers["values"])
+        return there(self._store.buffers["values"])
 
     @property
     def batch_size(self) -> int:
@@ -221,26 +156,26 @@ class PackedLayer(CompressedLayer):
         lengths = zip(self.head_lengths[sequence], new.lengths, strict=True)
         return CacheEntries.of(columns, tuple(a + b for a, b in lengths))
 
-    def _with_room(self) -> _Store:
+    def _withroom_for(self) -> PackedStore:
         """The entries, with room for one more in each head."""
         if self._new >= self._store.spare:
             self._store = self._store.grown(self._new)
         return self._store
 
     def step_cache(self) -> PackedLayerCache:
-        store = self._with_room()
-        keys, values = _there(store.buffers["keys"]), _there(store.buffers["values"])
+        store = self._withroom_for()
+        keys, values = there(store.buffers["keys"]), there(store.buffers["values"])
         return PackedLayerCache(keys, values, store.segments, self._new, store.buffers["log_mass"])
 
     def step_segments(self) -> StepSegments:
         """The buffers with room for one new entry of each head, and where it goes; `advance` makes it count."""
-        store, ahead = self._with_room(), self._ahead
+        store, ahead = self._withroom_for(), self._ahead
         if ahead is None or ahead.store is not store or not 0 <= self._new - ahead.begin < STEPS_AHEAD:
             ahead = self._ahead = self._made_ahead()
         step = self._new - ahead.begin
         return StepSegments(
-            _there(store.buffers["keys"]),
-            _there(store.buffers["values"]),
+            there(store.buffers["keys"]),
+            there(store.buffers["values"]),
             store.first,
             ahead.lengths[step],
             ahead.rows[step],
@@ -279,31 +214,3 @@ class PackedLayer(CompressedLayer):
             return
         self._store = self._store.select(chosen)
         self.tokens_seen = tuple(self.tokens_seen[i] for i in chosen)
-
-
-def _room(lengths: Sequence[int]) -> int:
-    """Spare rows that suit segments of these lengths."""
-    return max(LEAST_SPARE, sum(lengths) // len(lengths) // 8)
-
-
-def _laid_out(
-    sequences: Sequence[Tensor | None], lengths: Sequence[tuple[int, ...]], spare: int, name: str
-) -> Tensor | None:
-    """[1, 1, S_b, ...] each, of one column -> [R, ...]."""
-    tensors = [x[0, 0] for x in sequences if x is not None]
-    if len(tensors) < len(sequences):
-        return None
-    of_all = zip(tensors, lengths, strict=True)
-    return _joined([part for own, of_heads in of_all for part in own.split(of_heads)], spare, name)
-
-
-def _joined(parts: Sequence[Tensor], spare: int, name: str) -> Tensor:
-    """Segments of one column behind each other, each with so many spare rows behind it."""
-    block = parts[0].new_full((spare, *parts[0].shape[1:]), NEW.get(name, 0))
-    return torch.cat([piece for part in parts for piece in (part, block)])
-
-
-def _there(column: Tensor | None) -> Tensor:
-    if column is None:
-        raise ValueError("a layer without keys or values")
-    return column

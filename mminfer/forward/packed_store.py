@@ -1,0 +1,111 @@
+"""Rows of packed entries in memory: a segment for each sequence and head, and spare rows behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+
+import torch
+from mminfer_kernels import Segments
+from torch import Tensor
+
+from mminfer.forward.kv_layer import NEW
+
+LEAST_SPARE = 32  # spare rows of a head, where an eighth of its entries is less
+
+
+@dataclass(frozen=True, eq=False)
+class PackedStore:
+    """Segments of rows, one for each sequence and head, each with the same number of spare rows behind it.
+
+    Args:
+        lengths: of each sequence and head, how many entries it had when the layer was made.
+        spare: rows behind these, of each segment.
+        buffers: the columns, [R, ...] each.
+        device: where they are.
+    """
+
+    lengths: tuple[tuple[int, ...], ...]
+    spare: int
+    buffers: Mapping[str, Tensor | None]
+    device: torch.device
+
+    @cached_property
+    def longest(self) -> int:
+        return max(map(max, self.lengths))
+
+    @cached_property
+    def starts(self) -> list[list[int]]:
+        """Of each sequence and head, the row at which its segment begins; behind the last head, where all end."""
+        heads, sizes = len(self.lengths[0]), [n + self.spare for lengths in self.lengths for n in lengths]
+        rows = list(accumulate(sizes, initial=0))
+        return [rows[b * heads : (b + 1) * heads + 1] for b in range(len(self.lengths))]
+
+    @cached_property
+    def first(self) -> Tensor:
+        """[B, G] int64: `starts`."""
+        return torch.tensor([starts[:-1] for starts in self.starts], device=self.device)
+
+    @cached_property
+    def segments(self) -> Segments:
+        """The same for the fused step, which looks at them once."""
+        return Segments(self.first, self.base, there(self.buffers["keys"]).shape[0])
+
+    @cached_property
+    def base(self) -> Tensor:
+        """[B, G] int64: `lengths`."""
+        return torch.tensor(self.lengths, device=self.device)
+
+    def stretches(self, column: Tensor, sequence: int, new: int) -> list[Tensor]:
+        """The rows of a column in use in each head of a sequence, as views; new: entries since the layer was made."""
+        of_heads = zip(self.starts[sequence], self.lengths[sequence], strict=False)
+        return [column[start : start + length + new] for start, length in of_heads]
+
+    def grown(self, new: int) -> PackedStore:
+        """The same entries, `new` of each segment made since, with more spare rows behind them."""
+        more = room_for([n + new for lengths in self.lengths for n in lengths])
+        sequences = range(len(self.lengths))
+        buffers = {
+            name: None if x is None else joined([p for b in sequences for p in self.stretches(x, b, new)], more, name)
+            for name, x in self.buffers.items()
+        }
+        return PackedStore(self.lengths, new + more, buffers, self.device)
+
+    def select(self, rows: Sequence[int]) -> PackedStore:
+        """Of these sequences."""
+        ends = [(self.starts[b][0], self.starts[b][-1]) for b in rows]
+        buffers = {
+            name: None if x is None else torch.cat([x[start:stop] for start, stop in ends])
+            for name, x in self.buffers.items()
+        }
+        return PackedStore(tuple(self.lengths[b] for b in rows), self.spare, buffers, self.device)
+
+
+def room_for(lengths: Sequence[int]) -> int:
+    """Spare rows that suit segments of these lengths."""
+    return max(LEAST_SPARE, sum(lengths) // len(lengths) // 8)
+
+
+def laid_out(
+    sequences: Sequence[Tensor | None], lengths: Sequence[tuple[int, ...]], spare: int, name: str
+) -> Tensor | None:
+    """[1, 1, S_b, ...] each, of one column -> [R, ...]."""
+    tensors = [x[0, 0] for x in sequences if x is not None]
+    if len(tensors) < len(sequences):
+        return None
+    of_all = zip(tensors, lengths, strict=True)
+    return joined([part for own, of_heads in of_all for part in own.split(of_heads)], spare, name)
+
+
+def joined(parts: Sequence[Tensor], spare: int, name: str) -> Tensor:
+    """Segments of one column behind each other, each with so many spare rows behind it."""
+    block = parts[0].new_full((spare, *parts[0].shape[1:]), NEW.get(name, 0))
+    return torch.cat([piece for part in parts for piece in (part, block)])
+
+
+def there(column: Tensor | None) -> Tensor:
+    if column is None:
+        raise ValueError("a layer without keys or values")
+    return column
