@@ -7,15 +7,17 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mminfer import Engine, InferenceConfig, LookM, OperatorSkip, nano, patch, patched
 from mminfer.forward.attention import NAME
+from tests.by_head import ByLot
 from tests.interrupts import Interrupter, places
 
 CONFIG = InferenceConfig(skip=OperatorSkip(ffn=[1], attention=[2]), cache=LookM(0.5, 0.2))
+BY_HEAD = InferenceConfig(cache=ByLot(0.9, weighed=True))
 CONTENT = nano.sample_messages()[0]["content"]
 QUESTION = "What is it?"
 # Where something is put on a model, a chat or a lock, and taken off again; the rest computes.
 FILES = (
     "patching/", "running/", "chat.py", "forward/turns.py", "forward/attention.py", "forward/call_state.py",
-    "forward/kv_cache.py", "operators/skip.py",
+    "forward/kv_cache.py", "forward/packed_layer.py", "operators/skip.py",
 )  # fmt: skip
 PLACES = 12
 
@@ -75,14 +77,17 @@ def test_an_engines_call(engine):
         assert in_another_thread(answer) == want, at
 
 
-@pytest.mark.parametrize("size", [None, 70])
-def test_a_turn_of_a_chat(engine, size):
+@pytest.mark.parametrize(("size", "config"), [(None, CONFIG), (70, CONFIG), (None, BY_HEAD)])
+def test_a_turn_of_a_chat(engine, size, config):
     """The turn never was, or it is through: what the cache holds is what the chat tells."""
+    if config is not CONFIG:
+        engine = Engine(engine.model, engine.processor, config)
     begun = engine.chat(prefill_chunk_size=size, max_new_tokens=2)
     begun.read(CONTENT[:2])
     chat, before = begun.fork(), state_of(engine.model)
     untouched, want = (chat.cache.tokens, chat._transcript), begun.fork().send([*CONTENT[2:4], QUESTION]).token_ids
-    for at in places(count_of(lambda: begun.fork().send([*CONTENT[2:4], QUESTION])), PLACES):
+    counted = begun.fork()
+    for at in places(count_of(lambda: counted.send([*CONTENT[2:4], QUESTION])), PLACES):
         chat = begun.fork()
         assert interrupted(lambda chat=chat: chat.send([*CONTENT[2:4], QUESTION]), at) or at < PLACES
         assert state_of(engine.model) == before, at

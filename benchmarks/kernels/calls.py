@@ -230,6 +230,24 @@ def decode_attention(like: Tensor, keys: int, heads: int, groups: int, batch: in
     )
 
 
+def packed_decode_attention(like: Tensor, keys: int, heads: int, groups: int) -> Call:
+    """One query of one sequence, whose heads have a half of the keys, a quarter and so on; two have the same."""
+    lengths = [keys >> min(g + 1, groups - 1) for g in range(groups)]
+    lengths[-1] = keys - sum(lengths[:-1])
+    counts = torch.tensor([lengths], device=like.device)
+    q, k, v = _normal(like, 1, heads, 1, SIZE), _normal(like, keys, SIZE), _normal(like, keys, SIZE)
+    first = counts.cumsum(1) - counts
+    return Call(
+        "packed_decode_attention",
+        ops.packed_decode_attention,
+        (q, k, v, first, counts),
+        flops=4 * heads // groups * SIZE * keys,
+        moved=bytes_of(q, k, v, first, counts) + q.nbytes,
+        settings={"longest": max(lengths)},
+        rest=(None, None, None),
+    )
+
+
 def decode_step(like: Tensor, layers: int, entries: int, hidden: int, inner: int, vocabulary: int) -> Call:
     """One token of one sequence."""
     weights = _decoder(like, layers, hidden, inner, vocabulary)

@@ -81,6 +81,13 @@ CASES: tuple[Case, ...] = (
         {"keys": 32_768, "heads": 14, "groups": 2},
         {"keys": 256, "heads": 14, "groups": 2},
     ),
+    Case(
+        "packed_decode_attention",
+        KEYS,
+        calls.packed_decode_attention,
+        {"keys": 65_536, "heads": 16, "groups": 8},
+        {"keys": 600, "heads": 12, "groups": 4},
+    ),
     Case("decode_step", "{layers} layers, {entries:,} entries", calls.decode_step, STEP, SMALL_STEP),
 )
 

@@ -24,7 +24,7 @@ from benchmarks.common import interleaved, quantiles, write_rows
 from benchmarks.models.geometries import llava_onevision_05b, llava_onevision_mha, nano_prompt
 from mminfer import InferenceConfig, patch, patched
 from mminfer.forward.kv_cache import CACHE_NAME, CompressedCache, Continuation
-from mminfer.forward.kv_layer import CompressedLayer
+from mminfer.forward.kv_layer import PaddedLayer
 from mminfer.technique import CacheEntries
 
 OFF = InferenceConfig()
@@ -76,7 +76,7 @@ def random_cache(model: Any, entries: int, tokens: int) -> CompressedCache:
     shape = (1, text.num_key_value_heads, entries, text.hidden_size // text.num_attention_heads)
     cache = CompressedCache()
     layers = [
-        CompressedLayer([CacheEntries(torch.randn(shape), torch.randn(shape))], [tokens], cache)
+        PaddedLayer([CacheEntries(torch.randn(shape), torch.randn(shape))], [tokens], cache)
         for _ in range(text.num_hidden_layers)
     ]
     end = torch.tensor([float(tokens)], dtype=torch.float64)

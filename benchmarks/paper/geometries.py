@@ -24,8 +24,8 @@ def record_of(rows: Sequence[int], merge_flops: int = 0) -> PromptRecord:
     """One sequence of so many rows in each layer, every row with a query and an FFN; nothing was cached before."""
     layers = [
         LayerRecord(
-            rows=(n,), queries=(n,), keys=(n,), ffn=(n,), pairs=(causal_pairs(n, 0),), entries=(n,), cache_flops=(0,),
-            prune_flops=(0,),
+            rows=(n,), queries=(n,), keys=(n,), ffn=(n,), pairs=(causal_pairs(n, 0),), head_entries=((n,),),
+            weighed=(0,), cache_flops=(0,), prune_flops=(0,),
         )
         for n in rows
     ]  # fmt: skip

@@ -1,74 +1,89 @@
-// Decode attention over padded caches: stretches of keys over threads, then their combination.
+// Decode attention over padded and packed caches: parts of all their keys over threads, then their combination.
 #include "mminfer/cpu/decode_attention.h"
+
+#include <vector>
 
 #include "mminfer/cpu/attention.h"
 #include "mminfer/cpu/parallel.h"
+#include "mminfer/cpu/parts.h"
 
 namespace mminfer {
 
+constexpr int64_t kLeastRows = 512;  // of a part: fewer are not worth a second pass over the partial sums
+constexpr int64_t kPartsAThread = 4;
+constexpr int64_t kSerialElements = 1 << 17;  // of all keys: starting threads would take longer
+
+// Each head of a sequence has a segment of rows of keys and values [B, G, T, D]: from the sequence's start on, or what
+// it is told. Of a packed cache all heads are views of the same rows.
 struct DecodeArgs {
   const void *q, *k, *v;
   void* out;
-  const int64_t* starts;  // [B]; null: 0
-  float* partial;         // [B, G, pieces, rows, padded D + 2]
+  const int64_t* starts;           // [B]; null: 0
+  const int64_t *first, *lengths;  // [B, G]; null: from the start to T
+  const float* log_mass;           // [T]; null: 0
   int64_t batch, heads, groups, queries, entries, head_dim;
   Rows3 q_stride, k_stride, v_stride, out_stride;
-  int64_t pieces, piece_keys, threads;
+  int64_t threads;
   float scale;
+
+  int64_t segments() const { return batch * groups; }
+  int64_t rows() const { return heads / groups * queries; }  // of queries, of a segment
+  int64_t first_of(int64_t segment) const {
+    if (first) return first[segment];
+    const int64_t given = starts ? starts[segment / groups] : 0, last = entries - queries;
+    return given < 0 ? 0 : given > last ? last : given;
+  }
+  int64_t length_of(int64_t segment) const { return lengths ? lengths[segment] : entries - first_of(segment); }
+
+  // The i-th row of queries or outputs of a segment.
+  template <class T>
+  T* row(T* base, const Rows3& stride, int64_t segment, int64_t i) const {
+    const int64_t head = segment % groups * (heads / groups) + i / queries;
+    return base + segment / groups * stride.batch + head * stride.head + i % queries * stride.row;
+  }
 };
 
 struct DecodeScratch {
-  Buffer q, out, top, total;
-  int64_t* visible;
-  Buffer visible_memory;
-  DecodeScratch(int64_t rows, int64_t size)
-      : q(rows * padded(size)), out(rows * padded(size)), top(rows), total(rows), visible_memory(2 * rows) {
-    visible = reinterpret_cast<int64_t*>(visible_memory.data);
-  }
+  Buffer q;
+  std::vector<int64_t> visible;
+  DecodeScratch(int64_t rows, int64_t size) : q(rows * padded(size)), visible(rows) {}
 };
 
+// What is found out about a segment's rows [from, to), into `partial`.
 template <class T>
-void decode_piece(const DecodeArgs& x, int64_t batch, int64_t group, int64_t piece, DecodeScratch& s) {
-  const int64_t repeat = x.heads / x.groups, rows = repeat * x.queries, width = padded(x.head_dim);
-  const int64_t given = x.starts ? x.starts[batch] : 0, last = x.entries - x.queries;
-  const int64_t start = (given < 0 ? 0 : given > last ? last : given) + piece * x.piece_keys;
-  const int64_t end = start + x.piece_keys < x.entries ? start + x.piece_keys : x.entries;
-  float* partial = x.partial + ((batch * x.groups + group) * x.pieces + piece) * rows * (width + 2);
-  Softmax state{partial, partial + rows * width, partial + rows * (width + 1)};
-  std::memset(partial, 0, rows * width * sizeof(float));
-  for (int64_t r = 0; r < rows; ++r) state.top[r] = -1e30f, state.total[r] = 0;
-  if (start >= end) return;
-  const Vec scale = broadcast(x.scale * 1.44269504f);
+void decode_piece(const DecodeArgs& x, int64_t segment, int64_t from, int64_t to, Softmax partial, DecodeScratch& s) {
+  const int64_t rows = x.rows(), width = padded(x.head_dim), first = x.first_of(segment), length = x.length_of(segment);
+  std::memset(partial.out, 0, rows * width * sizeof(float));
+  for (int64_t r = 0; r < rows; ++r) partial.top[r] = -1e30f, partial.total[r] = 0;
+  const Vec scale = broadcast(x.scale * kLog2e);
   for (int64_t r = 0; r < rows; ++r) {
-    const T* q = static_cast<const T*>(x.q) + batch * x.q_stride.batch +
-                 (group * repeat + r / x.queries) * x.q_stride.head + r % x.queries * x.q_stride.row;
+    const T* q = x.row(static_cast<const T*>(x.q), x.q_stride, segment, r);
     for (int64_t d = 0; d < width; d += kLanes) store(s.q.data + r * width + d, load_row(q, d, x.head_dim) * scale);
   }
-  const T* k = static_cast<const T*>(x.k) + batch * x.k_stride.batch + group * x.k_stride.head;
-  const T* v = static_cast<const T*>(x.v) + batch * x.v_stride.batch + group * x.v_stride.head;
-  for (int64_t j = start; j < end; j += kStretchKeys) {
-    const int64_t count = end - j < kStretchKeys ? end - j : kStretchKeys;
-    for (int64_t r = 0; r < rows; ++r) s.visible[r] = x.entries - x.queries + r % x.queries + 1 - j;
+  const int64_t batch = segment / x.groups, group = segment % x.groups;
+  const T* k = static_cast<const T*>(x.k) + batch * x.k_stride.batch + group * x.k_stride.head + first * x.k_stride.row;
+  const T* v = static_cast<const T*>(x.v) + batch * x.v_stride.batch + group * x.v_stride.head + first * x.v_stride.row;
+  for (int64_t j = from; j < to; j += kStretchKeys) {
+    for (int64_t r = 0; r < rows; ++r) s.visible[r] = length - x.queries + r % x.queries + 1 - j;
     take_in_rows<T>(rows, s.q.data, k + j * x.k_stride.row, x.k_stride.row, v + j * x.v_stride.row, x.v_stride.row,
-                    count, x.head_dim, s.visible, state);
+                    x.log_mass ? x.log_mass + first + j : nullptr, std::min<int64_t>(kStretchKeys, to - j), x.head_dim,
+                    s.visible.data(), partial);
   }
 }
 
-template <class T>
-void combine(const DecodeArgs& x, int64_t batch, int64_t group) {
-  const int64_t repeat = x.heads / x.groups, rows = repeat * x.queries, width = padded(x.head_dim);
-  const float* partial = x.partial + (batch * x.groups + group) * x.pieces * rows * (width + 2);
+template <class T, class PartialOf>
+void combine(const DecodeArgs& x, int64_t segment, int64_t first, int64_t last, const PartialOf& partial) {
+  const int64_t rows = x.rows(), width = padded(x.head_dim);
   for (int64_t r = 0; r < rows; ++r) {
     float top = -INFINITY, total = 0;
-    const auto piece = [&](int64_t i) { return partial + i * rows * (width + 2); };
-    for (int64_t i = 0; i < x.pieces; ++i) top = std::fmax(top, piece(i)[rows * width + r]);
-    const auto weight = [&](int64_t i) { return std::exp2(piece(i)[rows * width + r] - top); };
-    for (int64_t i = 0; i < x.pieces; ++i) total += weight(i) * piece(i)[rows * (width + 1) + r];
-    T* out = static_cast<T*>(x.out) + batch * x.out_stride.batch +
-             (group * repeat + r / x.queries) * x.out_stride.head + r % x.queries * x.out_stride.row;
+    for (int64_t i = first; i <= last; ++i) top = std::fmax(top, partial(i).top[r]);
+    const auto weight = [&](int64_t i) { return std::exp2(partial(i).top[r] - top); };
+    for (int64_t i = first; i <= last; ++i) total += weight(i) * partial(i).total[r];
+    T* out = x.row(static_cast<T*>(x.out), x.out_stride, segment, r);
     for (int64_t d = 0; d < width; d += kLanes) {
       Vec sum_of = zero();
-      for (int64_t i = 0; i < x.pieces; ++i) sum_of += load(piece(i) + r * width + d) * broadcast(weight(i) / total);
+      for (int64_t i = first; i <= last; ++i)
+        sum_of += load(partial(i).out + r * width + d) * broadcast(weight(i) / total);
       store_some(out + d, sum_of, x.head_dim - d < kLanes ? (int)(x.head_dim - d) : kLanes);
     }
   }
@@ -76,15 +91,26 @@ void combine(const DecodeArgs& x, int64_t batch, int64_t group) {
 
 template <class T>
 int decode_attention(const DecodeArgs& x) {
-  const int64_t rows = x.heads / x.groups * x.queries, owners = x.batch * x.groups;
+  const int64_t rows = x.rows(), width = padded(x.head_dim);
+  std::vector<int64_t> ends(x.segments() + 1);
+  for (int64_t i = 0; i < x.segments(); ++i) ends[i + 1] = ends[i] + x.length_of(i);
+  const int64_t threads = ends.back() * x.head_dim <= kSerialElements ? 1 : x.threads;
+  const int64_t wanted = threads == 1 ? 1 : std::min(threads * kPartsAThread, ends.back() / kLeastRows);
+  const Parts parts(ends.data(), x.segments(), std::max<int64_t>(1, wanted));
+  const Buffer memory(parts.slots() * rows * (width + 2));
+  const auto partial = [&](int64_t slot) {
+    float* out = memory.data + slot * rows * (width + 2);
+    return Softmax{out, out + rows * width, out + rows * (width + 1)};
+  };
   const int failed = parallel_for(
-      owners * x.pieces, x.threads, [&] { return DecodeScratch(rows, x.head_dim); },
-      [&](int64_t i, DecodeScratch& s) {
-        const int64_t owner = i / x.pieces;
-        decode_piece<T>(x, owner / x.groups, owner % x.groups, i % x.pieces, s);
+      parts.count(), threads, [&] { return DecodeScratch(rows, x.head_dim); },
+      [&](int64_t part, DecodeScratch& s) {
+        parts.each(part, [&](int64_t segment, int64_t from, int64_t to, int64_t slot) {
+          decode_piece<T>(x, segment, from, to, partial(slot), s);
+        });
       });
-  if (!failed)
-    for (int64_t i = 0; i < owners; ++i) combine<T>(x, i / x.groups, i % x.groups);
+  for (int64_t i = 0; i < x.segments() && !failed; ++i)
+    combine<T>(x, i, parts.first_slot(i), parts.last_slot(i), partial);
   return failed;
 }
 
@@ -93,7 +119,11 @@ int decode_attention(const DecodeArgs& x) {
 using namespace mminfer;
 
 extern "C" int mminfer_decode_attention(const DecodeArgs* x, int dtype) {
-  return dtype == 0   ? decode_attention<float>(*x)
-         : dtype == 1 ? decode_attention<BFloat16>(*x)
-                      : decode_attention<Float16>(*x);
+  try {
+    return dtype == 0   ? decode_attention<float>(*x)
+           : dtype == 1 ? decode_attention<BFloat16>(*x)
+                        : decode_attention<Float16>(*x);
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
 }

@@ -3,8 +3,15 @@
 from mminfer_kernels.best_match import best_match
 from mminfer_kernels.build import prepare
 from mminfer_kernels.column_mass import column_mass, power_iterate
-from mminfer_kernels.decode_attention import decode_attention
-from mminfer_kernels.decode_step import DecoderWeights, LayerCache, LayerWeights, decode_step
+from mminfer_kernels.decode_attention import decode_attention, packed_decode_attention
+from mminfer_kernels.decode_step import (
+    DecoderWeights,
+    LayerCache,
+    LayerWeights,
+    PackedLayerCache,
+    Segments,
+    decode_step,
+)
 from mminfer_kernels.dispatch import (
     BackendError,
     available_backends,
@@ -27,6 +34,8 @@ __all__ = [
     "DecoderWeights",
     "LayerCache",
     "LayerWeights",
+    "PackedLayerCache",
+    "Segments",
     "add_rows",
     "apply_rotary",
     "available_backends",
@@ -40,6 +49,7 @@ __all__ = [
     "gather_rows",
     "merge_rows",
     "note_backend",
+    "packed_decode_attention",
     "power_iterate",
     "prepare",
     "prompt_attention",

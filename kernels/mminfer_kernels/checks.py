@@ -104,6 +104,67 @@ def check_heads(q: Tensor, k: Tensor, v: Tensor, **optional: Tensor | None) -> N
     check_floats(q=q, k=k, v=v)
 
 
+def check_packed(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    first: Tensor,
+    lengths: Tensor,
+    log_mass: Tensor | None,
+    longest: int | None,
+) -> None:
+    """Raises `ValueError` unless these are queries and a packed cache, as `packed_decode_attention` has them."""
+    check_tensors({"q": q, "keys": keys, "values": values, "first": first, "lengths": lengths}, {"log_mass": log_mass})
+    of_q, of_keys = q.shape, keys.shape
+    if len(of_q) != 4 or of_q[2] != 1 or len(of_keys) != 2 or of_keys[1] != of_q[3]:
+        raise ValueError(f"q is {list(of_q)} and keys {list(of_keys)}, wanted [B, H, 1, D] and [R, D]")
+    if values.shape != of_keys:
+        raise ValueError(f"keys are {list(of_keys)} and values {list(values.shape)}, wanted twice [R, D]")
+    check_floats(q=q, keys=keys, values=values)
+    check_segments(first, lengths, of_keys[0], least=1, batch=of_q[0], longest=longest)
+    if of_q[1] % first.shape[1]:
+        raise ValueError(f"{of_q[1]} query heads do not divide evenly over {first.shape[1]} key heads")
+    if log_mass is not None:
+        wide = (torch.float32, torch.float64) if q.dtype == torch.float64 else (torch.float32,)
+        if log_mass.shape != of_keys[:1] or log_mass.dtype not in wide:
+            raise ValueError(f"log_mass is {described(log_mass)}, wanted float32 [{of_keys[0]}]")
+
+
+def check_segments(
+    first: Tensor, lengths: Tensor, rows: int, *, least: int, batch: int | None = None, longest: int | None = None
+) -> None:
+    """Raises `ValueError` unless these are [B, G] segments of rows; their places are looked at on the CPU alone.
+
+    Args:
+        first: first row of each.
+        lengths: rows of each.
+        rows: how many there are.
+        least: of a length.
+        batch: B, or None: any.
+        longest: bound of the lengths, or None.
+    """
+    shape = first.shape
+    if len(shape) != 2 or lengths.shape != shape or batch not in (None, shape[0]) or not shape[1]:
+        wanted = "B" if batch is None else batch
+        raise ValueError(f"first is {list(shape)} and lengths {list(lengths.shape)}, wanted twice [{wanted}, G]")
+    if first.dtype != torch.int64 or lengths.dtype != torch.int64:
+        raise ValueError(f"first is {first.dtype} and lengths {lengths.dtype}, wanted int64")
+    if longest is not None:
+        check_whole("longest", longest, least=1)
+    if rows < least and shape[0]:
+        raise ValueError(f"there are {rows} rows, wanted segments of at least {least}")
+    most = rows if longest is None else min(longest, rows)
+    if not first.is_cpu:
+        return
+    for starts, counts in zip(first.tolist(), lengths.tolist(), strict=True):
+        for start, count in zip(starts, counts, strict=True):
+            if not 0 <= start <= rows - count or not least <= count <= most:
+                raise ValueError(
+                    f"a segment of {count} rows begins at row {start}, wanted lengths from {least} to {most} within "
+                    f"{rows} rows"
+                )
+
+
 def _check_query_index(query_index: Tensor, queries: int, keys: int) -> None:
     if query_index.shape != (queries,) or query_index.dtype != torch.int64:
         raise ValueError(f"query_index is {query_index.dtype} {list(query_index.shape)}, wanted int64 [{queries}]")

@@ -238,8 +238,7 @@ def _row(engine: Engine, name: str, runs: Sequence[Run], prompt: PromptRecord, n
         held = full_cache_bytes(spec, prompt.prompt, element_size)
         flops = full_prompt_flops(spec, prompt.prompt, prompt.past, prompt.pairs_ahead)
     else:
-        entries = sum(sum(layer.entries) for layer in record.layers)
-        held = 2 * entries * spec.num_key_value_heads * spec.head_dim * element_size
+        held = sum(layer.cache_bytes(spec.head_dim, element_size) for layer in record.layers)
         flops = prompt_flops(spec, record)
     batch = len(prompt.prompt)
     return SpeedRow(

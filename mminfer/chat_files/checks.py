@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,9 +17,15 @@ FACTS = {
     *("format", "model", "weights", "model_settings", "tokenizer", "template", "config"),
     *("cache", "messages", "rendered", "ids", "unread"),
 }
-_CACHE_FACTS = {"logical_length", "tokens", "seen", "rotary_length"}
+_CACHE_FACTS = {"logical_length", "tokens", "seen", "head_lengths", "rotary_length"}
 _HIGHEST_POSITION = 2.0**31
-_COLUMN_DTYPES = {"is_visual": torch.bool, "score": torch.float32, "size": torch.float32, "source": torch.int64}
+_COLUMN_DTYPES = {
+    "is_visual": torch.bool,
+    "score": torch.float32,
+    "size": torch.float32,
+    "source": torch.int64,
+    "log_mass": torch.float32,
+}
 
 
 class Shape(NamedTuple):
@@ -34,6 +40,7 @@ def check_facts(facts: dict[str, Any], identity: ChatIdentity) -> None:
     identity.check(facts)
     _check_transcript(facts, identity.vocabulary)
     _check_counts(facts["cache"], len(facts["ids"]), identity.adapter.spec.num_layers)
+    _check_heads(facts["cache"], identity)
 
 
 def _check_transcript(facts: dict[str, Any], vocabulary: int) -> None:
@@ -77,27 +84,47 @@ def _check_counts(cache: Any, tokens: int, num_layers: int) -> None:
     _require(type(reached) is float and 0 <= reached < _HIGHEST_POSITION, "rotary_length", reached)
 
 
+def _check_heads(cache: dict[str, Any], identity: ChatIdentity) -> None:
+    """The lengths of the heads of each layer, where they differ."""
+    found, heads = cache["head_lengths"], identity.adapter.spec.num_key_value_heads
+    _require(isinstance(found, list) and len(found) == len(cache["seen"]), "head_lengths", found)
+    for of_layer, (seen,) in zip(found, cache["seen"], strict=True):
+        _require(isinstance(of_layer, list) and len(of_layer) == 1, "head_lengths", of_layer)
+        lengths = of_layer[0]
+        if lengths is None:
+            continue
+        whole = isinstance(lengths, list) and len(lengths) == heads and all(type(n) is int for n in lengths)
+        fits = identity.by_head and whole and all(0 <= n <= seen for n in lengths) and sum(lengths) > 0
+        _require(fits, "head_lengths", lengths)
+
+
 def check_shapes(shapes: Mapping[str, Shape], facts: dict[str, Any], identity: ChatIdentity) -> None:
     """Raises `InputError` unless the tensors are those of such a cache, before they are read."""
     cache, spec = facts["cache"], identity.adapter.spec
     sequences, seen = len(cache["tokens"]), [count for (count,) in cache["seen"]]
-    columns = identity.columns
-    layers = [{name: f"{i}.0.{name}" for name in columns} for i in range(len(seen))]
+    layers = [_tensors_of(i, shapes, identity) for i in range(len(seen))]
     wanted = {*CONTINUATION_NAMES, *(name for layer in layers for name in layer.values())}
     _require(set(shapes) == wanted, "tensors", sorted(set(shapes) ^ wanted))
     for name in CONTINUATION_NAMES:
         _require(shapes[name] == Shape(torch.float64, (sequences,)), name, shapes[name])
     dtype = identity.takes_dtype or (shapes[layers[0]["keys"]].dtype if layers else torch.float32)
     _require(dtype.is_floating_point, "keys", dtype)
-    for layer, count in zip(layers, seen, strict=True):
-        found = shapes[layer["keys"]]
+    for layer, count, (lengths,) in zip(layers, seen, cache["head_lengths"], strict=True):
+        found, heads = shapes[layer["keys"]], spec.num_key_value_heads
         entries = found.size[2] if len(found.size) == 4 else 0
-        _require(0 < entries <= count, layer["keys"], found)
-        rows = (1, spec.num_key_value_heads, entries)
+        _require(0 < entries <= count if lengths is None else entries == sum(lengths), layer["keys"], found)
+        rows = (1, heads, entries) if lengths is None else (1, 1, entries)
         for column, name in layer.items():
             like = _COLUMN_DTYPES.get(column)
             fitting = Shape(dtype, (*rows, spec.head_dim)) if like is None else Shape(like, rows)
             _require(shapes[name] == fitting, name, shapes[name])
+
+
+def _tensors_of(layer: int, names: Collection[str], identity: ChatIdentity) -> dict[str, str]:
+    """The names of a layer's tensors by column; log-masses may be there where heads may differ."""
+    found = {column: f"{layer}.0.{column}" for column in identity.columns}
+    weighed = f"{layer}.0.log_mass"
+    return found | ({"log_mass": weighed} if identity.by_head and weighed in names else {})
 
 
 def check_values(tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> None:
@@ -121,6 +148,7 @@ _VALUES = {
     "score": lambda x, _: not bool(x.isnan().any()),
     "size": lambda x, _: bool((x.isfinite() & (x > 0)).all()),
     "source": lambda x, tokens: bool(((x >= 0) & (x < tokens)).all()),
+    "log_mass": lambda x, _: bool(x.isfinite().all()),
     "decode_position": lambda x, _: _within(x),
     "resume_position": lambda x, _: _within(x),
     "run_position": lambda x, _: bool(x.isnan().all()) or _within(x),

@@ -14,7 +14,7 @@ from mminfer.config import InferenceConfig
 from mminfer.errors import InputError, shortened, shown
 from mminfer.models.adapter import ModelAdapter
 
-FILE_FORMAT = 4  # since a checksum and digests of what made a chat stand in its file
+FILE_FORMAT = 5  # since the heads of a cache may hold different numbers of entries
 _OTHERS = {
     "model": "load it with a model of the same geometry and dtype",
     "weights": "load it with the checkpoint that made it, with the same adapters",
@@ -96,3 +96,8 @@ class ChatIdentity:
         """Of the entries of a cache."""
         cache = self.config.cache
         return ("keys", "values", *(() if cache is None else cache.columns))
+
+    @property
+    def by_head(self) -> bool:
+        """Whether heads may differ in length, and entries have log-masses."""
+        return self.config.cache is not None and self.config.cache.by_head

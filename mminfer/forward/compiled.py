@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from mminfer.forward.attention import routed_attention
 from mminfer.forward.kv_cache import CompressedCache
+from mminfer.forward.kv_layer import PaddedLayer
 from mminfer.forward.rotary import Tables
 from mminfer.models.adapter import ModelAdapter
 
@@ -54,7 +55,8 @@ class CompiledStep:
     def __call__(self, hidden_states: Tensor, tables: Tables, cache: CompressedCache) -> Tensor | None:
         """Logits [B, 1, vocabulary], the new entries written ahead in the cache; None: the step failed."""
         start, graphs = time.perf_counter(), _graphs()
-        layers = [LayerBuffers(*layer.reserve(1), layer.left_padding) for layer in cache.layers]
+        padded = [layer for layer in cache.layers if isinstance(layer, PaddedLayer)]
+        layers = [LayerBuffers(*layer.reserve(1), layer.left_padding) for layer in padded]
         for buffers in layers:
             torch._dynamo.maybe_mark_dynamic(buffers.keys, 2)
             torch._dynamo.maybe_mark_dynamic(buffers.values, 2)

@@ -13,11 +13,13 @@ from mminfer_kernels.tracing import watched
 from torch import Tensor
 
 from mminfer.config import InferenceConfig
-from mminfer.forward.attention import routed_attention
+from mminfer.forward.attention import Attend, routed_attention
 from mminfer.forward.compiled import CompiledStep
 from mminfer.forward.fused import fused_weights, hook_dictionaries
 from mminfer.forward.kv_cache import CompressedCache
-from mminfer.forward.kv_layer import CompressedLayer
+from mminfer.forward.kv_layer import CompressedLayer, PaddedLayer
+from mminfer.forward.packed_attention import packed_decode_attention
+from mminfer.forward.packed_layer import PackedLayer
 from mminfer.forward.rotary import RotaryAhead, Tables, fractional, frequency_factors
 from mminfer.models.adapter import ModelAdapter
 
@@ -71,7 +73,7 @@ class Decoder:
         return 0.0 if self._compiled is None else self._compiled.compile_ms
 
     def _compiled_step(self, hidden_states: Tensor, tables: Tables, cache: CompressedCache) -> Tensor | None:
-        if self._compiled is None or self._compiled.failed or self._layers.hooked or watched():
+        if self._compiled is None or self._compiled.failed or self._layers.hooked or watched() or cache.is_packed:
             return None
         note_backend("decode_step", "compiled")
         return self._compiled(hidden_states, tables, cache)
@@ -81,7 +83,11 @@ class Decoder:
         if weights is None:
             return None
         cos, sin = tables[self.adapter.layer_kinds[0]]
-        caches = [LayerCache(*layer.reserve(1), layer.left_padding, layer.num_columns) for layer in cache.layers]
+        caches = []
+        for layer in cache.layers:
+            if not isinstance(layer, PaddedLayer):
+                return None
+            caches.append(LayerCache(*layer.reserve(1), layer.left_padding, layer.num_columns))
         return fused_step(hidden_states[:, 0], cos[:, 0], sin[:, 0], weights, caches, "native")[:, None]
 
     def _fused_weights(self, hidden_states: Tensor, tables: Tables) -> DecoderWeights | None:
@@ -105,7 +111,7 @@ class Decoder:
                     position_embeddings=tables[kind],
                     attention_mask=None,
                     use_cache=False,
-                    attend=partial(_attend, layer_cache),
+                    attend=_attend_over(layer_cache),
                     **arguments,
                 )
         return adapter.logits(hidden_states)
@@ -138,7 +144,28 @@ class LayersSnapshot:
         return any(self._hook_dictionaries)
 
 
-def _attend(layer_cache: CompressedLayer, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+def _attend_over(layer_cache: CompressedLayer) -> Attend:
+    """The attention of one new token of each sequence over this layer."""
+    if isinstance(layer_cache, PackedLayer):
+        return partial(_attend_packed, layer_cache)
+    if isinstance(layer_cache, PaddedLayer):
+        return partial(_attend_padded, layer_cache)
+    raise TypeError(f"a layer of type {type(layer_cache).__name__}")
+
+
+def _attend_packed(
+    layer_cache: PackedLayer, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
+) -> Tensor:
+    """One token's attention over a layer whose heads differ; its own key and value are written ahead there."""
+    if window is not None:
+        raise ValueError("a window over heads of different lengths")
+    keys, values, first, lengths, _, log_mass, longest = layer_cache.write_ahead(k, v)
+    return packed_decode_attention(q, keys, values, first, lengths, scale, log_mass, longest)
+
+
+def _attend_padded(
+    layer_cache: PaddedLayer, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
+) -> Tensor:
     """One token's attention over a layer of the cache; its own key and value are written ahead there."""
     keys, values = layer_cache.write_ahead(k, v)
     left_padding = layer_cache.left_padding

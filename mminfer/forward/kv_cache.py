@@ -14,6 +14,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mminfer.errors import InputError
 from mminfer.forward.kv_layer import CompressedLayer
+from mminfer.forward.packed_layer import PackedLayer, layer_of
 from mminfer.technique import PositionTechnique
 
 HEADROOM = 64  # spare columns of a layer, for the tokens to come
@@ -144,12 +145,12 @@ class CompressedCache(Cache):
     def snapshot(self) -> Callable[[], None]:
         """A function that puts the cache back as it is now; it costs no copy, since entries are never overwritten."""
         state = {name: value for name, value in vars(self).items() if name != "headroom"}
-        layer_states = [(layer, layer.num_columns, layer.tokens_seen) for layer in self.layers]
+        of_layers = [layer.snapshot() for layer in self.layers]
 
         def restore() -> None:
             vars(self).update(state)
-            for layer, num_columns, tokens_seen in layer_states:
-                layer.num_columns, layer.tokens_seen = num_columns, tokens_seen
+            for restore_layer in of_layers:
+                restore_layer()
 
         return restore
 
@@ -175,12 +176,22 @@ class CompressedCache(Cache):
 
     @property
     def lengths(self) -> list[list[int]]:
-        """How many entries a head there are, for every layer and sequence."""
+        """How many entries a head there are, for every layer and sequence: the mean, rounded, where heads differ."""
         return [layer.lengths for layer in self.layers]
 
     @property
+    def head_lengths(self) -> list[list[tuple[int, ...]]]:
+        """How many entries each head has, for every layer and sequence."""
+        return [layer.head_lengths for layer in self.layers]
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether any layer holds heads of different lengths, or entries that count for several."""
+        return any(isinstance(layer, PackedLayer) for layer in self.layers)
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of all keys and values held."""
+        """Bytes of all keys and values held, and of log-masses."""
         return sum(layer.nbytes for layer in self.layers)
 
     def clone(self) -> CompressedCache:
@@ -188,8 +199,7 @@ class CompressedCache(Cache):
         out = CompressedCache()
         out.headroom, out.origin, out.ends_in_padding = self.headroom, self.origin, self.ends_in_padding
         layers = [
-            CompressedLayer([layer.row(b) for b in range(layer.batch_size)], layer.tokens_seen, out)
-            for layer in self.layers
+            layer_of([layer.row(b) for b in range(layer.batch_size)], layer.tokens_seen, out) for layer in self.layers
         ]
         out.commit(layers, self.logical_length, self.tokens, self.continuation, self.rotary_length)
         return out
@@ -205,7 +215,7 @@ class CompressedCache(Cache):
         out = cls()
         out.headroom, out.origin = caches[0].headroom, caches[0].origin
         layers = [
-            CompressedLayer([layer.row(0) for layer in of_all], [layer.tokens_seen[0] for layer in of_all], out)
+            layer_of([layer.row(0) for layer in of_all], [layer.tokens_seen[0] for layer in of_all], out)
             for of_all in zip(*(c.layers for c in caches), strict=True)
         ]
         out.commit(

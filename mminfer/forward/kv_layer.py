@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,40 +17,125 @@ if TYPE_CHECKING:
     from mminfer.forward.kv_cache import CompressedCache
 
 
-_NEW = {"size": 1}  # what a column holds of a generated token; 0 in all others
+NEW = {"size": 1}  # what a column holds of a generated token; 0 in all others
 
 
 class CompressedLayer(CacheLayerMixin):
-    """One layer: its sequences end at the same column and are padded on the left to the longest of them.
+    """One layer: the entries of each sequence, and spare room behind them for the tokens to come.
+
+    Args:
+        tokens_seen: how many tokens of each sequence this layer has taken in over all passes, evicted ones included.
+        cache: the cache it belongs to, which knows the logical length and how much spare room there should be.
+        keys: of which type and where all of them are.
+
+    Attributes:
+        num_columns: entries of the longest head of all.
+    """
+
+    is_sliding = False
+    num_columns: int
+
+    def __init__(self, tokens_seen: Sequence[int], cache: CompressedCache, keys: Tensor) -> None:
+        self.cache = cache
+        self.tokens_seen = tuple(tokens_seen)
+        self.is_initialized = True
+        self.dtype, self.device = keys.dtype, keys.device
+
+    @property
+    @abstractmethod
+    def batch_size(self) -> int:
+        """How many sequences there are."""
+
+    @property
+    @abstractmethod
+    def head_lengths(self) -> list[tuple[int, ...]]:
+        """Of each sequence, the entries of each head."""
+
+    @property
+    @abstractmethod
+    def lengths(self) -> list[int]:
+        """How many entries a head each sequence has: the mean, rounded, where its heads differ."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes of keys and values held, and of log-masses; padding and spare room are not counted."""
+
+    @abstractmethod
+    def row(self, sequence: int) -> CacheEntries:
+        """One sequence's entries."""
+
+    @abstractmethod
+    def select_rows(self, rows: Tensor) -> None:
+        """Makes row `rows[i]` row i, as beams, repeats and sequences that leave the batch need it."""
+
+    def advance(self, num_columns: int) -> None:
+        """Makes entries that were written ahead part of the layer."""
+        self.num_columns += num_columns
+        self.tokens_seen = tuple(n + num_columns for n in self.tokens_seen)
+
+    def snapshot(self) -> Callable[[], None]:
+        """A function that takes back what was added since; it costs no copy, since entries are never overwritten."""
+        num_columns, tokens_seen = self.num_columns, self.tokens_seen
+
+        def restore() -> None:
+            self.num_columns, self.tokens_seen = num_columns, tokens_seen
+
+        return restore
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: a layer is made by the prompt pass, whole."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Refused: the host's own attention cannot go on from sequences of different lengths."""
+        raise InputError(
+            "this cache was compressed by mminfer and its rows have lengths of their own: go on with the patched "
+            "model or the engine that made it"
+        )
+
+    def get_seq_length(self) -> int:
+        """Tokens the host believes to be in the cache."""
+        return self.cache.logical_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.num_columns + query_length, self.cache.logical_length - self.num_columns
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        """What host versions before 5.20 or so ask instead."""
+        return -1
+
+
+class PaddedLayer(CompressedLayer):
+    """A layer whose heads are alike: sequences end at the same column and are padded on the left to the longest.
 
     Behind the columns in use the buffers have spare ones, so that a decoding step copies nothing.
 
     Args:
-        entries: one `CacheEntries` for each sequence.
-        tokens_seen: how many tokens of each sequence this layer has taken in over all passes, evicted ones included.
-        cache: the cache it belongs to, which knows the logical length and how many spare columns there should be.
+        entries: one `CacheEntries` for each sequence; none is packed, and none has log-masses.
+        tokens_seen: as of `CompressedLayer`.
+        cache: likewise.
 
     Attributes:
         num_columns: columns in use, which is the length of the longest sequence.
         left_padding: [B] int64, columns of padding before each sequence; None: there is none.
     """
 
-    is_sliding = False
-
     def __init__(self, entries: Sequence[CacheEntries], tokens_seen: Sequence[int], cache: CompressedCache) -> None:
-        self.cache = cache
-        self.tokens_seen = tuple(tokens_seen)
         lengths, keys = [len(e) for e in entries], entries[0].keys
+        super().__init__(tokens_seen, cache, keys)
         self.num_columns = max(lengths)
         self.left_padding = None
         if len(set(lengths)) > 1:
             self.left_padding = torch.tensor([self.num_columns - n for n in lengths], device=keys.device)
         columns = [e.columns for e in entries]
         self._buffers = {
-            name: self._padded([of_one[name] for of_one in columns], _NEW.get(name, 0)) for name in columns[0]
+            name: self._padded([of_one[name] for of_one in columns], NEW.get(name, 0)) for name in columns[0]
         }
-        self.is_initialized = True
-        self.dtype, self.device = keys.dtype, keys.device
 
     def _padded(self, sequences: Sequence[Tensor | None], spare: int) -> Tensor | None:
         """[1, G, S_b, ...] each -> [B, G, columns in use and spare ones, ...], padded on the left.
@@ -85,13 +171,15 @@ class CompressedLayer(CacheLayerMixin):
 
     @property
     def lengths(self) -> list[int]:
-        """How many entries a head each sequence has."""
         padding = [0] * self.batch_size if self.left_padding is None else self.left_padding.tolist()
         return [self.num_columns - n for n in padding]
 
     @property
+    def head_lengths(self) -> list[tuple[int, ...]]:
+        return [(length,) * self.keys.shape[1] for length in self.lengths]
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of the keys and values held; padding and spare columns are not counted."""
         return 2 * sum(self.lengths) * self.keys.shape[1] * self.keys.shape[3] * self.keys.element_size()
 
     def row(self, sequence: int) -> CacheEntries:
@@ -124,50 +212,19 @@ class CompressedLayer(CacheLayerMixin):
         return keys, values
 
     def _grow(self, num_columns: int) -> None:
-        capacity, used = num_columns + max(self.cache.headroom, num_columns // 8), self.num_columns
+        capacity, used, grown = num_columns + max(self.cache.headroom, num_columns // 8), self.num_columns, {}
         for name, old in self._buffers.items():
             if old is not None:
                 new = old.new_empty(*old.shape[:2], capacity, *old.shape[3:])
                 new[:, :, :used] = old[:, :, :used]
-                new[:, :, used:] = _NEW.get(name, 0)
-                self._buffers[name] = new
-
-    def advance(self, num_columns: int) -> None:
-        """Makes columns that were written ahead part of the layer."""
-        self.num_columns += num_columns
-        self.tokens_seen = tuple(n + num_columns for n in self.tokens_seen)
+                new[:, :, used:] = NEW.get(name, 0)
+                grown[name] = new
+        self._buffers = {**self._buffers, **grown}  # all at once, so that an interrupt leaves none behind the others
 
     def select_rows(self, rows: Tensor) -> None:
-        """Makes row `rows[i]` row i, as beams, repeats and sequences that leave the batch need it."""
         if rows.tolist() == list(range(self.batch_size)):
             return
         self._buffers = {name: None if x is None else x[rows.to(x.device)] for name, x in self._buffers.items()}
         padding = self.left_padding
         self.left_padding = None if padding is None else padding[rows.to(padding.device)]
         self.tokens_seen = tuple(self.tokens_seen[i] for i in rows.tolist())
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to do: a layer is made by the prompt pass, whole."""
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
-        """Refused: the host's own attention cannot go on from sequences of different lengths."""
-        raise InputError(
-            "this cache was compressed by mminfer and its rows have lengths of their own: go on with the patched "
-            "model or the engine that made it"
-        )
-
-    def get_seq_length(self) -> int:
-        """Tokens the host believes to be in the cache."""
-        return self.cache.logical_length
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.num_columns + query_length, self.cache.logical_length - self.num_columns
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def get_max_cache_shape(self) -> int:
-        """What host versions before 5.20 or so ask instead."""
-        return -1

@@ -13,11 +13,12 @@ from mminfer.config import InferenceConfig
 from mminfer.errors import InputError
 from mminfer.forward.attention import Visibility, causal_attention
 from mminfer.forward.kv_layer import CompressedLayer
+from mminfer.forward.packed_attention import of_heads, packed_attention
 from mminfer.layout import TokenLayout
 from mminfer.metrics.flops import causal_pairs
 from mminfer.metrics.records import LayerRecord
 from mminfer.models.adapter import ModelAdapter
-from mminfer.technique import CacheEntries, LayerView, LayerWork, checked_entries, kept_rows
+from mminfer.technique import CacheEntries, LayerView, LayerWork, checked_entries, kept_rows, mean_length
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,8 @@ class LayerAttention:
         held = none if self.past is None else self.past.row(sequence)
         self.entries.append(held)
         self.demands.append(0.0)
-        self._work.append(LayerWork(self.layer_idx, self.tokens_seen[sequence], 0, 0, len(held), 0, len(held)))
+        kept = held.per_head
+        self._work.append(LayerWork(self.layer_idx, self.tokens_seen[sequence], 0, 0, kept, 0, kept))
         self._mass_flops.append(0)
 
     def _query_rows(self, start: int, stop: int) -> Tensor | None:
@@ -137,7 +139,7 @@ class LayerAttention:
         if self.past is not None:
             earlier = self.past.row(sequence)
             _check_kind(earlier.keys, entries.keys)
-            num_past, entries = len(earlier), earlier.extend(entries)
+            num_past, entries = max(earlier.lengths), earlier.extend(entries)
         return LayerView(
             queries=q,
             entries=entries,
@@ -156,7 +158,7 @@ class LayerAttention:
         view = replace(view, attention_mass=attended.mass)
         if self._prune is not None:
             self.kept.append(kept_rows(self._prune, view) + self.layout.spans[sequence][0])
-        keys = len(view.entries)
+        keys = view.entries.per_head
         if window is not None:  # a later query sees no more, itself included
             view = replace(view, entries=view.entries.last(window - 1))
         self.entries.append(self._compress(view))
@@ -168,7 +170,7 @@ class LayerAttention:
                 queries=view.queries.shape[2],
                 keys=keys,
                 pairs=attended.pairs,
-                kept=len(self.entries[-1]),
+                kept=self.entries[-1].per_head,
                 mass_given=attended.mass is not None,
             )
         )
@@ -178,6 +180,9 @@ class LayerAttention:
     def _attend(self, sequence: int, view: LayerView, window: int | None) -> _Attended:
         q, keys, values, places = view.queries, view.keys, view.entries.values, view.query_index
         visible = Visibility(places, window, self._last_visible_key(sequence, view))
+        if view.entries.is_packed:
+            seen = [_pairs(length, q.shape[2], own) for length, own in of_heads(view.entries.lengths, visible)]
+            return _Attended(packed_attention(q, view.entries, view.scale, visible), None, 0, mean_length(seen))
         pairs = _pairs(len(view.entries), q.shape[2], visible)
         if visible.last_key is not None or window is not None or not self._asks_for_mass(view):
             return _Attended(causal_attention(q, keys, values, view.scale, visible), None, 0, pairs)
@@ -195,15 +200,16 @@ class LayerAttention:
             "score": lambda: k.new_zeros(heads, dtype=torch.float32),
             "size": lambda: k.new_ones(heads, dtype=torch.float32),
             "source": lambda: layout.source[start:stop].expand(heads),
+            "log_mass": lambda: k.new_zeros(heads, dtype=torch.float32),
         }
-        return CacheEntries(k, v, **{name: make[name]() for name in self.config.cache.columns})
+        return CacheEntries.of({"keys": k, "values": v} | {name: make[name]() for name in self.config.cache.columns})
 
     def _last_visible_key(self, sequence: int, view: LayerView) -> Tensor | None:
         """[S] int64: the last key that each query of the sequence sees; None: its own."""
         if self.layout.last_visible_row is None:
             return None
         start, stop = self.layout.spans[sequence]
-        num_past = len(view.entries) - (stop - start)
+        num_past = max(view.entries.lengths) - (stop - start)
         rows = slice(start, stop) if view.query_index is None else view.query_index - num_past + start
         return self.layout.last_visible_row[rows] - start + num_past
 
@@ -229,7 +235,7 @@ class LayerAttention:
     def replace_entries(self, sequence: int, entries: CacheEntries) -> None:
         """What a cache that works across layers has left of a sequence's entries."""
         self.entries[sequence] = entries
-        self._work[sequence] = replace(self._work[sequence], kept=len(entries))
+        self._work[sequence] = replace(self._work[sequence], kept=entries.per_head)
 
     def record(self, ffn: Tensor | None) -> LayerRecord:
         """What the layer did; ffn: [K] packed rows that went through its FFN, None: all."""
@@ -241,7 +247,8 @@ class LayerAttention:
             keys=tuple(w.seen if windowed else w.keys for w in self._work),
             ffn=lengths if ffn is None else tuple(self.layout.sequence[ffn].bincount(minlength=len(lengths)).tolist()),
             pairs=tuple(w.pairs for w in self._work),
-            entries=tuple(len(e) for e in self.entries),
+            head_entries=tuple(e.lengths for e in self.entries),
+            weighed=tuple(0 if e.log_mass is None else e.total for e in self.entries),
             cache_flops=tuple(
                 mass + (0 if cache is None else cache.layer_cost(spec, w))
                 for w, mass in zip(self._work, self._mass_flops, strict=True)

@@ -17,6 +17,7 @@ from mminfer.forward.branches import ffn_branch
 from mminfer.forward.kv_cache import CompressedCache, Continuation
 from mminfer.forward.kv_layer import CompressedLayer
 from mminfer.forward.layer_attention import LayerAttention, PassSettings
+from mminfer.forward.packed_layer import layer_of
 from mminfer.forward.rotary import Tables, fractional, frequency_factors
 from mminfer.layout import TokenLayout
 from mminfer.metrics.records import LayerRecord, PromptRecord, joined_layers
@@ -183,13 +184,13 @@ def _run_layers(
             if across_layers:
                 done.append((attend, ffn))
             else:
-                layers.append(CompressedLayer(attend.entries, attend.tokens_seen, cache))
+                layers.append(layer_of(attend.entries, attend.tokens_seen, cache))
                 records.append(attend.record(ffn))
             if attend.kept:
                 rows = rows.select(torch.cat(attend.kept))
     if across_layers:
         _compress_together(config, [attend for attend, _ in done])
-        layers = [CompressedLayer(attend.entries, attend.tokens_seen, cache) for attend, _ in done]
+        layers = [layer_of(attend.entries, attend.tokens_seen, cache) for attend, _ in done]
         records = [attend.record(ffn) for attend, ffn in done]
     cache.layers = layers
     return rows, records

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from mminfer.forward.kv_cache import CompressedCache, Continuation
 from mminfer.forward.kv_layer import CompressedLayer
+from mminfer.forward.packed_layer import PackedLayer, layer_of
 from mminfer.technique import COLUMNS, CacheEntries
 
 # The names in the file of the fields of `Continuation`, in their order.
@@ -33,6 +35,7 @@ def cache_facts(cache: CompressedCache) -> dict[str, Any]:
         "logical_length": cache.logical_length,
         "tokens": list(cache.tokens),
         "seen": [list(layer.tokens_seen) for layer in cache.layers],
+        "head_lengths": [_head_lengths(layer) for layer in cache.layers],
         "rotary_length": cache.rotary_length,
     }
 
@@ -46,18 +49,31 @@ def restore_cache(tensors: dict[str, Tensor], facts: dict[str, Any], device: tor
     cache = CompressedCache()
     here = {name: tensor.to(device) for name, tensor in tensors.items()}
     layers = []
-    for i, tokens_seen in enumerate(facts["seen"]):
-        rows = [_entries(here, f"{i}.{b}") for b in range(len(tokens_seen))]
-        layers.append(CompressedLayer(rows, tokens_seen, cache))
+    for i, (tokens_seen, lengths) in enumerate(zip(facts["seen"], facts["head_lengths"], strict=True)):
+        rows = [_entries(here, f"{i}.{b}", of_heads) for b, of_heads in enumerate(lengths)]
+        layers.append(layer_of(rows, tokens_seen, cache))
     continuation = Continuation(*(here[name] for name in CONTINUATION_NAMES))
     cache.commit(layers, facts["logical_length"], facts["tokens"], continuation, facts["rotary_length"])
     return cache
 
 
-def _entries(tensors: dict[str, Tensor], place: str) -> CacheEntries:
-    """One sequence's entries in one layer; place: the beginning of their names, `layer.sequence`."""
+def _head_lengths(layer: CompressedLayer) -> list[list[int] | None]:
+    """Of each sequence the entries of each head; None: the heads are alike, and have an axis of their own."""
+    if isinstance(layer, PackedLayer):
+        return [list(lengths) for lengths in layer.head_lengths]
+    return [None] * layer.batch_size
+
+
+def _entries(tensors: dict[str, Tensor], place: str, head_lengths: Sequence[int] | None) -> CacheEntries:
+    """One sequence's entries in one layer.
+
+    Args:
+        tensors: all there are.
+        place: the beginning of their names, `layer.sequence`.
+        head_lengths: as of `CacheEntries`.
+    """
     columns = {name: tensors.get(f"{place}.{name}") for name in COLUMNS}
     for name in ("keys", "values"):
         if columns[name] is None:
             raise KeyError(f"{place}.{name}")
-    return CacheEntries.of(columns)
+    return CacheEntries.of(columns, None if head_lengths is None else tuple(head_lengths))

@@ -107,7 +107,7 @@ def inspect_inputs(
         images=images,
         tokens=_token_facts(record, record.host, image_of, importance, adapter.spec),
         texts=_texts(processor.tokenizer, ids[0][attention_mask(inputs)[0]].tolist(), record.host),
-        layers=_layer_facts(record, runs, adapter.spec, model.dtype.itemsize),
+        layers=_layer_facts(record, runs),
         answer=runs.own.text,
         full_answer=runs.full.text,
         first_token_kl=runs.first_token_kl,
@@ -242,20 +242,19 @@ def _array(values: Tensor) -> Floats:
     return array
 
 
-def _layer_facts(record: PassRecord, runs: _Runs, spec: ModelSpec, element_size: int) -> tuple[LayerFacts, ...]:
-    per_entry = 2 * spec.num_key_value_heads * spec.head_dim * element_size
+def _layer_facts(record: PassRecord, runs: _Runs) -> tuple[LayerFacts, ...]:
     facts = []
     for i, (attention, ffn) in enumerate(record.skipped):
-        entries, full_entries = runs.own.stats.layer_entries[i], runs.full.stats.layer_entries[i]
         facts.append(
             LayerFacts(
                 rows=runs.own.stats.layer_rows[i],
                 full_rows=runs.full.stats.layer_rows[i],
                 left=len(record.left.get(i, ())),
-                entries=entries,
-                full_entries=full_entries,
-                cache_bytes=entries * per_entry,
-                full_cache_bytes=full_entries * per_entry,
+                entries=runs.own.stats.layer_entries[i],
+                head_entries=runs.own.stats.head_entries[i],
+                full_entries=runs.full.stats.layer_entries[i],
+                cache_bytes=runs.own.stats.layer_cache_bytes[i],
+                full_cache_bytes=runs.full.stats.layer_cache_bytes[i],
                 skipped=("queries",) * attention + ("FFN",) * ffn,
             )
         )

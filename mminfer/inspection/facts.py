@@ -116,7 +116,8 @@ class LayerFacts:
     Args:
         rows: rows that entered.
         left: tokens that left behind it.
-        entries: entries a head that its cache holds after the prompt.
+        entries: entries a head that its cache holds after the prompt: the mean, rounded, where its heads differ.
+        head_entries: those of each head.
         skipped: operators that visual tokens skipped.
     """
 
@@ -124,6 +125,7 @@ class LayerFacts:
     full_rows: int
     left: int
     entries: int
+    head_entries: tuple[int, ...]
     full_entries: int
     cache_bytes: int
     full_cache_bytes: int

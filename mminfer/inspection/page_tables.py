@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 from itertools import groupby
 
-from mminfer.inspection.facts import Inspection
+from mminfer.inspection.facts import Inspection, LayerFacts
 from mminfer.inspection.words import image_names, percent
 from mminfer.metrics.memory import show_bytes
 
@@ -19,7 +19,7 @@ def layers_html(inspection: Inspection) -> str:
         rows.append(
             f"<tr><td>{i}</td>"
             f"<td>{_bar(layer.rows, most_rows)}{layer.rows:,} of {layer.full_rows:,}</td>"
-            f"<td>{_bar(layer.entries, most_entries)}{layer.entries:,} of {layer.full_entries:,}</td>"
+            f"<td>{_bar(layer.entries, most_entries)}{layer.entries:,} of {layer.full_entries:,}{_heads(layer)}</td>"
             f"<td>{show_bytes(layer.cache_bytes)} of {show_bytes(layer.full_cache_bytes)}</td>"
             f"<td>{f'{layer.left:,}' if layer.left else ''}</td>"
             f"<td>{', '.join(layer.skipped)}</td></tr>"
@@ -30,6 +30,13 @@ def layers_html(inspection: Inspection) -> str:
         '<section><h2>Layers</h2><p class="soft">Blue: with these settings; grey: what the full model has.</p>'
         f'<div class="wide"><table><tr>{head}</tr>{"".join(rows)}</table></div></section>'
     )
+
+
+def _heads(layer: LayerFacts) -> str:
+    """The entries of each head, where they differ."""
+    if len(set(layer.head_entries)) == 1:
+        return ""
+    return f'<br><small class="soft">heads: {", ".join(f"{n:,}" for n in layer.head_entries)}</small>'
 
 
 def _bar(part: int, whole: int) -> str:

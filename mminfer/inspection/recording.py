@@ -155,6 +155,10 @@ class RecordedMerge(_Recorded, MergeTechnique, register=False):
 class RecordedPrune(_Recorded, PruneTechnique, register=False):
     """Notes who leaves, and what the first layer that prunes thought of everybody."""
 
+    @property
+    def by_head(self) -> bool:  # type: ignore[override]
+        return bool(self.technique.by_head)
+
     def prunes(self, layer_idx: int, num_layers: int) -> bool:
         return bool(self.technique.prunes(layer_idx, num_layers))
 
@@ -210,6 +214,10 @@ class RecordedCache(_Recorded, CacheTechnique, register=False):
     @property
     def across_layers(self) -> bool:  # type: ignore[override]
         return bool(self.technique.across_layers)
+
+    @property
+    def by_head(self) -> bool:  # type: ignore[override]
+        return bool(self.technique.by_head)
 
     @property
     def columns(self) -> tuple[str, ...]:  # type: ignore[override]

@@ -104,8 +104,8 @@ def _skip(inspection: Inspection) -> str:
 
 
 def _cache(inspection: Inspection) -> str:
-    held = sum(layer.entries for layer in inspection.layers)
-    had = sum(layer.rows for layer in inspection.layers)
+    held = sum(sum(layer.head_entries) for layer in inspection.layers)
+    had = sum(layer.rows * len(layer.head_entries) for layer in inspection.layers)
     return (
         f"behind the prompt {percent(held, had)} of the cache entries stayed, {inspection.evicted}. "
         "The first token of the answer comes before that; only later ones can change by it."

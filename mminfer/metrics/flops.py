@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from mminfer.metrics.measured import measured_flops
@@ -94,7 +95,7 @@ class PassFlops:
         return sum(self.by_operator.values())
 
 
-def layer_counts(spec: ModelSpec, rows: int, queries: int, ffn: int, pairs: int) -> LayerFlops:
+def layer_counts(spec: ModelSpec, rows: int, queries: int, ffn: int, pairs: int | Fraction) -> LayerFlops:
     """One decoder layer, without what techniques spend.
 
     Args:
@@ -102,12 +103,12 @@ def layer_counts(spec: ModelSpec, rows: int, queries: int, ffn: int, pairs: int)
         rows: rows that are projected to keys and values.
         queries: rows that are projected to queries and out of the attention.
         ffn: rows that go through the FFN.
-        pairs: query-key pairs that the attention looks at.
+        pairs: query-key pairs a head that the attention looks at.
     """
     query_size = spec.num_attention_heads * spec.head_dim
     per_query = 2 * spec.hidden_size * query_size * queries
     per_row = 2 * spec.hidden_size * spec.num_key_value_heads * spec.head_dim * rows
-    looked = 2 * query_size * pairs
+    looked = int(2 * query_size * pairs)
     ffn_flops = 6 * spec.hidden_size * spec.intermediate_size * ffn
     return LayerFlops(per_query, per_row, per_row, per_query, looked, looked, ffn_flops)
 
@@ -181,16 +182,27 @@ def full_prompt_flops(
     return full_prompt_counts(spec, prompt, past, ahead, dense).total
 
 
-def decode_counts(spec: ModelSpec, entries: Sequence[int]) -> PassFlops:
-    """One token of one sequence over a cache with so many entries a head in each layer, its own not among them."""
+def decode_counts(spec: ModelSpec, entries: Sequence[int | Sequence[int]]) -> PassFlops:
+    """One token of one sequence over its cache.
+
+    Args:
+        spec: the model's geometry.
+        entries: of each layer, entries a head, or those of each of its heads; the token's own not among them.
+    """
     windows = _windows(spec, range(len(entries)))
-    pairs = (causal_pairs(1, n, window) for n, window in zip(entries, windows, strict=True))
+    pairs = (_decode_pairs(n, window) for n, window in zip(entries, windows, strict=True))
     return PassFlops(tuple(layer_counts(spec, 1, 1, 1, x) for x in pairs), head=head_flops(spec, 1))
 
 
-def decode_flops(spec: ModelSpec, entries: Sequence[int]) -> int:
+def decode_flops(spec: ModelSpec, entries: Sequence[int | Sequence[int]]) -> int:
     """The total of `decode_counts`."""
     return decode_counts(spec, entries).total
+
+
+def _decode_pairs(entries: int | Sequence[int], window: int | None) -> int | Fraction:
+    if isinstance(entries, int):
+        return causal_pairs(1, entries, window)
+    return Fraction(sum(causal_pairs(1, n, window) for n in entries), len(entries))
 
 
 def _windows(spec: ModelSpec, layers: Iterable[int]) -> list[int | None]:

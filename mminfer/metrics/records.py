@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
+from typing import Any
 
+from mminfer.technique import mean_length
+
+LOG_MASS_BYTES = 4
 SUMS = ("rows", "queries", "ffn", "pairs", "cache_flops", "prune_flops")  # over the chunks of a prompt
-PER_SEQUENCE = (*SUMS, "keys", "entries")  # fields of a layer's record
+OF_CACHE = ("head_entries", "weighed")  # what is held at the end
+PER_SEQUENCE = (*SUMS, *OF_CACHE, "keys")  # fields of a layer's record
 
 
 @dataclass(frozen=True)
@@ -18,10 +23,11 @@ class LayerRecord:
         rows: rows that entered the layer.
         queries: rows that issued a query.
         keys: entries a head there were for the queries, their own and those beyond a window included; in chunks, the
-            most.
+            most. Like the pairs the mean over the heads, where these differ in length.
         ffn: rows that went through the FFN.
-        pairs: query-key pairs that the attention looked at.
-        entries: entries a head that the layer's cache holds afterwards.
+        pairs: query-key pairs a head that the attention looked at.
+        head_entries: entries that the layer's cache holds afterwards in each head.
+        weighed: how many of them, over all heads, have a log-mass beside keys and values.
         cache_flops: what compressing the cache spent.
         prune_flops: what choosing the tokens that leave spent.
     """
@@ -31,9 +37,20 @@ class LayerRecord:
     keys: tuple[int, ...]
     ffn: tuple[int, ...]
     pairs: tuple[int, ...]
-    entries: tuple[int, ...]
+    head_entries: tuple[tuple[int, ...], ...]
+    weighed: tuple[int, ...]
     cache_flops: tuple[int, ...]
     prune_flops: tuple[int, ...]
+
+    @property
+    def entries(self) -> tuple[int, ...]:
+        """Entries a head that the layer's cache holds afterwards: the mean, rounded, where its heads differ."""
+        return tuple(mean_length(lengths) for lengths in self.head_entries)
+
+    def cache_bytes(self, head_dim: int, element_size: int) -> int:
+        """Bytes of keys and values (and of log-masses) that the layer's cache holds afterwards, of all sequences."""
+        entries = sum(map(sum, self.head_entries))
+        return 2 * entries * head_dim * element_size + LOG_MASS_BYTES * sum(self.weighed)
 
 
 @dataclass
@@ -116,11 +133,13 @@ def _some(values: Iterable[int]) -> tuple[int, ...]:
 def _joined_layer(chunks: Sequence[LayerRecord]) -> LayerRecord:
     if len(chunks) == 1:
         return chunks[0]
-    sums = {name: tuple(map(sum, zip(*(getattr(c, name) for c in chunks), strict=True))) for name in SUMS}
+    facts: dict[str, Any] = {
+        name: tuple(map(sum, zip(*(getattr(c, name) for c in chunks), strict=True))) for name in SUMS
+    }
     keys = tuple(map(max, zip(*(c.keys for c in chunks), strict=True)))
-    return LayerRecord(**sums, keys=keys, entries=chunks[-1].entries)
+    return LayerRecord(**facts, keys=keys, **{name: getattr(chunks[-1], name) for name in OF_CACHE})
 
 
 def _stacked_layer(sequences: Sequence[LayerRecord]) -> LayerRecord:
-    facts = {name: tuple(n for s in sequences for n in getattr(s, name)) for name in PER_SEQUENCE}
+    facts: dict[str, Any] = {name: tuple(n for s in sequences for n in getattr(s, name)) for name in PER_SEQUENCE}
     return LayerRecord(**facts)

@@ -23,8 +23,11 @@ class GenerationStats:
         visual_tokens: visual ones among them.
         merged_tokens: tokens that entered the language model.
         layer_rows: rows that entered each layer.
-        layer_entries: entries a head that each layer's cache held after the prompt.
-        cache_bytes: keys and values held after the prompt.
+        layer_entries: entries a head that each layer's cache held after the prompt: the mean, rounded, where its heads
+            differ.
+        head_entries: for each layer the entries of each head.
+        layer_cache_bytes: of each layer, keys and values held after the prompt, and log-masses where there are any.
+        cache_bytes: the same of all layers.
         full_cache_bytes: the same of the uncompressed model.
         prompt_flops: the language model's work on the prompt as it ran, techniques included; vision tower left out.
         full_prompt_flops: the same of the uncompressed model.
@@ -43,6 +46,8 @@ class GenerationStats:
     merged_tokens: int
     layer_rows: tuple[int, ...]
     layer_entries: tuple[int, ...]
+    head_entries: tuple[tuple[int, ...], ...]
+    layer_cache_bytes: tuple[int, ...]
     cache_bytes: int
     full_cache_bytes: int
     prompt_flops: int
@@ -78,16 +83,17 @@ def stats_of(
 ) -> GenerationStats:
     """The figures of one sequence of a batch."""
     own = _own_record(record, sequence)
-    entries = tuple(layer.entries[0] for layer in own.layers)
     tokens = own.prompt[0] + own.past[0]
-    per_entry = 2 * spec.num_key_value_heads * spec.head_dim * element_size
+    held = tuple(layer.cache_bytes(spec.head_dim, element_size) for layer in own.layers)
     return GenerationStats(
         prompt_tokens=own.prompt[0],
         visual_tokens=own.visual[0],
         merged_tokens=own.merged[0],
         layer_rows=tuple(layer.rows[0] for layer in own.layers),
-        layer_entries=entries,
-        cache_bytes=sum(entries) * per_entry,
+        layer_entries=tuple(layer.entries[0] for layer in own.layers),
+        head_entries=tuple(layer.head_entries[0] for layer in own.layers),
+        layer_cache_bytes=held,
+        cache_bytes=sum(held),
         full_cache_bytes=full_cache_bytes(spec, [tokens], element_size),
         prompt_flops=prompt_flops(spec, own),
         full_prompt_flops=full_prompt_flops(spec, own.prompt, own.past, own.pairs_ahead),

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
+from mminfer.config import InferenceConfig
 from mminfer.errors import InputError
 from mminfer.forward.call_state import CallState, tokens_of
 from mminfer.forward.kv_cache import CACHE_NAME, CompressedCache, Origin
@@ -54,6 +55,21 @@ def check_continuation(cache: CompressedCache, origin: Origin) -> None:
         raise InputError(f"a row of {CACHE_NAME} ends in padding: pad prompts on the left to go on from them")
     if cache.origin is not origin:
         origin.check(cache)
+
+
+def check_heads(cache: CompressedCache, config: InferenceConfig) -> None:
+    """Raises `InputError` where heads of a cache differ in length and a technique looks at heads that are alike.
+
+    Args:
+        cache: what came before.
+        config: the techniques of the pass that is to go on from it.
+    """
+    looking = [x for x in (config.prune, config.cache) if x is not None and not x.by_head]
+    if looking and cache.is_packed:
+        raise InputError(
+            f"{CACHE_NAME} holds a number of entries of its own in each head, and {type(looking[0]).__name__} takes "
+            "heads that are alike: go on with the settings that made it, or begin with an empty cache"
+        )
 
 
 def check_batch(rows: int, cache: CompressedCache) -> None:

@@ -26,7 +26,14 @@ from mminfer.models.adapter import ModelAdapter
 from mminfer.models.registry import adapter_for
 from mminfer.models.structure import running_device
 from mminfer.models.wrappers import check_layers
-from mminfer.patching.callers_inputs import cache_for, check_batch, check_continuation, check_holes, check_mask
+from mminfer.patching.callers_inputs import (
+    cache_for,
+    check_batch,
+    check_continuation,
+    check_heads,
+    check_holes,
+    check_mask,
+)
 from mminfer.patching.replacement import check_unpatched
 
 _REFUSED = {
@@ -187,6 +194,7 @@ class ModelPass:
                 raise InputError(f"{name}: a patched model gives no {what}; undo() the patch for this call")
         keep = inputs.get("logits_to_keep", 0)
         last_only = isinstance(keep, int) and keep == 1
+        check_heads(cache, self.config)
         check_holes(inputs, self.adapter.spec.sliding_window)
         ends_in_padding = check_mask(call, inputs, cache, last_only or self.config.removes_rows)
         given = call.take_given_embeddings()

@@ -2,6 +2,7 @@
 
 from mminfer.technique.chance import draw_lot
 from mminfer.technique.checks import check_columns, check_declared, checked_entries, compressed_layers, kept_rows
+from mminfer.technique.entries import COLUMNS, CacheEntries, mean_length
 from mminfer.technique.registry import TechniqueRegistry, is_bundled
 from mminfer.technique.settings import (
     CACHE_SHARES,
@@ -27,7 +28,7 @@ from mminfer.technique.stages import (
     Stage,
     Technique,
 )
-from mminfer.technique.views import COLUMNS, CacheEntries, LayerView, LayerWork
+from mminfer.technique.views import LayerView, LayerWork
 
 __all__ = [
     "CACHE_SHARES",
@@ -62,4 +63,5 @@ __all__ = [
     "is_whole",
     "kept_rows",
     "layer_index",
+    "mean_length",
 ]

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from mminfer.errors import ConfigError, shown
+from mminfer.technique.entries import COLUMNS, CacheEntries
 from mminfer.technique.registry import is_registered
-from mminfer.technique.views import COLUMNS, CacheEntries, LayerView
+from mminfer.technique.views import LayerView
 
 if TYPE_CHECKING:
     from mminfer.technique.stages import CacheTechnique, PruneTechnique, Technique
@@ -83,11 +84,18 @@ def checked_entries(technique: CacheTechnique, found: Any, given: CacheEntries) 
     name = type(technique).__name__
     if not isinstance(found, CacheEntries):
         raise ConfigError(f"{name} gave {type(found).__name__}, wanted CacheEntries: use view.entries.select(places)")
+    if not technique.by_head and (found.is_packed or found.log_mass is not None):
+        raise ConfigError(
+            f"{name} gave {'heads of different lengths' if found.is_packed else 'log-masses'}, but its class does not "
+            "say that it works so: set by_head: ClassVar[bool] = True"
+        )
     shapes = {tuple(x.shape) for x in (found.keys, found.values)}
     batch, heads, kept, size = found.keys.shape if found.keys.dim() == 4 else (0, 0, 0, 0)
-    if len(shapes) > 1 or (batch, heads, size) != (1, given.keys.shape[1], given.keys.shape[3]) or kept == 0:
-        wanted = f"[1, {given.keys.shape[1]}, S, {given.keys.shape[3]}] with S of 1 or more"
+    groups = 1 if found.is_packed else len(given.lengths)
+    if len(shapes) > 1 or (batch, heads, size) != (1, groups, given.keys.shape[3]) or kept == 0:
+        wanted = f"[1, {groups}, S, {given.keys.shape[3]}] with S of 1 or more"
         raise ConfigError(f"{name} gave keys and values of {[list(s) for s in shapes]}, wanted {wanted} of both")
+    _check_heads(name, found, len(given.lengths))
     theirs = found.columns
     for column, held in given.columns.items():
         other = theirs[column]
@@ -97,6 +105,24 @@ def checked_entries(technique: CacheTechnique, found: Any, given: CacheEntries) 
                 "CacheEntries.merged"
             )
     return found
+
+
+def _check_heads(name: str, found: CacheEntries, heads: int) -> None:
+    """Raises `ConfigError` unless packed entries are those of so many heads, and log-masses one number for each."""
+    lengths: Any = found.head_lengths
+    if lengths is not None:
+        whole = isinstance(lengths, tuple) and all(type(n) is int and n >= 0 for n in lengths)
+        if not whole or len(lengths) != heads or sum(lengths) != len(found):
+            raise ConfigError(
+                f"{name} gave head_lengths={shown(lengths)}, wanted {heads} whole numbers that add up to its "
+                f"{len(found)} entries: use CacheEntries.select_heads"
+            )
+    mass: Any = found.log_mass
+    if mass is not None:
+        sound = isinstance(mass, Tensor) and mass.dtype == torch.float32 and mass.shape == found.keys.shape[:3]
+        if not sound or (mass.device.type == "cpu" and not bool(mass.isfinite().all())):
+            given = f"{mass.dtype} {list(mass.shape)}" if isinstance(mass, Tensor) else type(mass).__name__
+            raise ConfigError(f"{name} gave log_mass {given}, wanted finite float32 {list(found.keys.shape[:3])}")
 
 
 def compressed_layers(

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from mminfer.layout import TokenLayout
 from mminfer.technique import registry
+from mminfer.technique.entries import CacheEntries
 from mminfer.technique.settings import MOST_COUNT, UNQUOTED, check_full_attention, check_values
-from mminfer.technique.views import CacheEntries, LayerView, LayerWork
+from mminfer.technique.views import LayerView, LayerWork
 
 if TYPE_CHECKING:
     from mminfer.models.spec import ModelSpec
@@ -41,6 +42,8 @@ class Technique(ABC):
     stage: ClassVar[Stage]
     # Whether it is there to be beaten: such techniques are left out of support tables and drawn as baselines.
     baseline: ClassVar[bool] = False
+    # Of stages that look at entries: whether it takes those of heads that differ in length, as caches may leave them.
+    by_head: ClassVar[bool] = False
 
     def __init_subclass__(cls, register: bool = True, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
@@ -174,7 +177,7 @@ class PruneTechnique(Technique):
     def importance(self, view: LayerView) -> Tensor | None:
         """[N] float32, how important the technique takes each key to be; None: it does not judge.
 
-        `mminfer inspect` shades pictures by it.
+        Those of the rows of this pass come last, and may be all there are. `mminfer inspect` shades pictures by it.
         """
         return None
 
@@ -206,7 +209,9 @@ class CacheTechnique(Technique):
     """Compresses a layer's keys and values; `cost` takes query-key pairs a sequence.
 
     Behind each layer by `apply`; or, where it works `across_layers`, on all of them behind the last one, by
-    `compress_layers`.
+    `compress_layers`. Where it works `by_head`, heads may keep different numbers of entries
+    (`CacheEntries.select_heads`), and entries may have log-masses; what it is given is then packed from the second pass
+    on.
     """
 
     stage = Stage.CACHE

@@ -40,6 +40,7 @@ class FastV(PruneTechnique):
     ratio: float = 0.5
 
     baseline: ClassVar[bool] = True
+    by_head: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_fraction("FastV.ratio", self.ratio)
@@ -66,11 +67,16 @@ class FastV(PruneTechnique):
         return aim_keep(self.importance(view)[-rows:], is_visual, view.prompt_tokens, self.ratio)
 
     def importance(self, view: LayerView) -> Tensor:
-        """[N] float32, of every key of one sequence: what the last query looks at; zero where there is no query."""
+        """[N] float32, of every key of one sequence: what the last query looks at; zero where there is no query.
+
+        Where an earlier pass left heads of different lengths, of the rows of this pass alone.
+        """
         if view.queries.shape[2] == 0:
             return torch.zeros(len(view.entries), device=view.keys.device)
-        last = view.query_index[-1:] if view.query_index is not None else None
-        return column_mass(view.queries[:, :, -1:], view.keys, query_index=last, scale=view.scale).mean(1)[0]
+        if view.entries.is_packed:
+            of_heads = [_looked_at(x)[..., -len(view.is_visual) :] for x in view.heads()]
+            return torch.cat(of_heads, 1).mean(1)[0]
+        return _looked_at(view).mean(1)[0]
 
     def cost(self, spec: ModelSpec, lengths: Sequence[int]) -> int:
         """One product for the logits, and one of a vote with the probabilities, for pairs of queries that count."""
@@ -87,3 +93,9 @@ class FastV(PruneTechnique):
     @classmethod
     def sweeps(cls) -> dict[str, dict[str, Self]]:
         return {"FastV": {f"{share} %": cls(2, share / 100) for share in (50, 25, 10)}}
+
+
+def _looked_at(view: LayerView) -> Tensor:
+    """[1, H, N] float32: what the last query gives each key."""
+    last = view.query_index[-1:] if view.query_index is not None else None
+    return column_mass(view.queries[:, :, -1:], view.keys, query_index=last, scale=view.scale)

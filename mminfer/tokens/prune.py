@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 from mminfer_kernels import power_iterate
@@ -52,6 +52,8 @@ class AIMPrune(PruneTechnique):
     end: int | float = 22 / 28
     temperature: float = 0.1
     iterations: int = 5
+
+    by_head: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         sound = is_number(self.temperature, above=0, most=MOST_FACTOR) and self.temperature >= 1 / MOST_FACTOR
@@ -102,11 +104,22 @@ class AIMPrune(PruneTechnique):
         return aim_keep(self.importance(view)[-rows:], is_visual, view.prompt_tokens, rate)
 
     def importance(self, view: LayerView) -> Tensor:
-        """[N] float32, of every key of one sequence; a row without a query casts no vote."""
+        """[N] float32, of every key of one sequence; a row without a query casts no vote.
+
+        Where an earlier pass left heads of different lengths, of the rows of this pass alone.
+        """
         if view.query_index is not None and len(view.query_index) == 0:
             return torch.zeros(len(view.entries), device=view.keys.device)
-        mass = power_iterate(view.queries, view.keys, self.iterations, self.temperature, view.query_index, view.scale)
+        if view.entries.is_packed:  # each head begins with the same on each of its keys, be they many or few
+            of_heads = [len(x.entries) * self._mass(x)[..., -len(view.is_visual) :] for x in view.heads()]
+            mass = torch.cat(of_heads, 1).div_(max(view.entries.lengths))
+        else:
+            mass = self._mass(view)
         return mass.square_().mean(1).sqrt_()[0]
+
+    def _mass(self, view: LayerView) -> Tensor:
+        """[1, H, N] float32."""
+        return power_iterate(view.queries, view.keys, self.iterations, self.temperature, view.query_index, view.scale)
 
     def cost(self, spec: ModelSpec, lengths: Sequence[int]) -> int:
         """One product for the logits, and one of `iterations` votes with the probabilities."""

@@ -15,11 +15,13 @@ from safetensors.torch import save
 from mminfer import Digest, Engine, InferenceConfig, InputError, LookM, MminferError, nano
 from mminfer.chat_files.chat_file import CHAT, CHECKSUM, checksum
 from mminfer.forward.storage import cache_facts, cache_tensors
+from tests.by_head import ByLot
 
 CONFIGS = {
     "off": InferenceConfig(),
     "lookm": InferenceConfig(cache=LookM(0.4, 0.2)),
     "digest": InferenceConfig(cache=Digest(0.5)),
+    "by head": InferenceConfig(cache=ByLot(0.7, weighed=True)),
 }
 _ODD = [None, True, 0, 1, -1, 2**31, 2**70, 0.5, 1e308, float("inf"), float("nan"), "", "x", "\ud800", [], [[]], {}]
 _DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64, torch.bool, torch.uint8]

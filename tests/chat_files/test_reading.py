@@ -52,9 +52,9 @@ def test_a_file_cut_or_gone_on_with_is_refused(engine, saved, tmp_path):
 
 
 def test_files_of_earlier_formats_are_refused_by_name(engine, tmp_path):
-    facts = {"format": 3, "model": engine.fingerprint, "config": engine.config.to_dict()}
+    facts = {"format": 4, "model": engine.fingerprint, "config": engine.config.to_dict()}
     save_file({"decode_position": torch.zeros(0)}, tmp_path / "chat", {CHAT: json.dumps(facts)})
-    with pytest.raises(InputError, match=r"its format is 3, this version's 4: .*read their content once more"):
+    with pytest.raises(InputError, match=r"its format is 4, this version's 5: .*read their content once more"):
         engine.load_chat(tmp_path / "chat")
 
 

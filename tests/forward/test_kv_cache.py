@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from mminfer import AIMPrune, InferenceConfig, InputError, LookM, patched
 from mminfer.forward.kv_cache import CompressedCache, Continuation
-from mminfer.forward.kv_layer import CompressedLayer
+from mminfer.forward.kv_layer import PaddedLayer
 from mminfer.technique import CacheEntries
 from tests.tiny import IMAGE, tiny_inputs, tiny_model
 
@@ -19,9 +19,9 @@ def entries(length: int, tracked: bool = True) -> CacheEntries:
     return CacheEntries(k, v, torch.rand(1, 2, length) > 0.5, torch.rand(1, 2, length))
 
 
-def layer_of(rows: list[CacheEntries]) -> CompressedLayer:
+def layer_of(rows: list[CacheEntries]) -> PaddedLayer:
     cache = CompressedCache()
-    layer = CompressedLayer(rows, [len(r) for r in rows], cache)
+    layer = PaddedLayer(rows, [len(r) for r in rows], cache)
     ends = torch.tensor([float(len(r)) for r in rows])
     cache.commit([layer], max(map(len, rows)), [len(r) for r in rows], Continuation.behind_text(ends))
     return layer

@@ -17,7 +17,15 @@ import mminfer_kernels
 import torch
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
-from mminfer_kernels import BackendError, DecoderWeights, LayerCache, LayerWeights, build
+from mminfer_kernels import (
+    BackendError,
+    DecoderWeights,
+    LayerCache,
+    LayerWeights,
+    PackedLayerCache,
+    Segments,
+    build,
+)
 from torch import Tensor
 
 SIZES = (0, 1, 2, 3, 7, 15, 16, 17, 33, 64, 65, 130)
@@ -89,6 +97,21 @@ def decode_attention(draw: Random) -> dict:
     del arguments["query_index"]
     starts = [draw.randint(-3, arguments["k"].shape[2] + 3) for _ in range(len(arguments["q"]))]
     return arguments | {"starts": draw.choice((None, torch.tensor(starts, dtype=torch.int64)))}
+
+
+def packed_decode_attention(draw: Random) -> dict:
+    groups, repeat, batch = draw.choice((1, 2, 3)), draw.choice((1, 2, 5)), draw.choice((0, 1, 2))
+    size, rows, dtype = draw.choice(SIZES), draw.choice(SIZES[1:]), draw.choice(DTYPES)
+    first = [[draw.randrange(rows) for _ in range(groups)] for _ in range(batch)]
+    lengths = [[draw.randint(1, rows - start) for start in starts] for starts in first]
+    of_heads = [torch.tensor(x, dtype=torch.int64).view(batch, groups) for x in (first, lengths)]
+    shapes = (batch, groups * repeat, 1, size), (rows, size), (rows, size)
+    q, keys, values = (torch.randn(shape).to(dtype) for shape in shapes)
+    return {
+        "q": q, "keys": keys, "values": values, "first": of_heads[0], "lengths": of_heads[1],
+        "scale": draw.choice((None, 0.3)), "log_mass": draw.choice((None, torch.rand(rows))),
+        "longest": draw.choice((None, rows)),
+    }  # fmt: skip
 
 
 def rows(draw: Random) -> tuple[Tensor, Tensor, Tensor]:
@@ -191,12 +214,32 @@ def decode_step(draw: Random) -> dict:
     return arguments | numbers | {"starts": draw.choice((None, starts))}
 
 
+def packed_decode_step(draw: Random) -> dict:
+    """The same over a packed cache, with its segments' rows as arguments of their own."""
+    arguments = decode_step(draw)
+    batch, groups, entries, size = arguments["keys"].shape
+    lengths = torch.randint(entries, (batch, groups))
+    capacity = int(lengths.max()) + 3 if batch else 0
+    rows = batch * groups * capacity + 1
+    first = capacity * torch.randperm(batch * groups).view(batch, groups)
+    keys, values = torch.randn(2, rows, size) * 0.3
+    packed = {"keys": keys, "values": values, "first": first, "lengths": lengths, "rows": rows, "added": 1}
+    packed["log_mass"] = draw.choice((None, torch.rand(rows)))
+    return {name: x for name, x in arguments.items() if name not in LayerCache._fields} | packed
+
+
 OPS = {
     make.__name__: make
     for make in (
+<<<<<<< HEAD
         prompt_attention, prompt_attention_mass, prompt_attention_peak, column_mass, power_iterate, decode_attention,
         best_match, merge_rows, add_rows, gather_rows, gather_rms_norm, swiglu, rotary_table, rotary, apply_rotary,
         decode_step,
+=======
+        prompt_attention, prompt_attention_mass, column_mass, power_iterate, decode_attention, packed_decode_attention,
+        best_match, merge_rows, add_rows, gather_rows, gather_rms_norm, swiglu, rotary_table, rotary, apply_rotary,
+        decode_step, packed_decode_step,
+>>>>>>> part-store
     )
 } | {"rotary_": rotary}  # fmt: skip
 
@@ -204,11 +247,16 @@ OPS = {
 def call(op: str, arguments: dict, backend: str) -> list[Tensor]:
     """The op's results, and what it wrote into."""
     given = dict(arguments)
-    if op != "decode_step":
+    if not op.endswith("decode_step"):
         found = getattr(mminfer_kernels, op)(**given, backend=backend)
         return [given["q"], given["k"]] if op == "rotary_" else list(found) if isinstance(found, tuple) else [found]
     layer = LayerWeights._make(given.pop(name, None) for name in LayerWeights._fields)
-    cache = LayerCache._make(given.pop(name) for name in LayerCache._fields)
+    if op == "packed_decode_step":
+        segments = Segments(*(given.pop(name) for name in ("first", "lengths", "rows")))
+        kept = {name: given.pop(name) for name in ("keys", "values", "added", "log_mass")}
+        cache: LayerCache | PackedLayerCache = PackedLayerCache(**kept, segments=segments)
+    else:
+        cache = LayerCache._make(given.pop(name) for name in LayerCache._fields)
     run = {name: given.pop(name) for name in ("hidden_states", "cos", "sin")}
     weights = DecoderWeights((layer,), **given)
     return [mminfer_kernels.decode_step(**run, weights=weights, caches=[cache], backend=backend), *cache[:2]]

@@ -25,7 +25,7 @@ from mminfer_kernels.checks import PlaceError
 from tests.kernels import hostile
 
 TWO_THREADS = {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"}  # other tests run beside these
-CALLED_OTHERWISE = {"rotary_"}  # beside what is registered
+CALLED_OTHERWISE = {"rotary_", "packed_decode_step"}  # beside what is registered
 
 
 def test_every_op_is_called():

@@ -12,6 +12,7 @@ from mminfer_kernels import (
     gather_rms_norm,
     gather_rows,
     merge_rows,
+    packed_decode_attention,
     power_iterate,
     prompt_attention,
     prompt_attention_mass,
@@ -27,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 pytestmark = pytest.mark.usefixtures("backend")
 
 BATCH, HEADS, GROUPS, QUERIES, TOKENS, SIZE = 2, 6, 2, 9, 20, 8
+FIRST_AND_LENGTHS = torch.tensor([[0, 3], [9, 0]]), torch.tensor([[20, 1], [7, 12]])
 PAIRS = sum(range(TOKENS - QUERIES + 1, TOKENS + 1))  # of one head
 
 
@@ -44,6 +46,7 @@ def inputs_of(name):
         "column_mass": (q, k),
         "power_iterate": (q, k, 3),
         "decode_attention": (q, k, v, torch.tensor([0, 5])),
+        "packed_decode_attention": (q[:, :, :1], k[0, 0], v[0, 0], *FIRST_AND_LENGTHS),
         "best_match": (rows, x),
         "merge_rows": (x, rows, index),
         "_add_rows_": (x, index, rows, "auto"),
@@ -59,8 +62,8 @@ def inputs_of(name):
 
 NAMES = [
     "prompt_attention", "prompt_attention_mass", "prompt_attention_peak", "column_mass", "power_iterate",
-    "decode_attention", "best_match", "merge_rows", "_add_rows_", "gather_rows", "gather_rms_norm", "swiglu", "rotary",
-    "rotary_", "rotary_table", "apply_rotary",
+    "decode_attention", "packed_decode_attention", "best_match", "merge_rows", "_add_rows_", "gather_rows",
+    "gather_rms_norm", "swiglu", "rotary", "rotary_", "rotary_table", "apply_rotary",
 ]  # fmt: skip
 
 
@@ -89,6 +92,7 @@ CALLS = {
     "column_mass": lambda q, k: column_mass(q, k, temperature=0.5),
     "power_iterate": power_iterate,
     "decode_attention": decode_attention,
+    "packed_decode_attention": packed_decode_attention,
     "best_match": best_match,
     "merge_rows": merge_rows,
     "_add_rows_": lambda x, index, rows, backend: add_rows(x, index, rows, backend=backend),
@@ -139,6 +143,7 @@ def counted(name, *extra):
         ("column_mass", BATCH * HEADS * PAIRS * 2 * (SIZE + 1)),
         ("power_iterate", BATCH * HEADS * PAIRS * 2 * (SIZE + 3)),
         ("decode_attention", HEADS * (BATCH * PAIRS - QUERIES * 5) * 4 * SIZE),  # one row starts at its sixth entry
+        ("packed_decode_attention", HEADS // GROUPS * (20 + 1 + 7 + 12) * 4 * SIZE),
         ("best_match", BATCH * 4 * 7 * 2 * SIZE),
     ],
 )

@@ -1,15 +1,15 @@
-"""Attention of a few new queries over a padded cache."""
+"""Attention of new queries over a cache: a padded one, or one in which every head has as many entries as it keeps."""
 
 import torch
 
-from mminfer_kernels.backends import native_takes, on_cuda, triton_takes
-from mminfer_kernels.checks import INTEGERS, check_heads, factor_of
+from mminfer_kernels.backends import cpu_takes, native_takes, on_cuda, triton_takes
+from mminfer_kernels.checks import INTEGERS, check_heads, check_packed, factor_of
 from mminfer_kernels.cuda import LARGEST_HEAD
 from mminfer_kernels.decode_attention import reference
 from mminfer_kernels.dispatch import register, resolve
 from mminfer_kernels.tracing import traceable
 
-__all__ = ["decode_attention"]
+__all__ = ["decode_attention", "packed_decode_attention"]
 
 
 def _native_takes(*tensors: torch.Tensor) -> bool:
@@ -20,6 +20,8 @@ _ROOM = "mminfer_kernels.decode_attention"
 register("decode_attention", "reference", reference.decode_attention)
 register("decode_attention", "triton", f"{_ROOM}.triton_kernel:decode_attention", triton_takes, on_cuda)
 register("decode_attention", "native", f"{_ROOM}.native:decode_attention", _native_takes)
+register("packed_decode_attention", "reference", reference.packed_decode_attention)
+register("packed_decode_attention", "native", f"{_ROOM}.native:packed_decode_attention", cpu_takes)
 
 
 def _fake(q: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
@@ -78,3 +80,57 @@ def decode_attention(
         raise ValueError(f"starts is {starts.dtype} {list(starts.shape)}, wanted integers [{q.shape[0]}]")
     _, run = resolve("decode_attention", backend, q, k, v)
     return run(q, k, v, starts, scale)
+
+
+def _packed_flops(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    first: torch.Tensor,
+    lengths: torch.Tensor,
+    *args: object,
+    **kwargs: object,
+) -> int:
+    return 4 * q.shape[1] // first.shape[1] * q.shape[3] * int(lengths.sum())
+
+
+@traceable(_fake, _packed_flops)
+def packed_decode_attention(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    first: torch.Tensor,
+    lengths: torch.Tensor,
+    scale: float | None = None,
+    log_mass: torch.Tensor | None = None,
+    longest: int | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Attention over a packed cache: key head g of sequence b has `lengths[b, g]` rows from `first[b, g]` on.
+
+    Heads may differ in length as they like: the work is cut into equal parts of all rows. Segments may lie in any
+    order, with rows between them that are never read, and may share rows.
+
+    Args:
+        q: queries [B, H, 1, D].
+        keys: [R, D]; query head h reads the rows of key head h // (H / G).
+        values: [R, D].
+        first: [B, G] int64.
+        lengths: [B, G] int64, at least 1.
+        scale: factor of the logits, `D ** -0.5` by default.
+        log_mass: [R] float32, added to each row's logits after scaling: a row of log(n) counts for n equal ones.
+        longest: no length is larger. On a GPU launches are sized by it; where it is None, the GPU is waited for.
+        backend: "auto", "native", "triton" or "reference".
+
+    Returns:
+        [B, H, 1, D] in q's dtype. On a GPU, where to look at places would be to wait for it, a head whose rows are not
+        all there, or more than `longest`, gets NaN.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, segments that hold no row or rows that are not there.
+        BackendError: an explicit backend that is not there.
+    """
+    check_packed(q, keys, values, first, lengths, log_mass, longest)
+    scale = factor_of(q, scale)
+    _, run = resolve("packed_decode_attention", backend, q, keys, values)
+    return run(q, keys, values, first, lengths, scale, log_mass, longest)

@@ -6,19 +6,15 @@ import torch
 
 from mminfer_kernels.native import DTYPE_CODES, Rows3, call, pointer, rows_contiguous
 
-PIECE_KEYS = 512  # a thread's stretch of keys at least; fewer are not worth a second pass over the partial sums
-PIECES_A_THREAD = 4
-SERIAL_ELEMENTS = 1 << 17  # keys of so many elements: starting threads would take longer
-
 
 class DecodeArgs(ctypes.Structure):
     """`DecodeArgs` of `csrc/cpu/decode_attention.cpp`."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "out", "starts", "partial")),
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "out", "starts", "first", "lengths", "log_mass")),
         *((name, ctypes.c_int64) for name in ("batch", "heads", "groups", "queries", "entries", "head_dim")),
         *((f"{name}_stride", Rows3) for name in ("q", "k", "v", "out")),
-        *((name, ctypes.c_int64) for name in ("pieces", "piece_keys", "threads")),
+        ("threads", ctypes.c_int64),
         ("scale", ctypes.c_float),
     ]
 
@@ -32,22 +28,54 @@ def decode_attention(
         from mminfer_kernels.decode_attention.cuda_kernel import decode_attention as on_gpu
 
         return on_gpu(q, k, v, starts, scale)
+    starts = None if starts is None else starts.to(torch.int64).contiguous()
+    return _run(q, k, v, k.shape[1], (starts, None, None, None), scale)
+
+
+@torch.no_grad()
+def packed_decode_attention(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    first: torch.Tensor,
+    lengths: torch.Tensor,
+    scale: float | None,
+    log_mass: torch.Tensor | None,
+    longest: int | None,
+) -> torch.Tensor:
+    """See `mminfer_kernels.packed_decode_attention`."""
+    log_mass = None if log_mass is None else log_mass.float().contiguous()
+    places = None, first.contiguous(), lengths.contiguous(), log_mass
+    return _run(q, keys, values, first.shape[1], places, scale)
+
+
+def _run(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    groups: int,
+    places: tuple[torch.Tensor | None, ...],
+    scale: float | None,
+) -> torch.Tensor:
+    """Of padded keys and values [B, G, T, D], or packed ones [T, D] of which the places say whose they are.
+
+    Args:
+        places: starts, first, lengths and log_mass, as the C++ struct has them.
+    """
     batch, heads, queries, size = q.shape
-    groups, entries = k.shape[1:3]
     out = q.new_empty(batch, heads, queries, size)
     if q.numel() == 0:
         return out
     q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
-    starts = None if starts is None else starts.to(torch.int64).contiguous()
-    threads = 1 if k.numel() <= SERIAL_ELEMENTS else torch.get_num_threads()
-    wanted = -(-threads * PIECES_A_THREAD // (batch * groups)) if threads > 1 else 1
-    pieces = max(1, min(wanted, entries // PIECE_KEYS))
-    partial = torch.empty(batch * groups * pieces * heads // groups * queries * (-(-size // 16) * 16 + 2))
-    args = DecodeArgs(
-        q=pointer(q), k=pointer(k), v=pointer(v), out=pointer(out), starts=pointer(starts), partial=pointer(partial),
-        batch=batch, heads=heads, groups=groups, queries=queries, entries=entries, head_dim=size,
-        q_stride=Rows3.of(q), k_stride=Rows3.of(k), v_stride=Rows3.of(v), out_stride=Rows3.of(out), pieces=pieces,
-        piece_keys=-(-entries // pieces), threads=threads, scale=size**-0.5 if scale is None else scale,
-    )  # fmt: skip
+    sizes = batch, heads, groups, queries, k.shape[-2], size
+    strides = Rows3.of(q), _rows(k), _rows(v), Rows3.of(out)
+    scale = size**-0.5 if scale is None else scale
+    pointers = map(pointer, (q, k, v, out, *places))
+    args = DecodeArgs(*pointers, *sizes, *strides, torch.get_num_threads(), scale)
     call("decode_attention", ctypes.byref(args), DTYPE_CODES[q.dtype])
     return out
+
+
+def _rows(x: torch.Tensor) -> Rows3:
+    """Strides of [B, G, T, D]; all heads of all sequences share [T, D]."""
+    return Rows3.of(x) if x.dim() == 4 else Rows3(0, 0, x.stride(0))

@@ -1,4 +1,4 @@
-"""Decode attention by PyTorch's scaled_dot_product_attention."""
+"""Decode attention by PyTorch: over a padded cache by scaled_dot_product_attention, over a packed one head by head."""
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -32,3 +32,30 @@ def _visible(queries: int, entries: int, starts: torch.Tensor | None, device: to
         causal = place <= torch.arange(entries - queries, entries, device=device)[:, None]
         mask = causal[None, None] if mask is None else mask & causal
     return mask
+
+
+@torch.no_grad()
+def packed_decode_attention(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    first: torch.Tensor,
+    lengths: torch.Tensor,
+    scale: float | None,
+    log_mass: torch.Tensor | None,
+    longest: int | None,
+) -> torch.Tensor:
+    """See `mminfer_kernels.packed_decode_attention`; logits and their softmax are float32 at least."""
+    batch, heads, _, size = q.shape
+    groups = first.shape[1]
+    scale = size**-0.5 if scale is None else scale
+    folded = q.reshape(batch, groups, heads // groups, size)
+    out = torch.empty_like(folded, memory_format=torch.contiguous_format)
+    for b, (starts, counts) in enumerate(zip(first.tolist(), lengths.tolist(), strict=True)):
+        for g, (start, count) in enumerate(zip(starts, counts, strict=True)):
+            rows = slice(start, start + count)
+            logits = (folded[b, g] @ keys[rows].mT * scale).to(torch.promote_types(q.dtype, torch.float32))
+            if log_mass is not None:
+                logits += log_mass[rows]
+            out[b, g] = logits.softmax(-1).to(q.dtype) @ values[rows]
+    return out.reshape(q.shape)

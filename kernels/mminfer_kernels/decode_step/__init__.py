@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from mminfer_kernels.backends import cpu_takes
-from mminfer_kernels.checks import LARGEST_SIZE, check_number, check_tensors, check_whole, described
+from mminfer_kernels.checks import check_number, check_tensors, check_whole, described
 from mminfer_kernels.decode_step import reference
+from mminfer_kernels.decode_step.caches import LayerCache, PackedLayerCache, Segments, check_caches
 from mminfer_kernels.dispatch import register, resolve
 
-__all__ = ["DecoderWeights", "LayerCache", "LayerWeights", "decode_step"]
+__all__ = ["DecoderWeights", "LayerCache", "LayerWeights", "PackedLayerCache", "Segments", "decode_step"]
 
 WORDS = 16  # sizes must be multiples of this: the widest vector, so that no loop has a remainder
 MAX_ROWS = 16  # beyond, a matrix product that packs its operands is faster
@@ -152,22 +153,6 @@ class DecoderWeights:
         return dense and all(size % WORDS == 0 for size in (*self.sizes, self.head_dim))
 
 
-class LayerCache(NamedTuple):
-    """Where one layer's keys and values lie.
-
-    Args:
-        keys: [B, G, capacity, D].
-        values: [B, G, capacity, D].
-        starts: [B] int64, the first entry of each row that counts, the new one at most; None: all do.
-        end: entries so far; the new one goes to this column.
-    """
-
-    keys: Tensor
-    values: Tensor
-    starts: Tensor | None
-    end: int
-
-
 register("decode_step", "reference", reference.decode_step)
 register("decode_step", "native", "mminfer_kernels.decode_step.native:decode_step", cpu_takes)
 
@@ -177,7 +162,7 @@ def decode_step(
     cos: Tensor,
     sin: Tensor,
     weights: DecoderWeights,
-    caches: Sequence[LayerCache],
+    caches: Sequence[LayerCache | PackedLayerCache],
     backend: str = "auto",
 ) -> Tensor:
     """Runs one token a row through all layers and the head, and writes its keys and values into the caches.
@@ -188,7 +173,7 @@ def decode_step(
         hidden_states: [B, C].
         cos, sin: [B, D], rows of any stride: the rotation of each row's token.
         weights: of the layers.
-        caches: one a layer; column `end` is written.
+        caches: one a layer, padded or packed; the new entry is written behind what is there.
         backend: "auto", "native" or "reference".
 
     Returns:
@@ -215,28 +200,6 @@ def decode_step(
         )
     if len(caches) != len(weights.layers):
         raise ValueError(f"{len(caches)} caches for {len(weights.layers)} layers")
-    _check_caches(hidden_states, weights, caches)
+    check_caches(hidden_states, weights, caches)
     _, run = resolve("decode_step", backend, hidden_states, cos, sin)
     return run(hidden_states, cos, sin, weights, caches)
-
-
-def _check_caches(hidden_states: Tensor, weights: DecoderWeights, caches: Sequence[LayerCache]) -> None:
-    """Raises `ValueError` unless each cache has room for a column of the layer's keys and values behind its end."""
-    batch, dtype, device = len(hidden_states), hidden_states.dtype, hidden_states.device
-    for i, (keys, values, starts, end) in enumerate(caches):
-        if not isinstance(keys, Tensor) or not isinstance(values, Tensor):
-            raise ValueError(f"cache {i}: keys are {described(keys)}, values {described(values)}, wanted tensors")
-        shape, most = keys.shape, LARGEST_SIZE
-        fits = len(shape) == 4 and shape == values.shape and shape[0] == batch and type(end) is int
-        if not fits or shape[1] != weights.groups or shape[3] != weights.head_dim or not 0 <= end < shape[2] <= most:
-            raise ValueError(
-                f"cache {i}: keys {list(shape)}, values {list(values.shape)}, end {end}: wanted twice "
-                f"[{batch}, {weights.groups}, capacity, {weights.head_dim}] with room for a column behind the end"
-            )
-        of_rows = starts is None or isinstance(starts, Tensor)
-        if not of_rows or (starts is not None and (starts.shape != (batch,) or starts.dtype != torch.int64)):
-            raise ValueError(f"cache {i}: starts is {described(starts)}, wanted int64 [{batch}]")
-        if not keys.dtype == values.dtype == dtype:
-            raise ValueError(f"cache {i}: keys {keys.dtype}, values {values.dtype}, wanted {dtype}")
-        if keys.device != device or values.device != device or (starts is not None and starts.device != device):
-            raise ValueError(f"cache {i}: not all on {device}, wanted all where hidden_states is")

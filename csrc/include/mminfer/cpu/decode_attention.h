@@ -9,6 +9,7 @@ namespace mminfer {
 constexpr int kStretchKeys = 64;  // of which scores are held at a time
 constexpr int kMaxRows = 8;       // query rows that share a pass over the keys
 constexpr int kAccumulators = kLanes == 16 ? 24 : 12;
+constexpr float kLog2e = 1.44269504f;
 
 inline int64_t padded(int64_t size) { return (size + kLanes - 1) / kLanes * kLanes; }
 
@@ -95,16 +96,24 @@ inline void weigh_rows(const float* p, const T* v, int64_t v_row, int64_t count,
   }
 }
 
-// Takes `count` more keys into the softmax of R rows. q is scaled by log2(e) / sqrt(D) or so; visible[r]: how many
-// of these keys row r sees.
+// Adds to each key's score the logarithm of what the key stands for.
+inline void add_log_mass(const float* log_mass, int64_t count, float* scores) {
+  int64_t j = 0;
+  for (; j + kLanes <= count; j += kLanes) store(scores + j, load(scores + j) + load(log_mass + j) * kLog2e);
+  for (; j < count; ++j) scores[j] += log_mass[j] * kLog2e;
+}
+
+// Takes `count` more keys into the softmax of R rows. q is scaled by log2(e) / sqrt(D) or so; log_mass: of each of
+// these keys, or null; visible[r]: how many of them row r sees.
 template <int R, class T>
-inline void take_in(const float* q, const T* k, int64_t k_row, const T* v, int64_t v_row, int64_t count, int64_t size,
-                    const int64_t* visible, Softmax& s) {
+inline void take_in(const float* q, const T* k, int64_t k_row, const T* v, int64_t v_row, const float* log_mass,
+                    int64_t count, int64_t size, const int64_t* visible, Softmax& s) {
   float scores[R * kStretchKeys], shrink[R];
   if (size % kLanes == 0) score_rows<R, true>(q, k, k_row, count, size, v, v_row, scores);
   else score_rows<R, false>(q, k, k_row, count, size, v, v_row, scores);
   for (int r = 0; r < R; ++r) {
     float* row = scores + r * kStretchKeys;
+    if (log_mass) add_log_mass(log_mass, count, row);
     const int64_t whole = (count + kLanes - 1) / kLanes * kLanes, seen = visible[r] < count ? visible[r] : count;
     for (int64_t j = seen > 0 ? seen : 0; j < whole; ++j) row[j] = -INFINITY;
     Vec high = broadcast(s.top[r]);
@@ -125,14 +134,14 @@ inline void take_in(const float* q, const T* k, int64_t k_row, const T* v, int64
 
 template <class T, int R = kMaxRows>
 inline void take_in_rows(int64_t rows, const float* q, const T* k, int64_t k_row, const T* v, int64_t v_row,
-                         int64_t count, int64_t size, const int64_t* visible, Softmax s) {
+                         const float* log_mass, int64_t count, int64_t size, const int64_t* visible, Softmax s) {
   if (rows >= R) {
-    take_in<R>(q, k, k_row, v, v_row, count, size, visible, s);
+    take_in<R>(q, k, k_row, v, v_row, log_mass, count, size, visible, s);
     rows -= R, q += R * padded(size), visible += R;
     s.out += R * padded(size), s.top += R, s.total += R;
-    if (rows > 0) take_in_rows<T, R>(rows, q, k, k_row, v, v_row, count, size, visible, s);
+    if (rows > 0) take_in_rows<T, R>(rows, q, k, k_row, v, v_row, log_mass, count, size, visible, s);
   } else if constexpr (R > 1) {
-    take_in_rows<T, R - 1>(rows, q, k, k_row, v, v_row, count, size, visible, s);
+    take_in_rows<T, R - 1>(rows, q, k, k_row, v, v_row, log_mass, count, size, visible, s);
   }
 }
 

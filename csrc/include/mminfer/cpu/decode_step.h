@@ -16,6 +16,7 @@
 #include "mminfer/cpu/decode_attention.h"
 #include "mminfer/cpu/linear.h"
 #include "mminfer/cpu/parallel.h"
+#include "mminfer/cpu/parts.h"
 #include "mminfer/cpu/phase.h"
 #include "mminfer/cpu/vec.h"
 
@@ -30,11 +31,23 @@ struct StepLayer {
   Linear gate, up, down;
 };
 
-// As Python lays it out: 5 words in a row. Keys and values are [B, G, capacity, D].
+// As Python lays it out: 8 words in a row. Keys and values are rows of D: those of [B, G, capacity, D], or of a packed
+// cache, in which each head of a sequence has a segment.
 struct StepCache {
-  float *keys, *values;
-  const int64_t* starts;  // [B] or null: the first entry of each row that counts
-  int64_t end, capacity;  // the new entry goes to column `end`
+  float *keys, *values, *log_mass;  // log_mass: [rows] or null
+  const int64_t* starts;            // [B] or null: the first entry of each sequence that counts
+  const int64_t *first, *lengths;   // [B, G] of a packed cache, or null
+  int64_t end, capacity;            // the new entry goes to column `end`; packed, `end` rows behind the length
+
+  int64_t first_of(int64_t segment, int64_t groups) const {
+    if (first) return first[segment];
+    const int64_t given = starts ? starts[segment / groups] : 0;
+    return segment * capacity + (given < 0 ? 0 : given > end ? end : given);
+  }
+  // With the new entry, which is the last.
+  int64_t length_of(int64_t segment, int64_t groups) const {
+    return 1 + (first ? lengths[segment] + end : segment * capacity + end - first_of(segment, groups));
+  }
 };
 
 // The end of the network: final norm and head over the vocabulary, into [B, vocabulary].
@@ -60,17 +73,18 @@ inline void rotate_head(const float* x, const float* norm, float eps, const floa
   }
 }
 
-constexpr int64_t kLeastKeys = 256;  // of a chunk
-constexpr float kLog2e = 1.44269504f;
+constexpr int64_t kLeastKeys = 256;  // of a part
+constexpr int64_t kKeyPartsAThread = 4;
 
-// Scratch that all threads share, and the split of the attention.
+// Scratch that all threads share, and the parts of each layer's attention.
 struct StepScratch {
   float *q, *k, *v;  // [B, H * D], [B, G * D] twice
   float *gate, *up;  // [B, intermediate]
-  float* partials;   // [B, G, chunks, H / G * (D + 2)]
+  float* partials;   // [slots, H / G * (D + 2)]
   float* threads;    // [threads, B * max(hidden, H * D) or (H / G + 1) * D]
   const int64_t* all_visible;  // [H / G], large numbers
-  int64_t chunks, thread_size, count;  // count: of threads
+  const Parts* parts;          // of the keys of each layer
+  int64_t thread_size, count;  // count: of threads
 };
 
 constexpr int kPhases = 5;  // of a layer
@@ -89,8 +103,12 @@ class DecodeStep {
       const StepLayer& layer = layers[l];
       phase[0].run(blocks(projected), [&] { normed(layer.input_norm, x); },
                    [&](int64_t i) { project(layer, x, block(projected, i)); });
-      phase[1].run(s.batch * s.groups * z.chunks, [] {}, [&](int64_t i) { attend(layer, caches[l], i, x); });
-      phase[2].run(blocks(s.hidden), [&] { combine(x); },
+      phase[1].run(z.parts[l].count(), [] {}, [&](int64_t i) {
+        z.parts[l].each(i, [&](int64_t segment, int64_t from, int64_t to, int64_t slot) {
+          attend(layer, caches[l], segment, from, to, partial(slot), x);
+        });
+      });
+      phase[2].run(blocks(s.hidden), [&] { combine(z.parts[l], x); },
                    [&](int64_t i) { add_to_hidden(layer.o, x, s.queries(), block(s.hidden, i)); });
       phase[3].run(blocks(s.intermediate), [&] { normed(layer.post_norm, x); },
                    [&](int64_t i) { gated(layer, x, block(s.intermediate, i)); });
@@ -131,55 +149,54 @@ class DecodeStep {
     }
   }
 
-  // One group of heads over one chunk of a row's keys. The chunk that holds the new entry writes it first.
-  void attend(const StepLayer& layer, const StepCache& cache, int64_t task, float* scratch) const {
-    const int64_t chunk = task % z.chunks, g = task / z.chunks % s.groups, b = task / z.chunks / s.groups;
-    const int64_t size = s.head_dim, group = s.heads / s.groups;
+  // One group of heads over rows [from, to) of its segment. Who has the new entry among them writes it first.
+  void attend(const StepLayer& layer, const StepCache& cache, int64_t segment, int64_t from, int64_t to, Softmax state,
+              float* scratch) const {
+    const int64_t g = segment % s.groups, b = segment / s.groups, size = s.head_dim, group = s.heads / s.groups;
     const float *row_cos = cos + b * table_stride, *row_sin = sin + b * table_stride;
-    const int64_t given = cache.starts ? cache.starts[b] : 0;
-    const int64_t start = given < 0 ? 0 : given > cache.end ? cache.end : given, length = cache.end + 1 - start;
-    const int64_t from = start + length * chunk / z.chunks, to = start + length * (chunk + 1) / z.chunks;
-    float* keys = cache.keys + (b * s.groups + g) * cache.capacity * size;
-    float* values = cache.values + (b * s.groups + g) * cache.capacity * size;
-    float *spare = scratch, *q = scratch + size;
-    if (chunk == z.chunks - 1) {
-      rotate_head(z.k + (b * s.groups + g) * size, layer.k_norm, eps, row_cos, row_sin, size, 1.f, spare,
-                  keys + cache.end * size);
-      std::copy_n(z.v + (b * s.groups + g) * size, size, values + cache.end * size);
+    const int64_t first = cache.first_of(segment, s.groups), last = cache.length_of(segment, s.groups) - 1;
+    float *keys = cache.keys + first * size, *values = cache.values + first * size;
+    float *log_mass = cache.log_mass ? cache.log_mass + first : nullptr, *spare = scratch, *q = scratch + size;
+    if (to > last) {
+      rotate_head(z.k + segment * size, layer.k_norm, eps, row_cos, row_sin, size, 1.f, spare, keys + last * size);
+      std::copy_n(z.v + segment * size, size, values + last * size);
+      if (log_mass) log_mass[last] = 0.f;
     }
     for (int64_t h = 0; h < group; ++h)
       rotate_head(z.q + b * s.queries() + (g * group + h) * size, layer.q_norm, eps, row_cos, row_sin, size,
                   scale * kLog2e, spare, q + h * size);
-    const Softmax state = partial(b, g, chunk);
     std::fill_n(state.out, group * size, 0.f);
     std::fill_n(state.top, group, -1e30f);
     std::fill_n(state.total, group, 0.f);
     for (int64_t j = from; j < to; j += kStretchKeys)
-      take_in_rows<float>(group, q, keys + j * size, size, values + j * size, size, std::min<int64_t>(kStretchKeys, to - j),
-                          size, z.all_visible, state);
+      take_in_rows<float>(group, q, keys + j * size, size, values + j * size, size, log_mass ? log_mass + j : nullptr,
+                          std::min<int64_t>(kStretchKeys, to - j), size, z.all_visible, state);
   }
 
-  Softmax partial(int64_t b, int64_t g, int64_t chunk) const {
+  Softmax partial(int64_t slot) const {
     const int64_t group = s.heads / s.groups;
-    float* out = z.partials + ((b * s.groups + g) * z.chunks + chunk) * group * (s.head_dim + 2);
+    float* out = z.partials + slot * group * (s.head_dim + 2);
     return {out, out + group * s.head_dim, out + group * (s.head_dim + 1)};
   }
 
-  // The attention's output [B, H * D] from the chunks' shares.
-  void combine(float* out) const {
+  // The attention's output [B, H * D] from the parts' shares.
+  void combine(const Parts& parts, float* out) const {
     const int64_t group = s.heads / s.groups, size = s.head_dim;
-    for (int64_t i = 0; i < s.batch * s.heads; ++i, out += size) {
-      const int64_t b = i / s.heads, g = i % s.heads / group, h = i % group;
-      float top = -1e30f, total = 0.f;
-      for (int64_t c = 0; c < z.chunks; ++c) top = std::max(top, partial(b, g, c).top[h]);
-      std::fill_n(out, size, 0.f);
-      for (int64_t c = 0; c < z.chunks; ++c) {
-        const Softmax part = partial(b, g, c);
-        const Vec shrink = exp2(broadcast(part.top[h] - top));
-        total += part.total[h] * shrink[0];
-        for (int64_t d = 0; d < size; d += kLanes) store(out + d, load(out + d) + load(part.out + h * size + d) * shrink);
+    for (int64_t segment = 0; segment < s.batch * s.groups; ++segment) {
+      const int64_t first = parts.first_slot(segment), behind = parts.last_slot(segment) + 1;
+      for (int64_t h = 0; h < group; ++h, out += size) {
+        float top = -1e30f, total = 0.f;
+        for (int64_t i = first; i < behind; ++i) top = std::max(top, partial(i).top[h]);
+        std::fill_n(out, size, 0.f);
+        for (int64_t i = first; i < behind; ++i) {
+          const Softmax part = partial(i);
+          const Vec shrink = exp2(broadcast(part.top[h] - top));
+          total += part.total[h] * shrink[0];
+          for (int64_t d = 0; d < size; d += kLanes)
+            store(out + d, load(out + d) + load(part.out + h * size + d) * shrink);
+        }
+        for (int64_t d = 0; d < size; d += kLanes) store(out + d, load(out + d) * broadcast(1.f / total));
       }
-      for (int64_t d = 0; d < size; d += kLanes) store(out + d, load(out + d) * broadcast(1.f / total));
     }
   }
 
@@ -208,12 +225,13 @@ class DecodeStep {
   const StepScratch z;
 };
 
-// How many parts the keys of a row are split into, so that all threads have work.
-inline int64_t decode_chunks(const StepShape& s, const StepCache* caches, int threads) {
-  int64_t longest = 0;
-  for (int64_t l = 0; l < s.layers; ++l) longest = std::max(longest, caches[l].end + 1);
-  const int64_t tasks = s.batch * s.groups, wanted = (4 * threads + tasks - 1) / tasks;
-  return threads == 1 ? 1 : std::max<int64_t>(1, std::min(wanted, longest / kLeastKeys));
+// Into `ends`, the rows of a layer up to the end of each segment; its parts, so that all threads have work.
+inline Parts key_parts(const StepShape& s, const StepCache& cache, int threads, int64_t* ends) {
+  const int64_t segments = s.batch * s.groups;
+  ends[0] = 0;
+  for (int64_t i = 0; i < segments; ++i) ends[i + 1] = ends[i] + cache.length_of(i, s.groups);
+  const int64_t wanted = threads == 1 ? 1 : std::min(kKeyPartsAThread * threads, ends[segments] / kLeastKeys);
+  return {ends, segments, std::max<int64_t>(1, wanted)};
 }
 
 // Throws std::bad_alloc before anything is written.
@@ -222,12 +240,20 @@ inline void decode_step(const StepLayer* layers, const StepCache* caches, const 
                         int threads) {
   StepScratch z;
   z.count = threads;
-  z.chunks = decode_chunks(s, caches, threads);
+  const int64_t segments = s.batch * s.groups;
+  const std::unique_ptr<int64_t[]> ends(new int64_t[s.layers * (segments + 1)]);
+  std::vector<Parts> parts;
+  int64_t slots = 0;
+  for (int64_t l = 0; l < s.layers; ++l) {
+    parts.push_back(key_parts(s, caches[l], threads, &ends[l * (segments + 1)]));
+    slots = std::max(slots, parts.back().slots());
+  }
+  z.parts = parts.data();
   z.thread_size = std::max(s.batch * std::max(s.hidden, s.queries()), (s.heads / s.groups + 1) * s.head_dim) + 16;
   const std::vector<int64_t> all_visible(s.heads / s.groups, INT64_MAX);
   z.all_visible = all_visible.data();
   const int64_t sizes[] = {s.batch * s.queries(), s.batch * s.keys(), s.batch * s.keys(), s.batch * s.intermediate,
-                           s.batch * s.intermediate, s.batch * s.heads * z.chunks * (s.head_dim + 2),
+                           s.batch * s.intermediate, slots * s.heads / s.groups * (s.head_dim + 2),
                            threads * z.thread_size};
   float** const places[] = {&z.q, &z.k, &z.v, &z.gate, &z.up, &z.partials, &z.threads};
   int64_t total = 0;

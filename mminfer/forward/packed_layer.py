@@ -1,0 +1,276 @@
+"""One layer of a compressed cache whose heads hold different numbers of entries, one behind the other in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mminfer.forward.kv_layer import NEW, CompressedLayer, PaddedLayer
+from mminfer.technique import CacheEntries, mean_length
+
+if TYPE_CHECKING:
+    from mminfer.forward.kv_cache import CompressedCache
+
+LEAST_SPARE = 32  # spare rows of a head, where an eighth of its entries is less
+STEPS_AHEAD = 64  # decoding steps for which lengths are made at a time
+
+
+class Segments(NamedTuple):
+    """Packed buffers of a layer in a decoding step, and where the entries of each sequence and head lie in them.
+
+    Args:
+        keys: [R, D].
+        values: [R, D].
+        first: [B, G] int64, the row at which each segment begins.
+        lengths: [B, G] int64, its entries, the new one included.
+        new_rows: [B * G] int64, the row into which the new entry of each goes.
+        log_mass: [R] float32, added to the logits; None: nothing is.
+        longest: the largest of `lengths`.
+    """
+
+    keys: Tensor
+    values: Tensor
+    first: Tensor
+    lengths: Tensor
+    new_rows: Tensor
+    log_mass: Tensor | None
+    longest: int
+
+
+def layer_of(entries: Sequence[CacheEntries], tokens_seen: Sequence[int], cache: CompressedCache) -> CompressedLayer:
+    """The layer that holds these entries, one `CacheEntries` for each sequence.
+
+    It is packed where the heads of a sequence differ in length, or entries have log-masses.
+    """
+    if all(len(set(e.lengths)) == 1 and e.log_mass is None for e in entries):
+        return PaddedLayer([e.unpacked() for e in entries], tokens_seen, cache)
+    return PackedLayer(entries, tokens_seen, cache)
+
+
+@dataclass(frozen=True, eq=False)
+class _Store:
+    """Segments of rows, one for each sequence and head, each with the same number of spare rows behind it.
+
+    Args:
+        lengths: of each sequence and head, how many entries it had when the layer was made.
+        spare: rows behind these, of each segment.
+        buffers: the columns, [R, ...] each.
+        device: where they are.
+    """
+
+    lengths: tuple[tuple[int, ...], ...]
+    spare: int
+    buffers: Mapping[str, Tensor | None]
+    device: torch.device
+
+    @cached_property
+    def longest(self) -> int:
+        return max(map(max, self.lengths))
+
+    @cached_property
+    def starts(self) -> list[list[int]]:
+        """Of each sequence and head, the row at which its segment begins; behind the last head, where all end."""
+        heads, sizes = len(self.lengths[0]), [n + self.spare for lengths in self.lengths for n in lengths]
+        rows = list(accumulate(sizes, initial=0))
+        return [rows[b * heads : (b + 1) * heads + 1] for b in range(len(self.lengths))]
+
+    @cached_property
+    def first(self) -> Tensor:
+        """[B, G] int64: `starts`."""
+        return torch.tensor([starts[:-1] for starts in self.starts], device=self.device)
+
+    @cached_property
+    def base(self) -> Tensor:
+        """[B, G] int64: `lengths`."""
+        return torch.tensor(self.lengths, device=self.device)
+
+    def stretches(self, column: Tensor, sequence: int, new: int) -> list[Tensor]:
+        """The rows of a column in use in each head of a sequence, as views; new: entries since the layer was made."""
+        of_heads = zip(self.starts[sequence], self.lengths[sequence], strict=False)
+        return [column[start : start + length + new] for start, length in of_heads]
+
+    def grown(self, new: int) -> _Store:
+        """The same entries, `new` of each segment made since, with more spare rows behind them."""
+        more = _room([n + new for lengths in self.lengths for n in lengths])
+        sequences = range(len(self.lengths))
+        buffers = {
+            name: None if x is None else _joined([p for b in sequences for p in self.stretches(x, b, new)], more, name)
+            for name, x in self.buffers.items()
+        }
+        return _Store(self.lengths, new + more, buffers, self.device)
+
+    def select(self, rows: Sequence[int]) -> _Store:
+        """Of these sequences."""
+        ends = [(self.starts[b][0], self.starts[b][-1]) for b in rows]
+        buffers = {
+            name: None if x is None else torch.cat([x[start:stop] for start, stop in ends])
+            for name, x in self.buffers.items()
+        }
+        return _Store(tuple(self.lengths[b] for b in rows), self.spare, buffers, self.device)
+
+
+class _Ahead(NamedTuple):
+    """Lengths and rows of the steps to come.
+
+    Args:
+        store: for which they hold.
+        begin: entries that every head had got since the layer was made, at the first of these steps.
+        lengths: of each step, [B, G] int64: entries of each segment, the step's own included.
+        rows: of each step, [B * G] int64: the rows into which it writes.
+    """
+
+    store: _Store
+    begin: int
+    lengths: tuple[Tensor, ...]
+    rows: tuple[Tensor, ...]
+
+
+class PackedLayer(CompressedLayer):
+    """A layer whose heads hold as many entries as each of them needs.
+
+    Behind the entries of each segment there are spare rows, so that a decoding step, in which every head gets one new
+    entry, copies nothing.
+
+    Args:
+        entries: one `CacheEntries` for each sequence.
+        tokens_seen: as of `CompressedLayer`.
+        cache: likewise.
+    """
+
+    def __init__(self, entries: Sequence[CacheEntries], tokens_seen: Sequence[int], cache: CompressedCache) -> None:
+        super().__init__(tokens_seen, cache, entries[0].keys)
+        lengths = tuple(e.lengths for e in entries)
+        spare = min(cache.headroom, _room([n for of_one in lengths for n in of_one]))
+        packed = [e.packed() for e in entries]
+        if any(e.log_mass is not None for e in packed):
+            packed = [e.weighed() for e in packed]
+        columns = [e.columns for e in packed]
+        buffers = {name: _laid_out([c[name] for c in columns], lengths, spare, name) for name in columns[0]}
+        self._store = _Store(lengths, spare, buffers, self.device)
+        self._new = 0  # entries that every head got since
+        self._ahead: _Ahead | None = None
+
+    @property
+    def num_columns(self) -> int:  # type: ignore[override]
+        """Entries of the longest head of all."""
+        return self._store.longest + self._new
+
+    @property
+    def keys(self) -> Tensor:  # type: ignore[override]
+        """[R, D], spare rows included."""
+        return _there(self._store.buffers["keys"])
+
+    @property
+    def values(self) -> Tensor:  # type: ignore[override]
+        """[R, D], spare rows included."""
+        return _there(self._store.buffers["values"])
+
+    @property
+    def batch_size(self) -> int:
+        return len(self._store.lengths)
+
+    @property
+    def head_lengths(self) -> list[tuple[int, ...]]:
+        return [tuple(n + self._new for n in lengths) for lengths in self._store.lengths]
+
+    @property
+    def lengths(self) -> list[int]:
+        return [mean_length(lengths) for lengths in self.head_lengths]
+
+    @property
+    def nbytes(self) -> int:
+        of_mass = 0 if self._store.buffers["log_mass"] is None else 4
+        per_entry = 2 * self.keys.shape[1] * self.keys.element_size() + of_mass
+        return sum(map(sum, self.head_lengths)) * per_entry
+
+    def row(self, sequence: int) -> CacheEntries:
+        """One sequence's entries, packed; a copy."""
+        columns = {
+            name: None if x is None else torch.cat(self._store.stretches(x, sequence, self._new))[None, None]
+            for name, x in self._store.buffers.items()
+        }
+        return CacheEntries.of(columns, self.head_lengths[sequence])
+
+    def segments(self) -> Segments:
+        """The buffers with room for one new entry of each head, and where it goes; `advance` makes it count."""
+        if self._new >= self._store.spare:
+            self._store = self._store.grown(self._new)
+        store, ahead = self._store, self._ahead
+        if ahead is None or ahead.store is not store or not 0 <= self._new - ahead.begin < STEPS_AHEAD:
+            ahead = self._ahead = self._made_ahead()
+        step = self._new - ahead.begin
+        return Segments(
+            self.keys,
+            self.values,
+            store.first,
+            ahead.lengths[step],
+            ahead.rows[step],
+            store.buffers["log_mass"],
+            store.longest + self._new + 1,
+        )
+
+    def _made_ahead(self) -> _Ahead:
+        store = self._store
+        steps = torch.arange(self._new, self._new + STEPS_AHEAD, device=store.device)[:, None, None]
+        rows = (store.first + store.base + steps).flatten(1)
+        return _Ahead(store, self._new, (store.base + 1 + steps).unbind(), rows.unbind())
+
+    def write_ahead(self, k: Tensor, v: Tensor) -> Segments:
+        """Writes a new entry of each sequence and head ([B, G, 1, D]); `advance` makes it count."""
+        segments = self.segments()
+        segments.keys[segments.new_rows] = k.reshape(-1, k.shape[-1])
+        segments.values[segments.new_rows] = v.reshape(-1, v.shape[-1])
+        return segments
+
+    def advance(self, num_columns: int) -> None:
+        self._new += num_columns
+        self.tokens_seen = tuple(n + num_columns for n in self.tokens_seen)
+
+    def snapshot(self) -> Callable[[], None]:
+        new, tokens_seen = self._new, self.tokens_seen
+
+        def restore() -> None:
+            self._new, self.tokens_seen = new, tokens_seen
+
+        return restore
+
+    def select_rows(self, rows: Tensor) -> None:
+        chosen = rows.tolist()
+        if chosen == list(range(self.batch_size)):
+            return
+        self._store = self._store.select(chosen)
+        self.tokens_seen = tuple(self.tokens_seen[i] for i in chosen)
+
+
+def _room(lengths: Sequence[int]) -> int:
+    """Spare rows that suit segments of these lengths."""
+    return max(LEAST_SPARE, sum(lengths) // len(lengths) // 8)
+
+
+def _laid_out(
+    sequences: Sequence[Tensor | None], lengths: Sequence[tuple[int, ...]], spare: int, name: str
+) -> Tensor | None:
+    """[1, 1, S_b, ...] each, of one column -> [R, ...]."""
+    tensors = [x[0, 0] for x in sequences if x is not None]
+    if len(tensors) < len(sequences):
+        return None
+    of_all = zip(tensors, lengths, strict=True)
+    return _joined([part for own, of_heads in of_all for part in own.split(of_heads)], spare, name)
+
+
+def _joined(parts: Sequence[Tensor], spare: int, name: str) -> Tensor:
+    """Segments of one column behind each other, each with so many spare rows behind it."""
+    block = parts[0].new_full((spare, *parts[0].shape[1:]), NEW.get(name, 0))
+    return torch.cat([piece for part in parts for piece in (part, block)])
+
+
+def _there(column: Tensor | None) -> Tensor:
+    if column is None:
+        raise ValueError("a layer without keys or values")
+    return column

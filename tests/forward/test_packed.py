@@ -1,0 +1,248 @@
+"""Heads that hold different numbers of entries, from the prompt to the last token: held to the host under a mask."""
+
+import copy
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from mminfer import AIMPrune, Digest, InferenceConfig, InputError, LookM, OperatorSkip, patched
+from mminfer.cache.h2o import H2O
+from mminfer.cache.random_evict import RandomEvict
+from mminfer.cache.snapkv import SnapKV
+from mminfer.forward.kv_cache import CACHE_NAME, CompressedCache
+from mminfer.metrics.flops import decode_flops, measured_flops
+from mminfer.models.registry import adapter_for
+from mminfer.tokens.fastv import FastV
+from mminfer.tokens.random_prune import RandomPrune
+from tests.by_head import ByLot, Masked, Truth
+from tests.tiny import IMAGE, MARKED_FAMILIES, tiny_inputs, tiny_model, tiny_rows
+from tests.tiny_models import BREAK_ID, END_ID, EOS_ID, IMAGE_ID, LAYERS, START_ID, VIDEO_ID
+
+NEW = 6
+SPECIAL = [BREAK_ID, END_ID, EOS_ID, IMAGE_ID, START_ID, VIDEO_ID]  # an answer of text, which the host reads again
+GREEDY = {
+    "max_new_tokens": NEW, "do_sample": False, "output_logits": True, "return_dict_in_generate": True,
+    "suppress_tokens": SPECIAL,
+}  # fmt: skip
+BATCH = [[9, IMAGE, 7], [12], [3, IMAGE, 1, IMAGE, 4]]
+ways = pytest.mark.parametrize("technique", [ByLot(), ByLot(weighed=True)], ids=["plain", "weighed"])
+
+
+def extended(inputs, tokens):
+    """Inputs with so many more tokens of text behind them."""
+    out = {**inputs, "input_ids": torch.cat([inputs["input_ids"], tokens], 1)}
+    for name in ("attention_mask", "token_type_ids", "mm_token_type_ids"):
+        if name in inputs:
+            out[name] = torch.nn.functional.pad(inputs[name], (0, tokens.shape[1]), value=int(name == "attention_mask"))
+    return out
+
+
+def logits_of(out):
+    return torch.stack(out.logits, 1)
+
+
+@ways
+@pytest.mark.parametrize("family", [f for f in MARKED_FAMILIES if f != "gemma3"])
+def test_a_prompt_its_tokens_and_a_second_turn(family, technique):
+    model, inputs = tiny_model(family), tiny_inputs(family, [[9, IMAGE, 7]])
+    truth, count = Truth(model, technique), inputs["input_ids"].shape[1]
+    turn = torch.randint(10, 400, (1, 5))
+    with patched(model, InferenceConfig(cache=technique)) as handle:
+        out = model.generate(**inputs, **GREEDY)
+        cache = out[CACHE_NAME]
+        lengths = [layer.head_lengths[0] for layer in cache.layers]
+        second = model(input_ids=turn, **{CACHE_NAME: cache})
+    truth.tokens(count)
+    truth.compress()
+    assert [layer.head_entries[0] for layer in handle.records[0].layers] == truth.lengths
+    truth.tokens(NEW - 1)
+    assert lengths == truth.lengths and len(set(lengths[0])) > 1
+    truth.tokens(5)
+    want = truth.logits(extended(inputs, torch.cat([out.sequences[:, count:-1], turn], 1)))
+    got = torch.cat([logits_of(out), second.logits], 1)[0]
+    torch.testing.assert_close(got, want[count - 1 :], rtol=0, atol=1e-4)
+    truth.compress()
+    assert cache.head_lengths == [[lengths] for lengths in truth.lengths] and len(cache.layers) == LAYERS
+    per_entry = 2 * cache.layers[0].keys.shape[1] * 4 + 4 * technique.weighed
+    assert cache.nbytes == sum(map(sum, truth.lengths)) * per_entry
+
+
+@ways
+def test_chunks_are_held_to_the_host(technique):
+    model, inputs = tiny_model("llava"), tiny_inputs("llava", [[9, IMAGE, 25]])
+    truth, count = Truth(model, technique), inputs["input_ids"].shape[1]
+    with patched(model, InferenceConfig(cache=technique), prefill_chunk_size=20) as handle:
+        out = model.generate(**inputs, **GREEDY)
+    layout = adapter_for(model).embed(inputs)[1]
+    chunks = [len(index) for index in layout.chunks(20)]
+    assert sum(chunks) == count and len(chunks) > 2
+    for size in chunks:
+        truth.tokens(size)
+        truth.compress()
+    assert [layer.head_entries[0] for layer in handle.records[0].layers] == truth.lengths
+    truth.tokens(NEW - 1)
+    want = truth.logits(extended(inputs, out.sequences[:, count:-1]))
+    torch.testing.assert_close(logits_of(out)[0], want[count - 1 :], rtol=0, atol=1e-4)
+
+
+@ways
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_a_padded_batch_gives_each_row_what_it_gets_alone(family, technique):
+    model, config = tiny_model(family), InferenceConfig(cache=technique)
+    with patched(model, config):
+        together = model.generate(**tiny_inputs(family, BATCH), **GREEDY)
+        turn = model(input_ids=torch.full((3, 4), 20), **{CACHE_NAME: together[CACHE_NAME].clone()}).logits
+        for row, inputs in enumerate(tiny_rows(family, BATCH)):
+            alone = model.generate(**inputs, **GREEDY)
+            torch.testing.assert_close(logits_of(together)[row], logits_of(alone)[0], rtol=0, atol=1e-4)
+            own = [layer.head_lengths[0] for layer in alone[CACHE_NAME].layers]
+            assert [layer.head_lengths[row] for layer in together[CACHE_NAME].layers] == own
+            next_turn = model(input_ids=torch.full((1, 4), 20), **{CACHE_NAME: alone[CACHE_NAME]}).logits
+            torch.testing.assert_close(turn[row], next_turn[0], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{"num_beams": 3}, {"num_return_sequences": 3, "do_sample": True}, {"max_new_tokens": 70}]
+)
+def test_beams_samples_and_long_answers(kwargs):
+    """Held to a cache in which every entry stays and those that the lot drew count for nothing."""
+    model, inputs, outs = tiny_model("qwen3_vl"), tiny_inputs("qwen3_vl", BATCH), []
+    for technique in (ByLot(weighed=True), Masked(weighed=True)):
+        torch.manual_seed(3)
+        with patched(model, InferenceConfig(cache=technique)):
+            outs.append(model.generate(**inputs, **GREEDY | {"output_logits": False} | kwargs))
+    assert torch.equal(outs[0].sequences, outs[1].sequences)
+    packed, masked = (out[CACHE_NAME] for out in outs)
+    assert packed.is_packed and masked.is_packed and packed.nbytes < 0.8 * masked.nbytes
+
+
+def test_heads_that_are_alike_are_padded_as_ever():
+    model, inputs = tiny_model("llava"), tiny_inputs("llava", BATCH)
+    with patched(model, InferenceConfig(cache=ByLot(most=0.0))):
+        alike = model(**inputs, use_cache=True)[CACHE_NAME]
+    assert alike.is_packed and alike.head_lengths[0] == [(1, 0)] * 3
+    with patched(model, InferenceConfig(cache=KeepsAll())):
+        assert not model(**inputs, use_cache=True)[CACHE_NAME].is_packed
+
+
+@dataclass(frozen=True)
+class KeepsAll(ByLot, register=False):
+    """Packed, though no head loses anything."""
+
+    def apply(self, view):
+        return view.entries.packed()
+
+
+@pytest.mark.parametrize("technique", [LookM(), Digest(), H2O(), SnapKV(), RandomEvict()])
+def test_techniques_that_look_at_heads_alike_refuse_such_a_past(technique):
+    """Before any pass: the model, and the cache, are as they were."""
+    model, inputs = tiny_model("llava"), tiny_inputs("llava", [[9, IMAGE, 7]])
+    turn = torch.full((1, 3), 20)
+    with patched(model, InferenceConfig(cache=ByLot())):
+        cache = model(**inputs, use_cache=True)[CACHE_NAME]
+        want = model(input_ids=turn, **{CACHE_NAME: cache.clone()}).logits
+    before = cache.head_lengths
+    with patched(model, InferenceConfig(cache=technique)) as handle:
+        with pytest.raises(InputError, match=rf"{type(technique).__name__} takes heads that are alike"):
+            model(input_ids=turn, **{CACHE_NAME: cache})
+        assert not handle.records
+    assert cache.head_lengths == before
+    with patched(model, InferenceConfig(cache=ByLot())):
+        assert torch.equal(model(input_ids=turn, **{CACHE_NAME: cache}).logits, want)
+
+
+@pytest.mark.parametrize("others", [{}, {"prune": AIMPrune(1, 3)}, {"prune": FastV(2)}, {"prune": RandomPrune(1, 3)}])
+def test_settings_without_a_cache_go_on_from_it(others):
+    """Nothing is compressed any more, and visual tokens leave by what all heads see."""
+    model, (first, second) = tiny_model("llava"), tiny_rows("llava", [[9, IMAGE, 7], [4, IMAGE, 3]])
+    with patched(model, InferenceConfig(cache=Masked())):
+        masked = model(**first, use_cache=True)[CACHE_NAME]
+    with patched(model, InferenceConfig(cache=ByLot())):
+        packed = model(**first, use_cache=True)[CACHE_NAME]
+    del second["attention_mask"]
+    with patched(model, InferenceConfig(**others)):
+        got, want = (model(**second, **{CACHE_NAME: cache}).logits for cache in (packed, masked))
+        steps = [model(input_ids=torch.full((1, 1), 20), **{CACHE_NAME: cache}).logits for cache in (packed, masked)]
+    if not others:
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
+        torch.testing.assert_close(*steps, rtol=0, atol=1e-4)
+    added = [[b - a for a, b in zip((0, 0), lengths[0], strict=True)] for lengths in packed.head_lengths]
+    assert len({max(of_layer) for of_layer in added}) > 1 or not others
+
+
+def test_skipped_queries_over_such_a_past():
+    model, rows = tiny_model("llava"), tiny_rows("llava", [[9, IMAGE, 7], [4, IMAGE, 3]])
+    outs = []
+    for technique in (ByLot(), Masked()):
+        with patched(model, InferenceConfig(cache=technique, skip=OperatorSkip(attention=[1], ffn=[2]))):
+            cache = model(**rows[0], use_cache=True)[CACHE_NAME]
+        with patched(model, InferenceConfig(skip=OperatorSkip(attention=[1], ffn=[2]))):
+            second = {name: x for name, x in rows[1].items() if name != "attention_mask"}
+            outs.append(model(**second, **{CACHE_NAME: cache}).logits)
+    torch.testing.assert_close(*outs, rtol=0, atol=1e-4)
+
+
+@ways
+def test_flops_of_steps_are_counted_by_head(technique):
+    model, inputs = tiny_model("llava"), tiny_inputs("llava", [[9, IMAGE, 7]])
+    with patched(model, InferenceConfig(cache=technique)) as handle:
+        cache = model(**inputs, use_cache=True)[CACHE_NAME]
+        entries = [layer.head_entries[0] for layer in handle.records[0].layers]
+        with measured_flops() as counter:
+            model(input_ids=torch.full((1, 1), 20), **{CACHE_NAME: cache})
+    assert decode_flops(handle.adapter.spec, entries) == pytest.approx(counter.get_total_flops(), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(dtype):
+    model, inputs = copy.deepcopy(tiny_model("llava")).to(dtype), tiny_inputs("llava", BATCH)
+    inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+    outs = []
+    for technique in (ByLot(weighed=True), Masked(weighed=True)):
+        with patched(model, InferenceConfig(cache=technique)):
+            cache = model(**inputs, use_cache=True)[CACHE_NAME]
+            step = model(input_ids=torch.full((3, 1), 20), **{CACHE_NAME: cache}).logits
+            outs.append(torch.cat([step, model(input_ids=torch.full((3, 1), 21), **{CACHE_NAME: cache}).logits], 1))
+    assert outs[0].dtype == dtype
+    torch.testing.assert_close(*outs, rtol=0, atol=0.05)
+
+
+def test_a_failed_step_or_turn_leaves_it_as_it_was():
+    model, inputs = tiny_model("internvl"), tiny_inputs("internvl", [[3, IMAGE, 4]])
+    with patched(model, InferenceConfig(cache=ByLot(weighed=True))):
+        cache = model(**inputs, use_cache=True)[CACHE_NAME]
+        before, restore = cache.head_lengths, cache.snapshot()
+        for new in (1, 5):
+            ids = torch.full((1, new), 20)
+            want = model(input_ids=ids, **{CACHE_NAME: cache.clone()}).logits
+
+            def fail(*args):
+                raise RuntimeError("no memory")
+
+            hook = model.base_model.language_model.layers[2].mlp.register_forward_hook(fail)
+            with pytest.raises(RuntimeError, match="no memory"):
+                model(input_ids=ids, **{CACHE_NAME: cache})
+            hook.remove()
+            assert cache.head_lengths == before
+            for _ in range(2):
+                got = model(input_ids=ids, **{CACHE_NAME: cache}).logits
+                torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+                restore()
+                assert cache.head_lengths == before
+
+
+def test_stacked_chats_may_be_packed_and_padded():
+    model, rows = tiny_model("llava"), tiny_rows("llava", [[9, IMAGE, 7], [5, IMAGE, 12]])
+    caches, ids = [], torch.full((1, 1), 20)
+    for technique, inputs in zip((ByLot(weighed=True), None), rows, strict=True):
+        with patched(model, InferenceConfig(cache=technique)):
+            caches.append(model(**inputs, use_cache=True)[CACHE_NAME])
+    stacked = CompressedCache.stack(caches)
+    assert [c.is_packed for c in caches] == [True, False] and stacked.is_packed
+    with patched(model, InferenceConfig()):
+        together = [model(input_ids=ids.repeat(2, 1), **{CACHE_NAME: stacked}).logits for _ in range(3)]
+        alone = [torch.cat([model(input_ids=ids, **{CACHE_NAME: c}).logits for c in caches]) for _ in range(3)]
+    torch.testing.assert_close(torch.stack(together), torch.stack(alone), rtol=0, atol=1e-4)
+    assert stacked.head_lengths == [a + b for a, b in zip(*(c.head_lengths for c in caches), strict=True)]
+    assert stacked.nbytes > sum(c.nbytes for c in caches)  # the second row has log-masses now, all 0
