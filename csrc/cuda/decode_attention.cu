@@ -9,6 +9,6 @@ extern "C" __global__ void __launch_bounds__(Shape::THREADS, MMINFER_BLOCKS)
     MMINFER_KERNEL(const __grid_constant__ DecodeAttentionArguments arguments) {
   __shared__ alignas(16) float shared[Shape::SHARED];
   CudaBlock block(shared);
-  using Body = DecodeAttention<MMINFER_SCALAR, MMINFER_SIZE, MMINFER_ROWS, MMINFER_ALIGNED, CudaBlock>;
+  using Body = DecodeAttention<MMINFER_SCALAR, MMINFER_SIZE, MMINFER_ROWS, MMINFER_ALIGNED, false, CudaBlock>;
   Body(arguments, block).run();
 }

@@ -63,11 +63,18 @@ def _attention_calls(dtype: torch.dtype, size: int) -> Calls:
     mass = weights[:, :GROUPS]
     starts, kept = torch.zeros(1, dtype=torch.int64), torch.zeros(1, GROUPS, TOKENS, dtype=torch.int64)
     packed = torch.arange(0, TOKENS + 1, TOKENS // 4)
+    rows, masses = k.view(-1, size), torch.empty(GROUPS * TOKENS)
+    segments = [torch.tensor([x]) * TOKENS // 8 for x in ([0, 20, 28, 30], [20, 8, 2, 2])]  # first rows and lengths
     position = torch.zeros(3, 1, TOKENS, dtype=torch.float64)
     inv_freq, axes = torch.empty(size // 2), [j % 3 for j in range(size // 2)]
     cos = torch.empty(1, TOKENS, size, dtype=dtype)
     scale, last = size**-0.5, q[:, :, -1:]
-    column, prompt = "column_mass", "prompt_attention"
+    column, prompt, decode, packed_decode = (
+        "column_mass",
+        "prompt_attention",
+        "decode_attention",
+        "packed_decode_attention",
+    )
     return [
         ("column_mass", column, "", lambda f: f(q, k, None, scale, True, None)),
         ("column_mass", column, "weights", lambda f: f(q, k, weights, scale, True, None)),
@@ -79,8 +86,10 @@ def _attention_calls(dtype: torch.dtype, size: int) -> Calls:
         ("prompt_attention_mass", prompt, "", lambda f: f(q, k, k, None, scale, None)),
         ("prompt_attention_peak", prompt, "", lambda f: f(q[:, :, : TOKENS // 2], k, k, scale, None, TOKENS // 2)),
         ("prompt_attention_peak", prompt, "log_mass", lambda f: f(q, k, k, scale, None, TOKENS, mass)),
-        ("decode_attention", "decode_attention", "", lambda f: f(last, k, k, None, None)),
-        ("decode_attention", "decode_attention", "padded", lambda f: f(last, k, k, starts, None)),
+        (decode, decode, "", lambda f: f(last, k, k, None, None)),
+        (decode, decode, "padded", lambda f: f(last, k, k, starts, None)),
+        (packed_decode, decode, "", lambda f: f(last, rows, rows, *segments, None, None, None)),
+        (packed_decode, decode, "massed", lambda f: f(last, rows, rows, *segments, None, masses, None)),
         ("rotary", "rotary", "", lambda f: f(q, k, position[0], inv_freq, 1.0, None)),
         ("rotary", "rotary", "3 axes", lambda f: f(q, k, position, inv_freq, 1.0, axes)),
         ("rotary_table", "rotary", "3 axes", lambda f: f(position, inv_freq, 1.0, axes, dtype)),

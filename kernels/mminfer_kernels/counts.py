@@ -124,24 +124,38 @@ def prompt_attention(a: dict[str, Any]) -> Count:
 
 def decode_attention(a: dict[str, Any]) -> Count:
     batch, heads, queries, size = a["q"].shape
-    groups = batch * a["G"]
-    valid = batch * a["T"] if a["starts"] is None else int((a["T"] - a["starts"]).sum())
-    read = 2 * valid * a["G"] * size * a["k"].element_size() + bytes_of(a["q"])
-    row_blocks = _cdiv(a["repeat"] * queries, a["BLOCK_R"])
-    written = bytes_of(a["out"], a["lse"])
+    if a["lengths"] is not None:
+        lengths = a["lengths"]
+        parts = _cdivs(lengths, a["part_keys"])  # further ones end at once
+    else:
+        lengths = torch.full((batch, a["G"]), a["T"])
+        parts = torch.full_like(lengths, len(a["out"]))
+    valid = int(lengths.sum()) - (0 if a["starts"] is None else a["G"] * int(a["starts"].sum()))
+    cache = 2 * valid * size * a["k"].element_size() + (0 if a["log_mass"] is None else 4 * valid)
+    read = cache + bytes_of(a["q"])
+    row_blocks, rows = _cdiv(a["repeat"] * queries, a["BLOCK_R"]), a["repeat"] * queries
+    written = bytes_of(a["out"], a["lse"]) * int(parts.sum()) // (len(a["out"]) * batch * a["G"])
     result = a["q"].numel() * (a["q"].element_size() if a["lse"] is not None else a["out"].element_size())
+    steps = int(_cdivs(lengths, a["BLOCK_N"]).sum())
     return Count(
         read + result,
         read + written,
         read * row_blocks + written,
-        4 * heads * queries * size * valid,
-        4 * groups * row_blocks * a["BLOCK_R"] * a["BLOCK_D"] * _cdiv(a["T"], a["BLOCK_N"]) * a["BLOCK_N"],
+        4 * rows * size * valid,
+        4 * row_blocks * a["BLOCK_R"] * a["BLOCK_D"] * steps * a["BLOCK_N"],
     )
 
 
+def _cdivs(lengths: torch.Tensor, step: int) -> torch.Tensor:
+    return (lengths + step - 1).div(step, rounding_mode="floor")
+
+
 def decode_merge(a: dict[str, Any]) -> Count:
-    moved = bytes_of(a["parts"], a["lse"], a["out"])
-    return Count(moved, moved, moved, 2 * a["parts"].numel(), 2 * a["parts"].numel())
+    parts, whole = a["parts"].numel(), a["count"]
+    if a["lengths"] is not None:
+        parts = parts * int(_cdivs(a["lengths"], a["part_keys"]).sum()) // (whole * a["lengths"].numel())
+    moved = bytes_of(a["parts"], a["lse"]) * parts // a["parts"].numel() + bytes_of(a["out"])
+    return Count(moved, moved, moved, 2 * parts, 2 * parts)
 
 
 def best_match(a: dict[str, Any]) -> Count:

@@ -158,8 +158,10 @@ def _host_runs_elsewhere() -> bool:
     return False
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, visible: Visibility = CAUSAL) -> Tensor:
-    """softmax(q k^T * scale + causal) v of one sequence, never the whole score matrix.
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, visible: Visibility = CAUSAL, log_mass: Tensor | None = None
+) -> Tensor:
+    """softmax(q k^T * scale + log_mass + causal) v of one sequence, never the whole score matrix.
 
     By flash-attn where it is installed and can take the tensors, else by the op `prompt_attention`.
 
@@ -169,6 +171,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, visible: Vis
         v: [1, G, N, D].
         scale: factor of the scores.
         visible: which keys each query sees.
+        log_mass: [1, G, N] float32, the logarithm of how many keys each one stands for; None: 0.
 
     Returns:
         [1, H, S, D].
@@ -178,10 +181,11 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, visible: Vis
         note_backend("prompt_attention", "sdpa")
         places = torch.arange(k.shape[2] - q.shape[2], k.shape[2], device=q.device)
         places = places if query_index is None else query_index
-        return blocked_attention(q, k, v, scale, places, window, visible.last_key)
-    flash = _flash_for(q) if query_index is None and not watched() else None  # a FLOP counter would not see it
+        return blocked_attention(q, k, v, scale, places, window, visible.last_key, log_mass)
+    plain = query_index is None and log_mass is None
+    flash = _flash_for(q) if plain and not watched() else None  # a FLOP counter would not see it
     if flash is None:
-        return prompt_attention(q, k, v, scale, query_index, window)
+        return prompt_attention(q, k, v, scale, query_index, window, log_mass)
     note_backend("prompt_attention", "flash-attn")
     rows_first = (x.transpose(1, 2) for x in (q, k, v))
     left = -1 if window is None else window - 1

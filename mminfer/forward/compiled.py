@@ -10,12 +10,14 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+from mminfer_kernels import packed_decode_attention
 from torch import Tensor
 from torch.nn import functional as F
 
-from mminfer.forward.attention import routed_attention
+from mminfer.forward.attention import Attend, routed_attention
 from mminfer.forward.kv_cache import CompressedCache
-from mminfer.forward.kv_layer import PaddedLayer
+from mminfer.forward.kv_layer import CompressedLayer, PaddedLayer
+from mminfer.forward.packed_layer import PackedLayer
 from mminfer.forward.rotary import Tables
 from mminfer.models.adapter import ModelAdapter
 
@@ -23,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 class LayerBuffers(NamedTuple):
-    """What one layer of the cache holds, spare columns included.
+    """What one layer of the cache holds whose heads are alike, spare columns included.
 
     Args:
         keys: [B, G, capacity, D].
@@ -34,6 +36,25 @@ class LayerBuffers(NamedTuple):
     keys: Tensor
     values: Tensor
     left_padding: Tensor | None
+
+
+class PackedBuffers(NamedTuple):
+    """What one layer of the cache holds whose heads differ, spare rows included.
+
+    Args:
+        keys: [R, D].
+        values: [R, D].
+        first: [B, G] int64, the row at which each segment begins.
+        log_mass: [R] float32; None: nothing is added to the logits.
+    """
+
+    keys: Tensor
+    values: Tensor
+    first: Tensor
+    log_mass: Tensor | None
+
+
+Buffers = LayerBuffers | PackedBuffers
 
 
 class CompiledStep:
@@ -55,16 +76,11 @@ class CompiledStep:
     def __call__(self, hidden_states: Tensor, tables: Tables, cache: CompressedCache) -> Tensor | None:
         """Logits [B, 1, vocabulary], the new entries written ahead in the cache; None: the step failed."""
         start, graphs = time.perf_counter(), _graphs()
-        padded = [layer for layer in cache.layers if isinstance(layer, PaddedLayer)]
-        layers = [LayerBuffers(*layer.reserve(1), layer.left_padding) for layer in padded]
-        for buffers in layers:
-            torch._dynamo.maybe_mark_dynamic(buffers.keys, 2)
-            torch._dynamo.maybe_mark_dynamic(buffers.values, 2)
+        layers, places = zip(*(_buffers(layer) for layer in cache.layers), strict=True)
         arguments = self._adapter.layer_arguments(cache.next_position.to(hidden_states.device)[:, None])
-        columns = torch.tensor([layer.num_columns for layer in cache.layers], device=hidden_states.device)
         try:
             with routed_attention(self._adapter.text_config):
-                logits: Tensor = _compiled()(self._adapter, hidden_states, tables, layers, columns, arguments)
+                logits: Tensor = _compiled()(self._adapter, hidden_states, tables, layers, places, arguments)
         except Exception as error:  # compilers raise anything, and a step that is wrong in itself fails again without
             self.failed = True
             logger.warning("mminfer: decoding goes on uncompiled: %s", str(error).strip().partition("\n")[0])
@@ -72,6 +88,22 @@ class CompiledStep:
         if _graphs() != graphs:
             self.compile_ms += 1e3 * (time.perf_counter() - start)
         return logits
+
+
+def _buffers(layer: CompressedLayer) -> tuple[Buffers, Tensor]:
+    """A layer's buffers, sizes that grow marked so; and where the new entries go, as `_step` takes it."""
+    if isinstance(layer, PackedLayer):
+        keys, values, first, lengths, new_rows, log_mass, _ = layer.step_segments()
+        for column in (keys, values, *(() if log_mass is None else (log_mass,))):
+            torch._dynamo.maybe_mark_dynamic(column, 0)
+        # Of the lengths of all steps ahead a copy of this step's, since a graph is made for one place in memory.
+        return PackedBuffers(keys, values, first, log_mass), torch.stack([lengths, new_rows.view_as(lengths)])
+    if not isinstance(layer, PaddedLayer):
+        raise TypeError(f"a layer of type {type(layer).__name__}")
+    keys, values = layer.reserve(1)
+    for column in (keys, values):
+        torch._dynamo.maybe_mark_dynamic(column, 2)
+    return LayerBuffers(keys, values, layer.left_padding), torch.tensor([layer.num_columns], device=keys.device)
 
 
 @functools.cache
@@ -100,8 +132,8 @@ def _step(
     adapter: ModelAdapter,
     hidden_states: Tensor,
     tables: Tables,
-    layers: Sequence[LayerBuffers],
-    columns: Tensor,
+    layers: Sequence[Buffers],
+    places: Sequence[Tensor],
     arguments: dict[str, Tensor],
 ) -> Tensor:
     """One step over all layers.
@@ -111,16 +143,22 @@ def _step(
         hidden_states: [B, 1, C].
         tables: rotary, of each kind of layer.
         layers: what the cache holds.
-        columns: [L] int64, the column into which each layer writes the new entry.
+        places: of each layer [1] int64, the column into which it writes the new entry; or, where its heads differ,
+            [2, B, G]: entries of each segment, the new one included, and the row of that one.
         arguments: what else the layers are given.
     """
-    for i, (layer, kind, buffers) in enumerate(zip(adapter.layers, adapter.layer_kinds, layers, strict=True)):
+    for layer, kind, buffers, place in zip(adapter.layers, adapter.layer_kinds, layers, places, strict=True):
+        attend: Attend = (
+            partial(_attend, (buffers, place))
+            if isinstance(buffers, LayerBuffers)
+            else partial(_attend_packed, (buffers, place))
+        )
         hidden_states = layer(
             hidden_states,
             position_embeddings=tables[kind],
             attention_mask=None,
             use_cache=False,
-            attend=partial(_attend, (buffers, columns[i : i + 1])),
+            attend=attend,
             **arguments,
         )
     return adapter.logits(hidden_states)
@@ -150,3 +188,22 @@ def _attend(
         visible = visible & (column >= left_padding[:, None])
     grouped = q.reshape(*keys.shape[:2], -1, q.shape[-1])  # the heads of a group as rows: keys are read once
     return F.scaled_dot_product_attention(grouped, keys, values, visible[:, None, None], scale=scale).reshape(q.shape)
+
+
+def _attend_packed(
+    target: tuple[PackedBuffers, Tensor], q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
+) -> Tensor:
+    """Attention over packed segments, whose lengths are tensors, so that no shape depends on the step.
+
+    Args:
+        target: a layer's buffers, and [2, B, G]: entries of each segment, and the row of the new one.
+        q: [B, H, 1, D].
+        k: [B, G, 1, D], of the new entry.
+        v: [B, G, 1, D].
+        scale: factor of the scores.
+        window: None.
+    """
+    (keys, values, first, log_mass), (lengths, new_rows) = target
+    keys.index_copy_(0, new_rows.flatten(), k.reshape(-1, k.shape[-1]))
+    values.index_copy_(0, new_rows.flatten(), v.reshape(-1, v.shape[-1]))
+    return packed_decode_attention(q, keys, values, first, lengths, scale, log_mass, keys.shape[0])

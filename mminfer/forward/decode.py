@@ -6,7 +6,7 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
-from mminfer_kernels import DecoderWeights, LayerCache, backend_for, decode_attention, note_backend
+from mminfer_kernels import DecoderWeights, backend_for, decode_attention, note_backend, packed_decode_attention
 from mminfer_kernels import decode_step as fused_step
 from mminfer_kernels.decode_step import MAX_ROWS
 from mminfer_kernels.tracing import watched
@@ -18,7 +18,6 @@ from mminfer.forward.compiled import CompiledStep
 from mminfer.forward.fused import fused_weights, hook_dictionaries
 from mminfer.forward.kv_cache import CompressedCache
 from mminfer.forward.kv_layer import CompressedLayer, PaddedLayer
-from mminfer.forward.packed_attention import packed_decode_attention
 from mminfer.forward.packed_layer import PackedLayer
 from mminfer.forward.rotary import RotaryAhead, Tables, fractional, frequency_factors
 from mminfer.models.adapter import ModelAdapter
@@ -73,7 +72,7 @@ class Decoder:
         return 0.0 if self._compiled is None else self._compiled.compile_ms
 
     def _compiled_step(self, hidden_states: Tensor, tables: Tables, cache: CompressedCache) -> Tensor | None:
-        if self._compiled is None or self._compiled.failed or self._layers.hooked or watched() or cache.is_packed:
+        if self._compiled is None or self._compiled.failed or self._layers.hooked or watched():
             return None
         note_backend("decode_step", "compiled")
         return self._compiled(hidden_states, tables, cache)
@@ -83,11 +82,7 @@ class Decoder:
         if weights is None:
             return None
         cos, sin = tables[self.adapter.layer_kinds[0]]
-        caches = []
-        for layer in cache.layers:
-            if not isinstance(layer, PaddedLayer):
-                return None
-            caches.append(LayerCache(*layer.reserve(1), layer.left_padding, layer.num_columns))
+        caches = [layer.step_cache() for layer in cache.layers]
         return fused_step(hidden_states[:, 0], cos[:, 0], sin[:, 0], weights, caches, "native")[:, None]
 
     def _fused_weights(self, hidden_states: Tensor, tables: Tables) -> DecoderWeights | None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from mminfer_kernels import LayerCache, PackedLayerCache
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
@@ -64,6 +65,14 @@ class CompressedLayer(CacheLayerMixin):
     @abstractmethod
     def row(self, sequence: int) -> CacheEntries:
         """One sequence's entries."""
+
+    def extended(self, sequence: int, new: CacheEntries) -> CacheEntries:
+        """One sequence's entries, then the new ones in each head."""
+        return self.row(sequence).extend(new)
+
+    @abstractmethod
+    def step_cache(self) -> LayerCache | PackedLayerCache:
+        """Keys and values as the fused decoding step takes them, with room for the new entry."""
 
     @abstractmethod
     def select_rows(self, rows: Tensor) -> None:
@@ -210,6 +219,9 @@ class PaddedLayer(CompressedLayer):
             self._grow(self.num_columns + spare_columns)
             return self.reserve(spare_columns)
         return keys, values
+
+    def step_cache(self) -> LayerCache:
+        return LayerCache(*self.reserve(1), self.left_padding, self.num_columns)
 
     def _grow(self, num_columns: int) -> None:
         capacity, used, grown = num_columns + max(self.cache.headroom, num_columns // 8), self.num_columns, {}

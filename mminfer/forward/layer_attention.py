@@ -137,9 +137,8 @@ class LayerAttention:
         start, stop = self.layout.spans[sequence]
         num_past = 0
         if self.past is not None:
-            earlier = self.past.row(sequence)
-            _check_kind(earlier.keys, entries.keys)
-            num_past, entries = max(earlier.lengths), earlier.extend(entries)
+            _check_kind(self.past, entries.keys)
+            num_past, entries = max(self.past.head_lengths[sequence]), self.past.extended(sequence, entries)
         return LayerView(
             queries=q,
             entries=entries,
@@ -270,7 +269,7 @@ def _pairs(keys: int, queries: int, visible: Visibility) -> int:
     return pairs + int((last_key - own).sum())
 
 
-def _check_kind(held: Tensor, new: Tensor) -> None:
+def _check_kind(held: CompressedLayer, new: Tensor) -> None:
     """Raises `InputError` where a cache holds keys of another dtype, or elsewhere, than the model makes them now."""
     if held.dtype != new.dtype or held.device != new.device:
         raise InputError(

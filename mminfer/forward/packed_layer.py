@@ -9,6 +9,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from mminfer_kernels import PackedLayerCache, Segments
 from torch import Tensor
 
 from mminfer.forward.kv_layer import NEW, CompressedLayer, PaddedLayer
@@ -21,7 +22,7 @@ LEAST_SPARE = 32  # spare rows of a head, where an eighth of its entries is less
 STEPS_AHEAD = 64  # decoding steps for which lengths are made at a time
 
 
-class Segments(NamedTuple):
+class StepSegments(NamedTuple):
     """Packed buffers of a layer in a decoding step, and where the entries of each sequence and head lie in them.
 
     Args:
@@ -84,6 +85,11 @@ class _Store:
     def first(self) -> Tensor:
         """[B, G] int64: `starts`."""
         return torch.tensor([starts[:-1] for starts in self.starts], device=self.device)
+
+    @cached_property
+    def segments(self) -> Segments:
+        """The same for the fused step, which looks at them once."""
+        return Segments(self.first, self.base, _there(self.buffers["keys"]).shape[0])
 
     @cached_property
     def base(self) -> Tensor:
@@ -197,17 +203,44 @@ class PackedLayer(CompressedLayer):
         }
         return CacheEntries.of(columns, self.head_lengths[sequence])
 
-    def segments(self) -> Segments:
-        """The buffers with room for one new entry of each head, and where it goes; `advance` makes it count."""
+    def extended(self, sequence: int, new: CacheEntries) -> CacheEntries:
+        """One sequence's entries, then the new ones in each head, by one copy."""
+        store = self._store
+        if (store.buffers["log_mass"] is None) != (new.log_mass is None):
+            return super().extended(sequence, new)
+        theirs = [head.columns for head in new.heads()]
+        columns: dict[str, Tensor | None] = {}
+        for name, column in store.buffers.items():
+            added = [of_head[name] for of_head in theirs]
+            if column is None or any(x is None for x in added):
+                columns[name] = None
+                continue
+            ours = store.stretches(column, sequence, self._new)
+            pairs = zip(ours, added, strict=True)
+            columns[name] = torch.cat([p for a, b in pairs if b is not None for p in (a, b[0, 0])])[None, None]
+        lengths = zip(self.head_lengths[sequence], new.lengths, strict=True)
+        return CacheEntries.of(columns, tuple(a + b for a, b in lengths))
+
+    def _with_room(self) -> _Store:
+        """The entries, with room for one more in each head."""
         if self._new >= self._store.spare:
             self._store = self._store.grown(self._new)
-        store, ahead = self._store, self._ahead
+        return self._store
+
+    def step_cache(self) -> PackedLayerCache:
+        store = self._with_room()
+        keys, values = _there(store.buffers["keys"]), _there(store.buffers["values"])
+        return PackedLayerCache(keys, values, store.segments, self._new, store.buffers["log_mass"])
+
+    def step_segments(self) -> StepSegments:
+        """The buffers with room for one new entry of each head, and where it goes; `advance` makes it count."""
+        store, ahead = self._with_room(), self._ahead
         if ahead is None or ahead.store is not store or not 0 <= self._new - ahead.begin < STEPS_AHEAD:
             ahead = self._ahead = self._made_ahead()
         step = self._new - ahead.begin
-        return Segments(
-            self.keys,
-            self.values,
+        return StepSegments(
+            _there(store.buffers["keys"]),
+            _there(store.buffers["values"]),
             store.first,
             ahead.lengths[step],
             ahead.rows[step],
@@ -221,9 +254,9 @@ class PackedLayer(CompressedLayer):
         rows = (store.first + store.base + steps).flatten(1)
         return _Ahead(store, self._new, (store.base + 1 + steps).unbind(), rows.unbind())
 
-    def write_ahead(self, k: Tensor, v: Tensor) -> Segments:
+    def write_ahead(self, k: Tensor, v: Tensor) -> StepSegments:
         """Writes a new entry of each sequence and head ([B, G, 1, D]); `advance` makes it count."""
-        segments = self.segments()
+        segments = self.step_segments()
         segments.keys[segments.new_rows] = k.reshape(-1, k.shape[-1])
         segments.values[segments.new_rows] = v.reshape(-1, v.shape[-1])
         return segments

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from mminfer import AIMPrune, InferenceConfig, InputError, LookM, patched
 from mminfer.forward.kv_cache import CompressedCache, Continuation
 from mminfer.forward.kv_layer import PaddedLayer
+from mminfer.forward.packed_layer import PackedLayer
 from mminfer.technique import CacheEntries
 from tests.tiny import IMAGE, tiny_inputs, tiny_model
 
@@ -48,6 +49,59 @@ def test_rows_keep_what_was_put_in(lengths, tracked, steps):
             assert torch.equal(after.score[:, :, : lengths[b]], before.score)
 
 
+def uneven(lengths: list[int], weighed: bool) -> CacheEntries:
+    """Packed, of heads of these lengths."""
+    k, v = torch.randn(2, 1, 1, sum(lengths), 8)
+    mass = torch.randn(1, 1, sum(lengths)) if weighed else None
+    return CacheEntries(k, v, size=torch.rand(1, 1, sum(lengths)), log_mass=mass, head_lengths=tuple(lengths))
+
+
+def packed_layer_of(rows: list[CacheEntries], headroom: int = 64) -> PackedLayer:
+    cache = CompressedCache()
+    cache.headroom = headroom
+    layer = PackedLayer(rows, [99] * len(rows), cache)
+    cache.commit([layer], 99, [99] * len(rows), Continuation.behind_text(torch.zeros(len(rows)).double()))
+    return layer
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 40), min_size=2, max_size=2).filter(any), min_size=1, max_size=3),
+    st.booleans(),
+    st.integers(0, 90),
+    st.sampled_from([1, 7, 64]),
+)
+def test_heads_of_any_length_keep_what_was_put_in(lengths, weighed, steps, headroom):
+    """Over growth, and back to where they were."""
+    rows = [uneven(of_heads, weighed) for of_heads in lengths]
+    layer = packed_layer_of(rows, headroom)
+    restore, new = layer.cache.snapshot(), torch.randn(steps, 2, len(lengths), 2, 1, 8)
+    for again in range(2):
+        for k, v in new:
+            layer.write_ahead(k, v)
+            layer.cache.advance(1)
+        assert layer.head_lengths == [tuple(n + steps for n in of_heads) for of_heads in lengths]
+        assert layer.nbytes == sum(n + steps for one in lengths for n in one) * (2 * 8 * 4 + 4 * weighed)
+        for b, before in enumerate(rows):
+            after = layer.row(b)
+            extended = before.extend(CacheEntries(*new[:, :, b].permute(1, 3, 2, 0, 4), size=torch.ones(1, 2, steps)))
+            assert after.lengths == extended.lengths and (after.log_mass is not None) == weighed
+            for name in ("keys", "values", "size", "log_mass"):
+                ours, want = after.columns[name], extended.columns[name]
+                assert (ours is None and want is None) or torch.equal(ours, want)
+            more = layer.extended(b, entries(3, tracked=False)).keys
+            assert more.shape[2] == after.total + 6
+        if not again:
+            restore()
+            assert layer.head_lengths == [tuple(of_heads) for of_heads in lengths]
+
+
+def test_spare_rows_are_few():
+    """As many as a padded layer has spare columns; fewer where the heads are short."""
+    for lengths, headroom, spare in (([1000, 3000], 64, 64), ([100, 20], 64, 32), ([1000, 3000], 500, 250)):
+        layer = packed_layer_of([uneven(lengths, False)], headroom)
+        assert layer.keys.shape[0] == sum(lengths) + 2 * spare
+
+
 def test_growing_copies_rarely():
     layer = layer_of([entries(1000)])
     addresses = set()
@@ -64,6 +118,21 @@ def test_columns_written_ahead_count_only_after_the_advance():
     assert keys.shape[2] == 6
     assert layer.keys.shape[2] == 5
     assert layer.lengths == [5, 3]
+
+
+def test_beams_reorder_rows_of_uneven_heads():
+    rows = [uneven([5, 1], True), uneven([2, 9], True)]
+    layer = packed_layer_of(rows)
+    layer.write_ahead(*torch.randn(2, 2, 2, 1, 8))
+    layer.cache.advance(1)
+    before = [layer.row(b) for b in range(2)]
+    layer.cache.reorder_cache(torch.tensor([1, 1, 0]))
+    assert layer.head_lengths == [(3, 10), (3, 10), (6, 2)] and layer.batch_size == 3
+    for b, of in enumerate((1, 1, 0)):
+        assert torch.equal(layer.row(b).keys, before[of].keys)
+    layer.write_ahead(*torch.ones(2, 3, 2, 1, 8))
+    layer.cache.advance(1)
+    assert all(bool((head.keys[:, :, -1] == 1).all()) for b in range(3) for head in layer.row(b).heads())
 
 
 def test_beams_reorder_rows():

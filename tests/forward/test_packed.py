@@ -5,13 +5,16 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from mminfer_kernels import record_backends
+from mminfer_kernels.backends import cpu_takes
 
 from mminfer import AIMPrune, Digest, InferenceConfig, InputError, LookM, OperatorSkip, patched
 from mminfer.cache.h2o import H2O
 from mminfer.cache.random_evict import RandomEvict
 from mminfer.cache.snapkv import SnapKV
+from mminfer.forward import compiled
 from mminfer.forward.kv_cache import CACHE_NAME, CompressedCache
-from mminfer.metrics.flops import decode_flops, measured_flops
+from mminfer.metrics.flops import decode_flops, measured_flops, prompt_flops
 from mminfer.models.registry import adapter_for
 from mminfer.tokens.fastv import FastV
 from mminfer.tokens.random_prune import RandomPrune
@@ -26,7 +29,19 @@ GREEDY = {
     "suppress_tokens": SPECIAL,
 }  # fmt: skip
 BATCH = [[9, IMAGE, 7], [12], [3, IMAGE, 1, IMAGE, 4]]
+native = pytest.mark.skipif(not cpu_takes(torch.empty(0)), reason="no C++ library here")
 ways = pytest.mark.parametrize("technique", [ByLot(), ByLot(weighed=True)], ids=["plain", "weighed"])
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """torch.compile without its slow half: the graph runs as it was traced."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    step = torch.compile(compiled._step, fullgraph=True, backend="eager")
+    monkeypatch.setattr(compiled, "_compiled", lambda: step)
+    yield
+    torch._dynamo.reset()
 
 
 def extended(inputs, tokens):
@@ -117,13 +132,64 @@ def test_beams_samples_and_long_answers(kwargs):
     assert packed.is_packed and masked.is_packed and packed.nbytes < 0.8 * masked.nbytes
 
 
+@native
+@ways
+@pytest.mark.parametrize("kwargs", [{}, {"num_beams": 3}, {"max_new_tokens": 80}])
+def test_the_fused_step_equals_the_hosts_modules(technique, kwargs):
+    model, inputs, outs = tiny_model("qwen2_5_vl"), tiny_inputs("qwen2_5_vl", BATCH), []
+    config, module = InferenceConfig(cache=technique), adapter_for(model).layers[2].mlp
+    for hooks in (0, 1):
+        handles = [module.register_forward_hook(lambda *args: None) for _ in range(hooks)]
+        with patched(model, config), record_backends() as backends:
+            outs.append(model.generate(**inputs, **GREEDY | kwargs))
+        for handle in handles:
+            handle.remove()
+        assert backends["decode_step"] == ("host" if hooks else "native")
+        assert ("packed_decode_attention" in backends) == bool(hooks)
+    assert torch.equal(outs[0].sequences, outs[1].sequences)
+    torch.testing.assert_close(logits_of(outs[0]), logits_of(outs[1]), rtol=0, atol=1e-4)
+
+
+def test_one_graph_serves_all_steps_and_lengths(traced):
+    """Under torch.compile the op stands in the graph; a cache of another kind makes another graph, once."""
+    model, config, long = (
+        tiny_model("llava"),
+        InferenceConfig(cache=ByLot(weighed=True)),
+        GREEDY | {"max_new_tokens": 40},
+    )
+    for batch in (BATCH, [[40, IMAGE], [2], [5]]):
+        inputs = tiny_inputs("llava", batch)
+        with patched(model, config):
+            want = model.generate(**inputs, **long)
+        with patched(model, config, compile=True), record_backends() as backends:
+            ours = model.generate(**inputs, **long)
+        assert backends["decode_step"] == "compiled"
+        assert torch.equal(ours.sequences, want.sequences)
+        torch.testing.assert_close(logits_of(ours), logits_of(want), rtol=0, atol=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    with patched(model, InferenceConfig(cache=ByLot()), compile=True), record_backends() as backends:
+        model.generate(**inputs, **GREEDY)
+    assert backends["decode_step"] == "compiled"
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
 def test_heads_that_are_alike_are_padded_as_ever():
     model, inputs = tiny_model("llava"), tiny_inputs("llava", BATCH)
-    with patched(model, InferenceConfig(cache=ByLot(most=0.0))):
-        alike = model(**inputs, use_cache=True)[CACHE_NAME]
-    assert alike.is_packed and alike.head_lengths[0] == [(1, 0)] * 3
     with patched(model, InferenceConfig(cache=KeepsAll())):
         assert not model(**inputs, use_cache=True)[CACHE_NAME].is_packed
+
+
+def test_heads_may_hold_nothing():
+    model, inputs, outs = tiny_model("llava"), tiny_inputs("llava", BATCH), []
+    for technique in (ByLot(most=0.0), Masked(most=0.0)):
+        with patched(model, InferenceConfig(cache=technique)):
+            cache = model(**inputs, use_cache=True)[CACHE_NAME]
+            assert technique == Masked(most=0.0) or cache.head_lengths[0] == [(1, 0)] * 3
+        with patched(model, InferenceConfig()):
+            turn = model(input_ids=torch.full((3, 4), 20), **{CACHE_NAME: cache.clone()}).logits
+            outs.append([turn[:, :1], model(input_ids=torch.full((3, 1), 20), **{CACHE_NAME: cache}).logits])
+    torch.testing.assert_close(*outs, rtol=0, atol=1e-4)
+    torch.testing.assert_close(*outs[0], rtol=0, atol=1e-4)  # a turn's first token is a step
 
 
 @dataclass(frozen=True)
@@ -192,6 +258,20 @@ def test_flops_of_steps_are_counted_by_head(technique):
         with measured_flops() as counter:
             model(input_ids=torch.full((1, 1), 20), **{CACHE_NAME: cache})
     assert decode_flops(handle.adapter.spec, entries) == pytest.approx(counter.get_total_flops(), rel=1e-6)
+
+
+@ways
+def test_flops_of_turns_are_those_of_the_mean_head(technique):
+    """Pairs are told a head, rounded: half a pair for each query at most."""
+    model, (first, second) = tiny_model("llava"), tiny_rows("llava", [[9, IMAGE, 7], [4, IMAGE, 31]])
+    del second["attention_mask"]
+    with patched(model, InferenceConfig(cache=technique)) as handle:
+        cache = model(**first, use_cache=True)[CACHE_NAME]
+        with measured_flops() as counter:
+            model(**second, logits_to_keep=1, **{CACHE_NAME: cache})
+    record, spec = handle.records[-1], handle.adapter.spec
+    ours = prompt_flops(spec, record) + sum(record.vision_flops)
+    assert ours == pytest.approx(counter.get_total_flops(), rel=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -231,15 +231,9 @@ def packed_decode_step(draw: Random) -> dict:
 OPS = {
     make.__name__: make
     for make in (
-<<<<<<< HEAD
         prompt_attention, prompt_attention_mass, prompt_attention_peak, column_mass, power_iterate, decode_attention,
-        best_match, merge_rows, add_rows, gather_rows, gather_rms_norm, swiglu, rotary_table, rotary, apply_rotary,
-        decode_step,
-=======
-        prompt_attention, prompt_attention_mass, column_mass, power_iterate, decode_attention, packed_decode_attention,
-        best_match, merge_rows, add_rows, gather_rows, gather_rms_norm, swiglu, rotary_table, rotary, apply_rotary,
-        decode_step, packed_decode_step,
->>>>>>> part-store
+        packed_decode_attention, best_match, merge_rows, add_rows, gather_rows, gather_rms_norm, swiglu, rotary_table,
+        rotary, apply_rotary, decode_step, packed_decode_step,
     )
 } | {"rotary_": rotary}  # fmt: skip
 

@@ -87,7 +87,9 @@ def test_a_refused_source_shows_the_compilers_log(cache):
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
-@pytest.mark.parametrize("source", ["decode_attention", "decode_attention_combine", "merge_rows"])
+@pytest.mark.parametrize(
+    "source", ["decode_attention", "packed_decode_attention", "decode_attention_combine", "merge_rows"]
+)
 def test_nvcc_takes_the_sources_too(source, tmp_path):
     variant = next(v for module in (decode, merge) for v in module.usual_variants() if v.source == source)
     options = ["-cubin", "-arch=sm_80", "-std=c++17", f"-I{cuda.sources() / 'include'}", *variant.defines]

@@ -16,6 +16,9 @@ from mminfer_kernels.decode_attention import reference as decode_reference
 from mminfer_kernels.merge_rows import cuda_kernel as merge
 from mminfer_kernels.merge_rows import reference as merge_reference
 
+from tests.kernels.test_packed_decode_attention import dense as packed_dense
+from tests.kernels.test_packed_decode_attention import packed
+
 ROOT = Path(__file__).parents[2]
 EMULATED = Path(__file__).parent / "emulated"
 COMPILER = shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
@@ -194,6 +197,40 @@ def test_what_the_kernels_cannot_take_is_named(emulator):
         decode.decode_attention(q, q, q, None, None)
     with pytest.raises(ValueError, match="wanted one dtype"):
         decode.decode_attention(q, q.half(), q, None, None)
+
+
+@pytest.mark.parametrize(("dtype", "size", "repeat"), [(torch.bfloat16, 64, 7), (torch.float32, 33, 2)])
+@pytest.mark.parametrize("massed", [True, False])
+def test_packed_decode_attention(emulator, massed, dtype, size, repeat):
+    """Heads of all lengths in disorder, NaN between them; some have fewer splits than the longest."""
+    q, keys, values, first, lengths = packed([[1, 700], [129, 64]], size, dtype, heads=2 * repeat)
+    log_mass = 3 * torch.rand(len(keys)) if massed else None
+    wanted = packed_dense(q, keys, values, first, lengths, 0.3, log_mass)
+    usual = decode_reference.packed_decode_attention(q, keys, values, first, lengths, 0.3, log_mass, None)
+    for longest in (None, 10**6):
+        found = decode.packed_decode_attention(q, keys, values, first, lengths, 0.3, log_mass, longest)
+        assert found.dtype == dtype and found.shape == q.shape and found.is_contiguous()
+        assert close(found, usual, wanted, dtype)
+    assert emulator.launched[:2] == [
+        ("packed_decode_attention", (6, 2, 2)),
+        ("decode_attention_combine", (4 * repeat, 1, 1)),
+    ]
+
+
+@pytest.mark.parametrize("wrong", [(-1, 5), (0, 0), (600, 101), (0, 2**40), (2**63 - 1, 2**63 - 1), (0, 513)])
+def test_a_head_whose_rows_are_not_there_is_not_a_number(emulator, wrong):
+    q, keys = torch.randn(1, 4, 1, 33), torch.randn(700, 33)
+    first, lengths = torch.tensor([[3, wrong[0]]]), torch.tensor([[400, wrong[1]]])
+    found = decode.packed_decode_attention(q, keys, keys, first, lengths, None, None, 400)
+    alone = decode.packed_decode_attention(q[:, :2], keys, keys, first[:, :1], lengths[:, :1], None, None, None)
+    torch.testing.assert_close(found[:, :2], alone)
+    assert found[:, 2:].isnan().all()
+
+
+def test_splits_of_packed_caches_are_sized_by_all_rows():
+    assert decode.packed_splits(1000, 900, 400) == (8, 128)
+    assert decode.packed_splits(400 * 128 + 1, 50_000, 400) == (196, 256)
+    assert decode.packed_splits(10**6, 10, 400) == (1, 2560)
 
 
 def check_merge(dtype, batch, targets, sources, size, weighted, contiguous=True):

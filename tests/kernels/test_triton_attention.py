@@ -5,10 +5,17 @@ import torch
 from mminfer_kernels import (
     column_mass,
     decode_attention,
+<<<<<<< HEAD
     power_iterate,
     prompt_attention,
     prompt_attention_mass,
     prompt_attention_peak,
+=======
+    packed_decode_attention,
+    power_iterate,
+    prompt_attention,
+    prompt_attention_mass,
+>>>>>>> part-decode
 )
 from mminfer_kernels.column_mass import triton_kernel as column_kernel
 from mminfer_kernels.decode_attention import triton_kernel as decode_kernel
@@ -170,6 +177,56 @@ def test_decode_attention_reads_nothing_before_a_row_starts(monkeypatch):
     wanted = decode_attention(q, k, v, starts, backend="reference")
     k[0, :, :40], v[0, :, :40] = torch.nan, torch.nan
     torch.testing.assert_close(decode_attention(q, k, v, starts, backend="triton"), wanted)
+
+
+def segments(lengths):
+    """First rows and lengths, in the reverse order of heads, with rows between them."""
+    lengths = torch.tensor(lengths)
+    backwards = (lengths + 2).flatten().flip(0).cumsum(0).flip(0).view(lengths.shape)
+    return backwards - lengths, lengths, int(backwards.max()) + 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("lengths", "heads", "size"), [([[1]], 2, 80), ([[1, 130], [70, 3]], 6, 24), ([[33, 300]], 2, 16)]
+)
+@pytest.mark.parametrize("massed", [True, False])
+def test_packed_decode_attention(monkeypatch, massed, lengths, heads, size, dtype):
+    """The longest head is cut into more parts than are merged at a time."""
+    monkeypatch.setattr(decode_kernel, "PART_KEYS", 32)
+    monkeypatch.setattr(decode_kernel, "MOST_PARTS", 4)
+    monkeypatch.setattr(decode_kernel, "_programs", lambda x: 200)
+    first, lengths, rows = segments(lengths)
+    q, keys, values = torch.randn(len(first), heads, 1, size), torch.randn(rows, size), torch.randn(rows, size)
+    inputs = q.to(dtype), keys.to(dtype), values.to(dtype), first, lengths
+    log_mass = 3 * torch.rand(rows) if massed else None
+    found = meets_the_bar(packed_decode_attention, *inputs, log_mass=log_mass)
+    bounded = packed_decode_attention(*inputs, log_mass=log_mass, longest=int(lengths.max()) + 7, backend="triton")
+    torch.testing.assert_close(bounded, found)
+
+
+def test_rows_of_no_head_are_not_read(monkeypatch):
+    monkeypatch.setattr(decode_kernel, "PART_KEYS", 32)
+    first, lengths, rows = segments([[40, 1, 90]])
+    q, keys, values = torch.randn(1, 3, 1, 16), torch.randn(rows, 16), torch.randn(rows, 16)
+    wanted = packed_decode_attention(q, keys, values, first, lengths, backend="reference")
+    used = torch.zeros(rows, dtype=torch.bool)
+    for start, length in zip(first[0].tolist(), lengths[0].tolist(), strict=True):
+        used[start : start + length] = True
+    keys[~used], values[~used] = torch.nan, torch.nan
+    torch.testing.assert_close(packed_decode_attention(q, keys, values, first, lengths, backend="triton"), wanted)
+
+
+@pytest.mark.parametrize("wrong", [(-1, 5), (0, 0), (60, 41), (0, 2**40), (2**63 - 1, 2**63 - 1), (0, 70)])
+def test_a_head_whose_rows_are_not_there_is_not_a_number(monkeypatch, wrong):
+    """On a GPU nobody looks before; the others are what they are."""
+    monkeypatch.setattr(decode_kernel, "PART_KEYS", 32)
+    q, keys = torch.randn(1, 2, 1, 16), torch.randn(100, 16)
+    first, lengths = torch.tensor([[3, wrong[0]]]), torch.tensor([[40, wrong[1]]])
+    found = decode_kernel.packed_decode_attention(q, keys, keys, first, lengths, None, None, 40)
+    alone = packed_decode_attention(q[:, :1], keys, keys, first[:, :1], lengths[:, :1], backend="reference")
+    torch.testing.assert_close(found[:, :1], alone)
+    assert found[:, 1].isnan().all()
 
 
 @pytest.mark.slow

@@ -23,6 +23,13 @@ def calls(layout):
         "best_match": (rows, k[:, 0]),
         "column_mass": (q, k),
         "decode_attention": (q[:, :, :2], k, k),
+        "packed_decode_attention": (
+            q[:, :, :1],
+            k[0, 0],
+            k[0, 1],
+            torch.tensor([[0, 1], [8, 2]]),
+            torch.ones(2, 2).long(),
+        ),
         "gather_rms_norm": (rows, index, torch.ones(16)),
         "gather_rows": (rows, index),
         "merge_rows": (rows, k[:, 0, :2], index),

@@ -1,4 +1,5 @@
 // Attention of a few query rows over a range of cached keys, for one thread block; and the sum of several ranges.
+// PACKED: of a packed cache, in which heads have lengths of their own, and for one new token.
 //
 // All query heads of a group and all their new tokens are the rows of one small matrix, so that a key or value is
 // loaded once for up to ROWS of them. LANES threads share a key, 16 bytes each; the block works on STREAMS keys side by
@@ -15,7 +16,7 @@
 
 namespace mminfer {
 
-template <class T, int SIZE, int ROWS, bool ALIGNED, class Block>
+template <class T, int SIZE, int ROWS, bool ALIGNED, bool PACKED, class Block>
 class DecodeAttention {
   using Shape = DecodeShape<T, SIZE, ROWS>;
   static constexpr int WIDTH = Shape::WIDTH, LANES = Shape::LANES, VECTORS = Shape::VECTORS, KEYS = Shape::KEYS,
@@ -26,17 +27,28 @@ class DecodeAttention {
 
  public:
   MMINFER_DEVICE DecodeAttention(const DecodeAttentionArguments& arguments, Block& block) : a_(arguments), b_(block) {
-    rows_ = a_.heads / a_.groups * a_.queries;
+    rows_ = a_.heads / a_.groups * queries();
     const int row_blocks = (rows_ + ROWS - 1) / ROWS;
     group_ = static_cast<int>(b_.y()) / row_blocks;
     first_row_ = static_cast<int>(b_.y()) % row_blocks * ROWS;
-    const int start = a_.starts ? static_cast<int>(a_.starts[b_.z()]) : 0;
-    const int part = (a_.entries - start + a_.splits - 1) / a_.splits;
-    begin_ = start + static_cast<int>(b_.x()) * part;
-    end_ = begin_ + part < a_.entries ? begin_ + part : a_.entries;
+    if constexpr (PACKED) {
+      const Segment rows(a_, b_.z() * a_.groups + group_);
+      const i64 before = b_.x() * a_.split_keys;
+      begin_ = rows.first + (before < rows.length ? static_cast<int>(before) : rows.length);
+      end_ = rows.first + rows.length;
+      if (a_.split_keys < end_ - begin_) end_ = begin_ + a_.split_keys;
+      factor_ = rows.there ? static_cast<float>(a_.factor) : not_a_number();
+    } else {
+      const int start = a_.starts ? static_cast<int>(a_.starts[b_.z()]) : 0;
+      const int part = (a_.entries - start + a_.splits - 1) / a_.splits;
+      begin_ = start + static_cast<int>(b_.x()) * part;
+      end_ = begin_ + part < a_.entries ? begin_ + part : a_.entries;
+      factor_ = static_cast<float>(a_.factor);
+    }
   }
 
   MMINFER_DEVICE void run() {
+    if (PACKED && begin_ == end_) return;  // behind the head's last row: nobody reads what this block would write
     start();
     load(key_, key_at_, a_.key_strides[2], begin_);
     load(value_, value_at_, a_.value_strides[2], begin_);
@@ -53,6 +65,8 @@ class DecodeAttention {
 
  private:
   using Row = Vector<T>;
+
+  MMINFER_DEVICE int queries() const { return PACKED ? 1 : a_.queries; }
 
   static MMINFER_DEVICE int lane(int thread) { return thread % LANES; }
   static MMINFER_DEVICE int stream(int thread) { return thread / LANES; }
@@ -77,15 +91,15 @@ class DecodeAttention {
   }
 
   MMINFER_DEVICE void load_query(int thread, int r) {
-    const int number = first_row_ + r, head = group_ * (a_.heads / a_.groups) + number / a_.queries;
-    const T* from = row(a_.query, a_.query_strides, b_.z(), head, number % a_.queries);
+    const int number = first_row_ + r, head = group_ * (a_.heads / a_.groups) + number / queries();
+    const T* from = row(a_.query, a_.query_strides, b_.z(), head, number % queries());
     MMINFER_UNROLL
     for (int j = 0; j < VECTORS; ++j) {
       const int at = column(thread, j);
       const Row loaded = mminfer::load<ALIGNED>(from + at, number < rows_ ? a_.size - at : 0);
       MMINFER_UNROLL
       for (int i = 0; i < WIDTH; ++i) {
-        query_[thread].at[r][j * WIDTH + i] = element(loaded, i) * static_cast<float>(a_.factor);
+        query_[thread].at[r][j * WIDTH + i] = element(loaded, i) * factor_;
         sum_[thread].at[r][j * WIDTH + i] = 0;
       }
     }
@@ -153,7 +167,8 @@ class DecodeAttention {
       const int key = first + lane(thread) / KEY_LANES * STREAMS + stream(thread);
       MMINFER_UNROLL
       for (int i = 0; i < HELD; ++i) {
-        const int last = a_.entries - a_.queries + (first_row_ + row_of(thread, i)) % a_.queries;
+        const int last = a_.entries - queries() + (first_row_ + row_of(thread, i)) % queries();
+        if (PACKED && a_.log_mass && key < end_) logit_[thread].at[i] += a_.log_mass[key] * 1.44269504f;  // log2(e)
         if (key >= end_ || key > last) logit_[thread].at[i] = minus_infinity();
         peak_[thread].at[i] = logit_[thread].at[i];
       }
@@ -305,6 +320,7 @@ class DecodeAttention {
   const DecodeAttentionArguments& a_;
   Block& b_;
   int rows_, group_, first_row_, begin_, end_;
+  float factor_;
   PerThread<const T*> key_at_, value_at_;
   PerThread<Array<Row[VECTORS], KEYS>> key_, value_;
   PerThread<Array<float[Shape::ELEMENTS], ROWS>> query_, sum_;
@@ -317,16 +333,21 @@ class DecodeAttention {
 // One row of the output from its splits: block x is the row's number in [B * H * S].
 template <class T, int THREADS, class Block>
 MMINFER_DEVICE void combine_splits(const DecodeAttentionArguments& a, Block& block) {
+  int splits = a.splits;
+  if (a.lengths) {
+    const Segment rows(a, block.x() / (a.heads / a.groups * a.queries));
+    splits = (rows.length + a.split_keys - 1) / a.split_keys;
+  }
   block.each([&](int thread) {
     const OnlineSoftmax* states = a.softmaxes + block.x() * a.splits;
     float max = minus_infinity();
-    for (int s = 0; s < a.splits; ++s) max = larger(max, states[s].max);
+    for (int s = 0; s < splits; ++s) max = larger(max, states[s].max);
     for (int column = thread; column < a.size; column += THREADS) {
       const float* partial = a.partial + block.x() * a.splits * a.size + column;
       OnlineSoftmax total = {max, 0.0f};
       float sum = 0;
 #pragma unroll 4
-      for (int s = 0; s < a.splits; ++s) {
+      for (int s = 0; s < splits; ++s) {
         const float weight = rescale(states[s].max, max);
         total.sum += weight * states[s].sum;
         sum += weight * partial[s * a.size];

@@ -11,6 +11,9 @@ struct DecodeAttentionArguments {
   const void* key;           // [B, G, T, D], strides of B, G, T below
   const void* value;         // [B, G, T, D]
   const i64* starts;         // [B], or null: 0
+  const i64* firsts;         // [B, G], of a packed cache, T rows that all heads share: a head's first row; or null
+  const i64* lengths;        // [B, G], likewise: its rows
+  const float* log_mass;     // [T], of a packed cache, or null
   void* output;              // [B, H, S, D], contiguous
   float* partial;            // [B * H * S, splits, D], unless splits is 1
   OnlineSoftmax* softmaxes;  // [B * H * S, splits], likewise
@@ -18,7 +21,21 @@ struct DecodeAttentionArguments {
   i64 key_strides[3];
   i64 value_strides[3];
   int heads, groups, queries, entries, size, splits;
-  double factor;  // of the logits, times log2(e)
+  int split_keys;  // of a packed cache: the rows of a split, of which the last ones of a head may not be there
+  double factor;   // of the logits, times log2(e)
+};
+
+// The rows of a head in a packed cache. Where not all of them are there, one row, to be multiplied by NaN.
+struct Segment {
+  int first, length;
+  bool there;
+
+  MMINFER_DEVICE Segment(const DecodeAttentionArguments& a, i64 owner) {
+    const i64 given = a.firsts[owner], rows = a.lengths[owner];
+    there = given >= 0 && rows >= 1 && rows <= static_cast<i64>(a.splits) * a.split_keys && given <= a.entries - rows;
+    first = there ? static_cast<int>(given) : 0;
+    length = there ? static_cast<int>(rows) : 1;
+  }
 };
 
 MMINFER_DEVICE constexpr int power_of_two_from(int n) { return n <= 1 ? 1 : 2 * power_of_two_from((n + 1) / 2); }

@@ -18,6 +18,7 @@ MMINFER_DEVICE float larger(float x, float y) { return std::fmax(x, y); }
 #endif
 
 MMINFER_DEVICE float minus_infinity() { return bit_cast<float>(0xff800000u); }
+MMINFER_DEVICE float not_a_number() { return bit_cast<float>(0x7fc00000u); }
 
 // 2^(from - to): what a weight relative to the maximum `from` is relative to `to`. Nothing (-inf) stays nothing.
 MMINFER_DEVICE float rescale(float from, float to) { return from == minus_infinity() ? 0.0f : exp2_of(from - to); }

@@ -2,7 +2,7 @@
 
 import torch
 
-from mminfer_kernels.backends import cpu_takes, native_takes, on_cuda, triton_takes
+from mminfer_kernels.backends import native_takes, on_cuda, triton_takes
 from mminfer_kernels.checks import INTEGERS, check_heads, check_packed, factor_of
 from mminfer_kernels.cuda import LARGEST_HEAD
 from mminfer_kernels.decode_attention import reference
@@ -21,7 +21,8 @@ register("decode_attention", "reference", reference.decode_attention)
 register("decode_attention", "triton", f"{_ROOM}.triton_kernel:decode_attention", triton_takes, on_cuda)
 register("decode_attention", "native", f"{_ROOM}.native:decode_attention", _native_takes)
 register("packed_decode_attention", "reference", reference.packed_decode_attention)
-register("packed_decode_attention", "native", f"{_ROOM}.native:packed_decode_attention", cpu_takes)
+register("packed_decode_attention", "triton", f"{_ROOM}.triton_kernel:packed_decode_attention", triton_takes, on_cuda)
+register("packed_decode_attention", "native", f"{_ROOM}.native:packed_decode_attention", _native_takes)
 
 
 def _fake(q: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:

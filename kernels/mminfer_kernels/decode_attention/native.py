@@ -44,6 +44,10 @@ def packed_decode_attention(
     longest: int | None,
 ) -> torch.Tensor:
     """See `mminfer_kernels.packed_decode_attention`."""
+    if q.is_cuda:
+        from mminfer_kernels.decode_attention.cuda_kernel import packed_decode_attention as on_gpu
+
+        return on_gpu(q, keys, values, first, lengths, scale, log_mass, longest)
     log_mass = None if log_mass is None else log_mass.float().contiguous()
     places = None, first.contiguous(), lengths.contiguous(), log_mass
     return _run(q, keys, values, first.shape[1], places, scale)

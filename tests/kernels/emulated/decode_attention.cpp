@@ -7,7 +7,7 @@ using Shape = DecodeShape<MMINFER_SCALAR, MMINFER_SIZE, MMINFER_ROWS>;
 
 extern "C" const char* run(const i64* grid, const DecodeAttentionArguments* arguments) {
   return emulate(grid, Shape::SHARED, [&](EmulatedBlock& block) {
-    using Body = DecodeAttention<MMINFER_SCALAR, MMINFER_SIZE, MMINFER_ROWS, MMINFER_ALIGNED, EmulatedBlock>;
+    using Body = DecodeAttention<MMINFER_SCALAR, MMINFER_SIZE, MMINFER_ROWS, MMINFER_ALIGNED, false, EmulatedBlock>;
     Body(*arguments, block).run();
   });
 }
