@@ -48,6 +48,7 @@ class Replay(CacheTechnique):
         sure: of an even share, what every head is sure of, in [0, 1].
         fit: rows of a stretch whose queries values are fitted to; 0: values stay as they are.
         stretch: entries that a row looks at: those of its own stretch of so many rows, and the first of all.
+        text: whether rows of text go by again too where there are pictures beside them.
         fast: let every layer look with the rows as they entered it the first time: no FFN runs again.
 
     Raises:
@@ -64,6 +65,7 @@ class Replay(CacheTechnique):
     sure: float = 0.25
     fit: int = 256
     stretch: int = 2048
+    text: bool = True
     fast: bool = False
 
     across_layers: ClassVar[bool] = True
@@ -80,12 +82,13 @@ class Replay(CacheTechnique):
             raise ConfigError(f"Replay.fit={shown(self.fit)}, wanted a number of rows, 0 or more")
         if not is_whole(self.stretch, least=64):
             raise ConfigError(f"Replay.stretch={shown(self.stretch)}, wanted a number of rows, 64 or more")
-        if not isinstance(self.fast, bool):
-            raise ConfigError(f"Replay.fast={shown(self.fast)}, wanted True or False")
+        for name in ("text", "fast"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"Replay.{name}={shown(getattr(self, name))}, wanted True or False")
 
     @property
     def replay(self) -> ReplayPlan:
-        return ReplayPlan(stretch=self.stretch, references=self.fit, fast=self.fast)
+        return ReplayPlan(stretch=self.stretch, references=self.fit, text=self.text, fast=self.fast)
 
     def check_prompt(self, layout: TokenLayout, spec: ModelSpec) -> None:
         for sequence, (start, stop) in enumerate(layout.spans):

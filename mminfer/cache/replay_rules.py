@@ -10,7 +10,8 @@ from torch import Tensor
 
 from mminfer.technique import CacheEntries, ReplayedStretch
 
-RIDGE = 0.1  # how strongly fitted values are held to their own, beside the mean attention that an entry receives
+import os
+RIDGE = float(os.environ.get('RIDGE','0.1'))  # how strongly fitted values are held to their own, beside the mean attention that an entry receives
 
 
 def shared_choice(scores: Sequence[Tensor], total: int, sure: float) -> list[Tensor]:

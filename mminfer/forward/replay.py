@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from mminfer_kernels import prompt_attention_peak
@@ -135,28 +137,32 @@ class ReplayAttention:
     def _look(self, stretch: _Stretch, q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor) -> None:
         """One stretch's rows; what they read goes to `out`."""
         first, held, sink = self._entries(stretch)
-        count = held.shape[3]
-        judged = held if sink is None else torch.cat([sink, held], 3)
-        peaks = held.new_zeros(held.shape[2], count, dtype=torch.float32)
-        counted, pairs = judged.shape[3], 0
+        counted, longest = held.shape[3], max(len(group.rows) for group in stretch.groups)
+        keys_values = held.new_empty(*held.shape[:3], counted + longest, held.shape[4])
+        keys_values[:, :, :, :counted] = held
+        peaks = held.new_zeros(held.shape[2], counted, dtype=torch.float32)
+        pairs = 0
         for group in stretch.groups:
-            own = torch.stack([k[:, :, group.rows], v[:, :, group.rows]])
-            keys, values = torch.cat([judged, own], 3)
-            asked = q[:, :, group.rows]
-            part, peak = prompt_attention_peak(asked, keys, values, scale, None, counted)
-            out[:, :, group.rows] = part
-            peaks = peaks.maximum(peak[0, :, counted - count :])
+            stop = counted + len(group.rows)
+            for place, own in zip(keys_values, (k, v), strict=True):
+                place[:, :, counted:stop] = own[:, :, group.rows]
+            keys, values, asked = keys_values[0, :, :, :stop], keys_values[1, :, :, :stop], q[:, :, group.rows]
+            out[:, :, group.rows], peak = prompt_attention_peak(asked, keys, values, scale, None, counted)
+            peaks = peaks.maximum(peak[0])
             again = 0 if shares_logits(asked, keys, values) else len(group.rows) * counted
             pairs += 2 * causal_pairs(len(group.rows), counted) + again
         self.flops[stretch.sequence] += 2 * q.shape[1] * q.shape[3] * pairs
+        ahead = 0 if sink is None else 1
         self.found[stretch.sequence].append(
-            ReplayedStretch(first, peaks, q[0, :, stretch.references], None if sink is None else sink[:, 0], scale)
+            ReplayedStretch(first, peaks[:, ahead:], q[0, :, stretch.references], sink, scale)
         )
 
     def _entries(self, stretch: _Stretch) -> tuple[int, Tensor, Tensor | None]:
-        """The first entry of a stretch among those of this pass, all of them, and the sequence's first one.
+        """What rows of a stretch look at.
 
-        Keys and values are [2, 1, G, n, D]; the first one is None where it is the stretch's own.
+        Returns:
+            The first of its entries among those of this pass; keys and values of them all, [2, 1, G, n, D], behind the
+            sequence's first entry; that, [2, G, 1, D], or None where it is one of them.
         """
         attended, b = self._attended, stretch.sequence
         start, stop = attended.layout.spans[b]
@@ -168,8 +174,9 @@ class ReplayAttention:
         if first == 0 and entries.total == fresh.total:
             return first, held, None
         heads = entries.heads()
-        sink = [torch.cat([getattr(head, name)[:, :, :1] for head in heads], 1) for name in ("keys", "values")]
-        return first, held, torch.stack(sink)
+        begin = [torch.cat([getattr(head, name)[:, :, :1] for head in heads], 1) for name in ("keys", "values")]
+        sink = torch.stack(begin)
+        return first, torch.cat([sink, held], 3), sink[:, 0]
 
 
 class LayersAgain:
@@ -225,14 +232,16 @@ class LayersAgain:
 
 
 def _look_only(look: ReplayAttention, hidden: Tensor, table: tuple[Tensor, Tensor]) -> None:
-    """Runs a layer for what its queries look at alone, without its FFN wherever that is known to stand by itself."""
-    layer = look.adapter.layers[look.layer_idx]
+    """Runs a layer for what its queries look at alone: without its output projection, and without its FFN wherever that
+    is known to stand by itself."""
+    layer: Any = look.adapter.layers[look.layer_idx]
+    idle = [(layer.self_attn.o_proj,) * 2] if hasattr(layer.self_attn, "o_proj") else []
     names = ffn_branch(layer)
-    if names is None:
-        through_layer(look, hidden[None], table, None)
-        return
-    first, last = (getattr(layer, name) for name in names)
-    with only_rows(first, last, look.layout.sequence[:0]):
+    if names is not None:
+        idle.append((getattr(layer, names[0]), getattr(layer, names[1])))
+    with ExitStack() as spared:
+        for first, last in idle:
+            spared.enter_context(only_rows(first, last, look.layout.sequence[:0]))
         through_layer(look, hidden[None], table, None)
 
 

@@ -1,0 +1,162 @@
+"""Replay's rules: what it chooses, what it fits, what it refuses."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mminfer import ConfigError, Replay
+from mminfer.cache.replay_rules import RIDGE, fit_stretch, fitted_values, one_for_each, shared_choice
+from mminfer.technique import CacheEntries, ReplayedStretch
+
+GROUPS, REPEAT, SIZE = 2, 3, 8
+
+
+def made(count, seed=0, visual=None):
+    generator = torch.Generator().manual_seed(seed)
+    keys, values = (torch.randn(1, GROUPS, count, SIZE, generator=generator) for _ in range(2))
+    is_visual = torch.zeros(count, dtype=torch.bool)
+    for first, last in visual or ():
+        is_visual[first:last] = True
+    score = torch.zeros(1, GROUPS, count)
+    return CacheEntries(keys, values, is_visual=is_visual.expand(1, GROUPS, count), score=score)
+
+
+def looked(count, first=0, seed=1, rows=20, sink=None):
+    generator = torch.Generator().manual_seed(seed)
+    queries = torch.randn(GROUPS * REPEAT, rows, SIZE, generator=generator)
+    return ReplayedStretch(first, torch.rand(GROUPS, count, generator=generator), queries, sink, SIZE**-0.5)
+
+
+def read(queries, keys, values, scale=SIZE**-0.5):
+    return (queries @ keys.mT * scale).softmax(-1) @ values
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=6), st.floats(0, 1), st.floats(0, 1), st.integers(0, 99))
+@settings(max_examples=60, deadline=None)
+def test_heads_share_one_budget(lengths, share, sure, seed):
+    generator = torch.Generator().manual_seed(seed)
+    scores = [torch.rand(n, generator=generator) for n in lengths]
+    total = max(len(lengths), int(share * sum(lengths)))
+    keep = shared_choice(scores, total, sure)
+    assert [len(k) for k in keep] == lengths
+    assert sum(int(k.sum()) for k in keep) == total
+    least = max(int(sure * total / len(lengths)), 1)
+    for score, kept in zip(scores, keep, strict=True):
+        assert int(kept.sum()) >= min(least, len(score))
+        assert not bool(kept.any()) or kept.all() or float(score[kept].min()) >= float(score[~kept].max())
+    if sure == 0 and total > len(lengths):  # beyond the one that each is sure of, one threshold for all
+        ranked = torch.cat([s.sort(descending=True).values[1:] for s in scores]).sort(descending=True).values
+        extra = torch.cat([s[k].sort(descending=True).values[1:] for s, k in zip(scores, keep, strict=True)])
+        torch.testing.assert_close(extra.sort(descending=True).values, ranked[: total - len(lengths)])
+
+
+@pytest.mark.parametrize("rows", [6, 60], ids=["fewer queries than entries", "more"])
+@pytest.mark.parametrize("held", [False, True], ids=["free", "sink held"])
+def test_values_are_the_least_squares_under_the_ridge(rows, held):
+    generator = torch.Generator().manual_seed(3)
+    queries, keys, values = (torch.randn(n, SIZE, generator=generator) for n in (rows, 30, 30))
+    keep = torch.arange(30) % 3 > 0
+    movable = torch.ones(20, dtype=torch.bool)
+    movable[0] = not held
+    found = fitted_values(queries, keys, values, keep, movable, SIZE**-0.5)
+    shares = (queries @ keys[keep].mT * SIZE**-0.5).softmax(-1)
+    missing = read(queries, keys, values) - shares @ values[keep]
+    shares = shares * movable
+    ridge = RIDGE * shares.square().sum() / 20
+    stacked = torch.cat([shares.double(), ridge.double().sqrt() * torch.eye(20).double()])
+    change = torch.linalg.lstsq(stacked, torch.cat([missing, torch.zeros(20, SIZE)]).double()).solution
+    torch.testing.assert_close(found.double(), values[keep] + change, atol=1e-4, rtol=1e-4)
+    if held:
+        assert torch.equal(found[0], values[keep][0])
+
+
+def test_fitting_brings_replayed_readings_closer_and_touches_nothing_else():
+    entries, stretch = made(24), looked(20, rows=40)
+    keys, values = entries.keys[0, 1, :20], entries.values[0, 1].clone()
+    keep = torch.arange(20) % 2 == 0
+    before = values.clone()
+    fit_stretch(keys, values[:20], keep, stretch, 1)
+    queries = stretch.queries.view(GROUPS, -1, SIZE)[1]
+    want = read(queries, keys, before[:20])
+    errors = [float((read(queries, keys[keep], x[:20][keep]) - want).norm()) for x in (before, values)]
+    assert errors[1] < 0.7 * errors[0]
+    assert torch.equal(values[:20][~keep], before[:20][~keep]) and torch.equal(values[20:], before[20:])
+
+
+def test_a_head_of_half_precision_keeps_its_type():
+    entries, stretch = made(20), looked(20)
+    values = entries.values[0, 0].bfloat16()
+    keep = torch.arange(20) % 2 == 0
+    half = ReplayedStretch(0, stretch.peaks, stretch.queries.bfloat16(), None, stretch.scale)
+    fit_stretch(entries.keys[0, 0].bfloat16(), values, keep, half, 0)
+    assert values.dtype == torch.bfloat16 and bool(values.isfinite().all())
+
+
+def test_every_picture_leaves_an_entry_in_each_layer():
+    peaks = torch.rand(GROUPS, 12)
+    found = one_for_each(peaks, torch.tensor([[2, 5], [7, 12]]))
+    assert int(found.sum()) == 2
+    for first, last in ((2, 5), (7, 12)):
+        head, place = found[:, first:last].nonzero()[0].tolist()
+        assert float(peaks[head, first + place]) == float(peaks[:, first:last].max())
+
+
+def compressed(technique, layers, stretches, seen):
+    return technique.compress_replayed(layers, stretches, seen)
+
+
+@pytest.mark.parametrize("fit", [0, 64])
+def test_the_budget_is_kept_exactly_and_shared_by_score(fit):
+    layers = [made(40, seed=n, visual=[(3, 20), (25, 40)]) for n in range(3)]
+    stretches = [[looked(40, seed=n)] for n in range(3)]
+    stretches[1][0].peaks.mul_(0.001)  # nobody asks the second layer
+    kept = compressed(Replay(0.3, fit=fit), layers, stretches, [40] * 3)
+    assert sum(entries.total for entries in kept) == int(0.3 * 120 * GROUPS)
+    assert all(entries.is_packed for entries in kept)
+    even = 0.3 * 40
+    assert max(kept[1].lengths) <= 2 * int(0.25 * even) + 2 < min(kept[0].lengths)
+    for entries, whole in zip(kept, layers, strict=True):
+        for head, of_whole in zip(entries.heads(), whole.heads(), strict=True):
+            assert torch.equal(head.keys[0, 0, 0], of_whole.keys[0, 0, 0])  # the first entry
+        assert entries.is_visual is not None
+        found = torch.cat([x.keys[0, 0] for x in entries.heads()])
+        for first, last in ((3, 20), (25, 40)):
+            own = whole.keys[0, :, first:last].flatten(0, 1)
+            assert bool((found[:, None] == own).all(-1).any())
+
+
+def test_what_was_kept_competes_with_what_is_new_by_its_score():
+    technique = Replay(budget=20, fit=0)
+    first = compressed(technique, [made(60)], [[looked(60)]], [60])[0]
+    assert first.total == 20 * GROUPS
+    old_scores = [float(head.score.min()) for head in first.heads()]
+    weak, strong = (looked(30, seed=5), looked(30, seed=5))
+    weak.peaks.mul_(min(old_scores) / 2)
+    strong.peaks.add_(0.5).clamp_max_(1.0)
+    both = first.extend(made(30, seed=9))
+    after_weak = compressed(Replay(budget=20, fit=0, sure=0), [both], [[weak]], [90])[0]
+    assert sum(int((h.score > min(old_scores) / 2).sum()) for h in after_weak.heads()) == 20 * GROUPS
+    after_strong = compressed(Replay(budget=20, fit=0, sure=0), [both], [[strong]], [90])[0]
+    assert sum(int((h.score <= 0.5).sum()) for h in after_strong.heads()) == 0
+    assert after_strong.total == 20 * GROUPS
+
+
+def test_a_budget_above_everything_changes_nothing():
+    entries = made(30)
+    kept = compressed(Replay(1.0), [entries], [[looked(30)]], [30])[0]
+    assert torch.equal(kept.keys, entries.keys) and torch.equal(kept.values, entries.values)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"ratio": 0.0}, {"ratio": 1.5}, {"ratio": "0.3"}, {"ratio": float("nan")}, {"budget": 0}, {"budget": 2.5},
+        {"sure": -0.1}, {"sure": 1.1}, {"fit": -1}, {"fit": 1.5}, {"stretch": 3}, {"stretch": None},
+        {"text": "yes"}, {"fast": 1},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_settings_out_of_range_are_refused_by_name(setting):
+    with pytest.raises(ConfigError, match=f"Replay.*{next(iter(setting))}"):
+        Replay(**setting)

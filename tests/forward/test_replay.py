@@ -1,0 +1,223 @@
+"""Rows that go by again: what they look at is what the host's own attention says, at every family, door and turn."""
+
+from dataclasses import dataclass, field, replace
+
+import pytest
+import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from mminfer import V2PE, AIMMerge, AIMPrune, ConfigError, InferenceConfig, InputError, OperatorSkip, Replay, patched
+from mminfer.forward.kv_cache import CACHE_NAME
+from mminfer.models.registry import adapter_for
+from mminfer.technique import CacheTechnique
+from tests.tiny import IMAGE, MARKED_FAMILIES, VIDEO, fitting, tiny_inputs, tiny_model, tiny_rows
+
+FAMILIES = [family for family in MARKED_FAMILIES if family != "gemma3"]  # its layers slide
+PROMPT = [5, IMAGE, 3, IMAGE, 4]
+GREEDY = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+
+
+@dataclass(frozen=True)
+class Noted(Replay, register=False):
+    """Keeps what it was shown."""
+
+    seen: list = field(default_factory=list, compare=False)
+
+    def compress_replayed(self, layers, replayed, tokens_seen):
+        self.seen.append((layers, replayed))
+        return super().compress_replayed(layers, replayed, tokens_seen)
+
+
+def groups_of(layout):
+    """Rows of each picture, and of text, of a single sequence."""
+    rows, visual = torch.arange(len(layout)), layout.is_visual
+    edges = torch.cat([torch.tensor([True]), visual[1:] != visual[:-1], torch.tensor([True])]).nonzero()[:, 0].tolist()
+    runs = [rows[a:b] for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    return [run for run in runs if visual[run[0]]], rows[~visual]
+
+
+def host_peaks(model, embeds, layout):
+    """[L][G, N]: the largest share that rows of a second time give to each entry, by the host's own layers."""
+    adapter = adapter_for(model)
+    count, spec = len(layout), adapter.spec
+    pictures, text = groups_of(layout)
+    behind = layout.position.amax().floor() + 1
+    peaks = [torch.zeros(spec.num_key_value_heads, count) for _ in range(spec.num_layers)]
+    for rows in [*pictures, text]:
+        again = layout.position[:, rows]
+        if layout.is_visual[rows[0]]:
+            again = again - again[:, 0].amin()
+        else:
+            again = torch.arange(len(rows), dtype=again.dtype).expand_as(again)
+        position = torch.cat([layout.position, again + behind], 1).long()[:, None]
+        found = {}
+
+        def attention(module, query, key, value, attention_mask, scaling=None, found=found, **others):
+            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+            per_group = query.shape[1] // key.shape[1]
+            key, value = (x.repeat_interleave(per_group, 1) for x in (key, value))
+            size = query.shape[2]
+            mask = torch.full((size, size), -torch.inf).triu(1)
+            shares = (query @ key.mT * scale + mask).softmax(-1)
+            found[module.layer_idx] = shares[0, :, count:, :count].amax(1).unflatten(0, (-1, per_group)).amax(1)
+            return (shares @ value).transpose(1, 2), shares
+
+        config, before = adapter.text_config, adapter.text_config._attn_implementation_internal
+        ALL_ATTENTION_FUNCTIONS["noted"] = attention
+        config._attn_implementation_internal = "noted"
+        try:
+            adapter.language_model(
+                inputs_embeds=torch.cat([embeds, embeds[rows]])[None],
+                position_ids=position if adapter.position_axes > 1 else position[0],
+                attention_mask=None,
+                use_cache=False,
+            )
+        finally:
+            config._attn_implementation_internal = before
+            ALL_ATTENTION_FUNCTIONS._local_mapping.pop("noted", None)
+        for layer, own in found.items():
+            peaks[layer] = peaks[layer].maximum(own)
+    return peaks
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llava", "internvl", "qwen2_vl", "qwen2_5_vl"])
+def test_entries_are_worth_what_the_host_gives_them_the_second_time(family):
+    model, inputs = tiny_model(family), tiny_inputs(family, [PROMPT])
+    adapter, technique = adapter_for(model), Noted(1.0)
+    embeds, layout = adapter.embed(inputs)
+    with patched(model, InferenceConfig(cache=technique)):
+        model(**inputs, use_cache=True)
+    want = host_peaks(model, adapter.entering(embeds), layout)
+    for (stretch,), own in zip(technique.seen[0][1], want, strict=True):
+        assert stretch.first == 0 and stretch.last == len(layout)
+        torch.testing.assert_close(stretch.peaks, own, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("fast", [False, True], ids=["again", "fast"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_in_a_batch_gets_what_it_gets_alone(family, fast):
+    model, prompts = tiny_model(family), [[5, IMAGE, 3], [4], [3, IMAGE, 2, IMAGE, 6]]
+    config = InferenceConfig(cache=Replay(0.5, fast=fast))
+    with patched(model, config):
+        batch = model.generate(**tiny_inputs(family, prompts), **GREEDY)
+        alone = [model.generate(**inputs, **GREEDY) for inputs in tiny_rows(family, prompts)]
+    for row, own in enumerate(alone):
+        logits, whole = torch.stack(own.logits, 1)[0], torch.stack(batch.logits, 1)[row]
+        torch.testing.assert_close(whole[: len(logits)], logits, atol=1e-4, rtol=1e-4)
+    lengths = [layer.head_lengths for layer in batch[CACHE_NAME].layers]
+    assert len({n for layer in lengths for row in layer for n in row}) > 1
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"merge": AIMMerge(0.5)}, {"prune": AIMPrune(1, 2)}, {"skip": OperatorSkip(ffn=[1], attention=[2])},
+        {"positions": V2PE(1 / 4)},
+    ],
+    ids=lambda others: next(iter(others)),
+)  # fmt: skip
+@pytest.mark.parametrize("fast", [False, True], ids=["again", "fast"])
+def test_it_goes_with_every_other_technique(family, others, fast):
+    model, inputs = tiny_model(family), tiny_inputs(family, [PROMPT])
+    technique = Noted(0.5, fast=fast)
+    with patched(model, fitting(family, InferenceConfig(**others, cache=technique))) as handle:
+        out = model.generate(**inputs, **GREEDY)
+    layers, replayed = technique.seen[0]
+    for entries, stretches in zip(layers, replayed, strict=True):
+        assert stretches[-1].last == len(entries)
+        assert float(torch.cat([s.peaks for s in stretches], 1).max()) <= 1 + 1e-5
+    assert bool(torch.stack(out.logits).isfinite().all())
+    held = sum(sum(layer.head_lengths[0]) for layer in out[CACHE_NAME].layers)
+    seen = sum(e.total for e in layers)
+    assert held - 3 * len(layers) * len(layers[0].lengths) == max(int(0.5 * seen), 1)
+    assert handle.records[0].layers[0].cache_flops[0] > 0
+
+
+@pytest.mark.parametrize("fast", [False, True], ids=["again", "fast"])
+def test_a_layer_that_spares_queries_is_still_asked(fast):
+    """Rows whose query a layer leaves out look all the same, and read nothing."""
+    model, inputs = tiny_model("llava"), tiny_inputs("llava", [PROMPT])
+    technique = Noted(1.0, fast=fast)
+    skip = OperatorSkip(attention=[0, 1, 2, 3][: adapter_for(model).spec.num_layers])
+    with patched(model, InferenceConfig(skip=skip, cache=technique)):
+        model(**inputs, use_cache=True)
+    for (stretch,) in technique.seen[0][1]:
+        assert float(stretch.peaks.min(1).values.max()) > 0
+
+
+def test_long_prompts_are_judged_stretch_by_stretch():
+    model, inputs = tiny_model("llava"), tiny_inputs("llava", [[60, IMAGE, 50, IMAGE, 70]])
+    technique = Noted(0.4, stretch=64)
+    with patched(model, InferenceConfig(cache=technique)):
+        model.generate(**inputs, **GREEDY)
+    layers, replayed = technique.seen[0]
+    stretches = replayed[0]
+    assert len(stretches) > 2 and stretches[0].sink is None and all(s.sink is not None for s in stretches[1:])
+    assert [s.first for s in stretches[1:]] == [s.last for s in stretches[:-1]]
+    assert stretches[-1].last == len(layers[0])
+    torch.testing.assert_close(stretches[1].sink[0, :, 0], layers[0].keys[0, :, 0])
+
+
+def test_chunks_and_turns_go_on_from_what_was_kept():
+    model = tiny_model("llava")
+    rows = tiny_inputs("llava", [[5, IMAGE, 30]])
+    technique = Noted(0.5)
+    turn = torch.randint(10, 400, (1, 24), generator=torch.Generator().manual_seed(0))
+    with patched(model, InferenceConfig(cache=technique)):
+        out = model(**rows, use_cache=True)
+        model(input_ids=turn, **{CACHE_NAME: out[CACHE_NAME]})
+    (first, _), (second, replayed) = technique.seen
+    assert second[0].is_packed
+    for entries, (stretch,) in zip(second, replayed, strict=True):
+        assert stretch.first == 0 and stretch.peaks.shape[1] == 24 and stretch.sink is not None
+    held = sum(sum(layer.head_lengths[0]) for layer in out[CACHE_NAME].layers)
+    assert held == int(0.5 * (len(first[0]) + 24) * len(first) * len(first[0].lengths))
+
+
+def test_text_beside_pictures_may_be_left_out():
+    model, inputs = tiny_model("llava"), tiny_inputs("llava", [PROMPT])
+    found = []
+    for text in (True, False):
+        technique = Noted(1.0, text=text)
+        with patched(model, InferenceConfig(cache=technique)):
+            model(**inputs, use_cache=True)
+        found.append(technique.seen[0][1][1][0])
+    assert bool((found[0].peaks >= found[1].peaks - 1e-6).all()) and not torch.equal(found[0].peaks, found[1].peaks)
+
+
+def test_no_room_for_the_pictures_is_told_before_any_pass():
+    model, inputs = tiny_model("llava"), tiny_inputs("llava", [[2] + [IMAGE, 1] * 6])
+    heads = adapter_for(model).spec.num_key_value_heads
+    with patched(model, InferenceConfig(cache=Replay(budget=1))) as handle:
+        with pytest.raises(InputError, match=r"Replay: 1 entries a head for 6 pictures.*raise ratio or budget"):
+            model.generate(**inputs, **GREEDY)
+        assert not handle.records and heads < 6
+
+
+def test_models_whose_layers_slide_are_refused():
+    with pytest.raises(ConfigError, match="Replay"), patched(tiny_model("gemma3"), InferenceConfig(cache=Replay())):
+        pass
+
+
+def test_frequencies_that_follow_the_length_are_refused(monkeypatch):
+    model = tiny_model("llava")
+    kind = type(adapter_for(model))
+    monkeypatch.setattr(kind, "rotary_follows_length", True)
+    with (
+        pytest.raises(ConfigError, match="Replay runs rows again at positions behind the prompt"),
+        patched(model, InferenceConfig(cache=replace(Replay(), ratio=0.123))),
+    ):
+        pass
+
+
+def test_a_technique_that_asks_for_no_replay_runs_none():
+    assert CacheTechnique.replay.fget(None) is None
+
+
+def test_videos():
+    model, inputs = tiny_model("qwen2_vl"), tiny_inputs("qwen2_vl", [[4, VIDEO, 5]])
+    with patched(model, InferenceConfig(cache=Replay(0.5))):
+        out = model.generate(**inputs, **GREEDY)
+    assert bool(torch.stack(out.logits).isfinite().all())
