@@ -1,5 +1,6 @@
 """Rows that go by again: what they look at is what the host's own attention says, at every family, door and turn."""
 
+import itertools
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -32,7 +33,7 @@ def groups_of(layout):
     """Rows of each picture, and of text, of a single sequence."""
     rows, visual = torch.arange(len(layout)), layout.is_visual
     edges = torch.cat([torch.tensor([True]), visual[1:] != visual[:-1], torch.tensor([True])]).nonzero()[:, 0].tolist()
-    runs = [rows[a:b] for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    runs = [rows[a:b] for a, b in itertools.pairwise(edges)]
     return [run for run in runs if visual[run[0]]], rows[~visual]
 
 
@@ -170,7 +171,7 @@ def test_chunks_and_turns_go_on_from_what_was_kept():
         model(input_ids=turn, **{CACHE_NAME: out[CACHE_NAME]})
     (first, _), (second, replayed) = technique.seen
     assert second[0].is_packed
-    for entries, (stretch,) in zip(second, replayed, strict=True):
+    for _entries, (stretch,) in zip(second, replayed, strict=True):
         assert stretch.first == 0 and stretch.peaks.shape[1] == 24 and stretch.sink is not None
     held = sum(sum(layer.head_lengths[0]) for layer in out[CACHE_NAME].layers)
     assert held == int(0.5 * (len(first[0]) + 24) * len(first) * len(first[0].lengths))
