@@ -1,5 +1,6 @@
 """The decode step over packed caches, in which every head has a length of its own, and over some of either kind."""
 
+import copy
 import importlib
 
 import pytest
@@ -161,6 +162,17 @@ def test_what_was_checked_stays_what_is_read(native):
     wanted = decode_step(**arguments | {"caches": copied(arguments["caches"], torch.float32)}, backend="native")
     arguments["caches"][0].segments.lengths.fill_(10**9)
     assert torch.equal(decode_step(**arguments, backend="native"), wanted)
+
+
+def test_a_copy_stands_for_itself(native):
+    """Nothing of it lies in the memory of what it is a copy of."""
+    arguments = small()
+    wanted = decode_step(**arguments, backend="native")
+    copies = [copy.deepcopy(cache.segments) for cache in arguments["caches"]]
+    for cache, segments in zip(arguments["caches"], copies, strict=True):
+        assert set(cache.segments.pointers).isdisjoint(segments.pointers) and segments.room == cache.segments.room
+    caches = [cache._replace(segments=x) for cache, x in zip(arguments["caches"], copies, strict=True)]
+    assert torch.equal(decode_step(**arguments | {"caches": caches}, backend="native"), wanted)
 
 
 @pytest.mark.parametrize(
