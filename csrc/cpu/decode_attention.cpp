@@ -91,15 +91,15 @@ void combine(const DecodeArgs& x, int64_t segment, int64_t first, int64_t last, 
 
 template <class T>
 int decode_attention(const DecodeArgs& x) {
-  const int64_t rows = x.rows(), width = padded(x.head_dim);
+  const int64_t rows = x.rows(), width = padded(x.head_dim), size = whole_lines(rows * (width + 2));
   std::vector<int64_t> ends(x.segments() + 1);
   for (int64_t i = 0; i < x.segments(); ++i) ends[i + 1] = ends[i] + x.length_of(i);
   const int64_t threads = ends.back() * x.head_dim <= kSerialElements ? 1 : x.threads;
   const int64_t wanted = threads == 1 ? 1 : std::min(threads * kPartsAThread, ends.back() / kLeastRows);
   const Parts parts(ends.data(), x.segments(), std::max<int64_t>(1, wanted));
-  const Buffer memory(parts.slots() * rows * (width + 2));
+  const Buffer memory(parts.slots() * size);
   const auto partial = [&](int64_t slot) {
-    float* out = memory.data + slot * rows * (width + 2);
+    float* out = memory.data + slot * size;
     return Softmax{out, out + rows * width, out + rows * (width + 1)};
   };
   const int failed = parallel_for(

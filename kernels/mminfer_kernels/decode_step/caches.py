@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -50,6 +50,7 @@ class Segments:
     first: Tensor
     lengths: Tensor
     rows: int
+    _table: tuple[list[int], list[int]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         check_tensors({"first": self.first, "lengths": self.lengths})
@@ -58,13 +59,13 @@ class Segments:
             object.__setattr__(self, name, getattr(self, name).detach().clone(memory_format=torch.contiguous_format))
         on_cpu = self.first.cpu(), self.lengths.cpu()
         check_segments(*on_cpu, self.rows, least=0)
-        object.__setattr__(self, "_table", [x.flatten().tolist() for x in on_cpu])
+        object.__setattr__(self, "_table", tuple(x.flatten().tolist() for x in on_cpu))
         _ = self.room
 
     @functools.cached_property
     def room(self) -> int:
         """Rows that every segment has behind its length."""
-        segments = sorted(zip(*self._table, strict=True))  # type: ignore[attr-defined]
+        segments = sorted(zip(*self._table, strict=True))
         behind = [first for first, _ in segments[1:]] + [self.rows]
         room = LARGEST_SIZE
         for (first, length), end in zip(segments, behind, strict=True):
@@ -78,11 +79,11 @@ class Segments:
     @functools.cached_property
     def words(self) -> tuple[ctypes.Array[ctypes.c_int64], ...]:
         """First rows and lengths as the C++ step reads them: what was checked, whatever becomes of the tensors."""
-        return tuple((ctypes.c_int64 * len(x))(*x) for x in self._table)  # type: ignore[attr-defined]
+        return tuple((ctypes.c_int64 * len(x))(*x) for x in self._table)
 
-    @functools.cached_property
+    @property
     def pointers(self) -> tuple[int, int]:
-        """Their addresses."""
+        """Their addresses; not kept, since a copy has other ones."""
         first, lengths = self.words
         return ctypes.addressof(first), ctypes.addressof(lengths)
 

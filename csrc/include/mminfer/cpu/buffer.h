@@ -7,6 +7,9 @@
 
 namespace mminfer {
 
+// So many floats, rounded up to cache lines: what lies behind begins at one, as loads of whole vectors like it.
+inline int64_t whole_lines(int64_t count) { return (count + 15) / 16 * 16; }
+
 struct Buffer {
   float* data = nullptr;
   explicit Buffer(int64_t count) {

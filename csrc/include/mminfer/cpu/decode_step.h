@@ -58,6 +58,7 @@ struct StepHead {
 
 struct StepShape {
   int64_t batch, layers, hidden, heads, groups, head_dim, intermediate, vocabulary;
+  int64_t partial_size() const { return whole_lines(heads / groups * (head_dim + 2)); }  // of a group over a part
   int64_t queries() const { return heads * head_dim; }
   int64_t keys() const { return groups * head_dim; }
 };
@@ -80,7 +81,7 @@ constexpr int64_t kKeyPartsAThread = 4;
 struct StepScratch {
   float *q, *k, *v;  // [B, H * D], [B, G * D] twice
   float *gate, *up;  // [B, intermediate]
-  float* partials;   // [slots, H / G * (D + 2)]
+  float* partials;   // [slots, partial_size()]
   float* threads;    // [threads, B * max(hidden, H * D) or (H / G + 1) * D]
   const int64_t* all_visible;  // [H / G], large numbers
   const Parts* parts;          // of the keys of each layer
@@ -175,7 +176,7 @@ class DecodeStep {
 
   Softmax partial(int64_t slot) const {
     const int64_t group = s.heads / s.groups;
-    float* out = z.partials + slot * group * (s.head_dim + 2);
+    float* out = z.partials + slot * s.partial_size();
     return {out, out + group * s.head_dim, out + group * (s.head_dim + 1)};
   }
 
@@ -253,15 +254,15 @@ inline void decode_step(const StepLayer* layers, const StepCache* caches, const 
   const std::vector<int64_t> all_visible(s.heads / s.groups, INT64_MAX);
   z.all_visible = all_visible.data();
   const int64_t sizes[] = {s.batch * s.queries(), s.batch * s.keys(), s.batch * s.keys(), s.batch * s.intermediate,
-                           s.batch * s.intermediate, slots * s.heads / s.groups * (s.head_dim + 2),
+                           s.batch * s.intermediate, slots * s.partial_size(),
                            threads * z.thread_size};
   float** const places[] = {&z.q, &z.k, &z.v, &z.gate, &z.up, &z.partials, &z.threads};
   int64_t total = 0;
-  for (const int64_t size : sizes) total += size;
+  for (const int64_t size : sizes) total += whole_lines(size);
   const Buffer memory(total);
   const std::unique_ptr<Phase[]> phases(new Phase[kPhases * s.layers + 1]);
   float* next = memory.data;
-  for (int i = 0; i < 7; ++i) *places[i] = next, next += sizes[i];
+  for (int i = 0; i < 7; ++i) *places[i] = next, next += whole_lines(sizes[i]);
   const DecodeStep step(s, eps, scale, cos, sin, table_stride, hidden, z);
 #pragma omp parallel num_threads(threads)
   {
