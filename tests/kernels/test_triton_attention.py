@@ -5,17 +5,11 @@ import torch
 from mminfer_kernels import (
     column_mass,
     decode_attention,
-<<<<<<< HEAD
-    power_iterate,
-    prompt_attention,
-    prompt_attention_mass,
-    prompt_attention_peak,
-=======
     packed_decode_attention,
     power_iterate,
     prompt_attention,
     prompt_attention_mass,
->>>>>>> part-decode
+    prompt_attention_peak,
 )
 from mminfer_kernels.column_mass import triton_kernel as column_kernel
 from mminfer_kernels.decode_attention import triton_kernel as decode_kernel
