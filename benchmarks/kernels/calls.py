@@ -248,6 +248,21 @@ def packed_decode_attention(like: Tensor, keys: int, heads: int, groups: int) ->
     )
 
 
+def packed_prompt_attention(like: Tensor, tokens: int, keys: int, heads: int, groups: int) -> Call:
+    """Queries behind keys of which the heads have a half, a quarter and so on beside their own."""
+    counts = torch.tensor([tokens + (keys >> (g + 1)) for g in range(groups)], device=like.device)
+    q, k, v = _normal(like, 1, heads, tokens, SIZE), *(_normal(like, int(counts.sum()), SIZE) for _ in range(2))
+    inputs = (q, k, v, counts.cumsum(0) - counts, counts)
+    return Call(
+        "packed_prompt_attention",
+        ops.packed_prompt_attention,
+        inputs,
+        flops=_counted("packed_prompt_attention", *inputs),
+        moved=bytes_of(*inputs) + q.nbytes,
+        rest=(SIZE**-0.5, None),
+    )
+
+
 def decode_step(like: Tensor, layers: int, entries: int, hidden: int, inner: int, vocabulary: int) -> Call:
     """One token of one sequence."""
     weights = _decoder(like, layers, hidden, inner, vocabulary)

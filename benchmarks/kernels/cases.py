@@ -82,6 +82,13 @@ CASES: tuple[Case, ...] = (
         {"keys": 256, "heads": 14, "groups": 2},
     ),
     Case(
+        "packed_prompt_attention",
+        "{tokens:,} tokens behind {keys:,} keys, {groups} groups",
+        calls.packed_prompt_attention,
+        {"tokens": 1024, "keys": 16_384, "heads": 14, "groups": 2},
+        {"tokens": 40, "keys": 120, "heads": 6, "groups": 3},
+    ),
+    Case(
         "packed_decode_attention",
         KEYS,
         calls.packed_decode_attention,

@@ -7,8 +7,9 @@ namespace mminfer {
 
 // The slots of one group's queries, kLanes queries of one head each: heads in turn, then the next queries.
 template <int NV>
-Block<NV> block_at(const AttentionArgs& x, int64_t slot, int64_t heads, int64_t first_head) {
+Block<NV> block_at(const AttentionArgs& x, int64_t slot, int64_t heads, int64_t first_head, int64_t keys) {
   Block<NV> block;
+  block.keys = keys;
   for (int n = 0; n < NV; ++n) {
     const int64_t first = (slot + n) / heads * kLanes, left = x.queries - first;
     block.first[n] = first;
@@ -53,8 +54,8 @@ void score(const AttentionArgs& x, const Block<NV>& block, int64_t batch, float*
 template <int NV, class T, bool WithValues, bool WithScores>
 void run_block(const AttentionArgs& x, int64_t part, int64_t batch, int64_t group, int64_t slot, Scratch& s) {
   const int64_t repeat = x.heads / x.groups;
-  const Block<NV> block = block_at<NV>(x, slot, repeat, group * repeat);
   const KeyHead<T> head(x, batch, group);
+  const Block<NV> block = block_at<NV>(x, slot, repeat, group * repeat, head.count);
   attend<NV, T, WithValues, WithScores>(x, block, at(static_cast<const T*>(x.q), x.q_stride, batch, 0), head, s);
   if (WithValues) {
     Vec factor[NV];
@@ -117,7 +118,7 @@ template <int NV, class T>
 void iterate_block(const AttentionArgs& x, int64_t batch, int64_t head, int64_t slot, float* votes, Scratch& s,
                    float* own) {
   constexpr int R = NV * kLanes;
-  const Block<NV> block = block_at<NV>(x, slot, 1, head);
+  const Block<NV> block = block_at<NV>(x, slot, 1, head, x.keys);
   const KeyHead<T> keys(x, batch, head / (x.heads / x.groups));
   attend<NV, T, false, true>(x, block, at(static_cast<const T*>(x.q), x.q_stride, batch, 0), keys, s);
   Vec divided[NV];

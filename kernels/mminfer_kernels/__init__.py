@@ -22,6 +22,7 @@ from mminfer_kernels.dispatch import (
     registered_ops,
 )
 from mminfer_kernels.merge_rows import merge_rows
+from mminfer_kernels.packed_prompt_attention import packed_prompt_attention
 from mminfer_kernels.prompt_attention import prompt_attention, prompt_attention_mass, prompt_attention_peak
 from mminfer_kernels.rotary import apply_rotary, rotary, rotary_, rotary_table
 from mminfer_kernels.rows import add_rows, gather_rms_norm, gather_rows, swiglu
@@ -50,6 +51,7 @@ __all__ = [
     "merge_rows",
     "note_backend",
     "packed_decode_attention",
+    "packed_prompt_attention",
     "power_iterate",
     "prepare",
     "prompt_attention",

@@ -69,12 +69,9 @@ def _attention_calls(dtype: torch.dtype, size: int) -> Calls:
     inv_freq, axes = torch.empty(size // 2), [j % 3 for j in range(size // 2)]
     cos = torch.empty(1, TOKENS, size, dtype=dtype)
     scale, last = size**-0.5, q[:, :, -1:]
-    column, prompt, decode, packed_decode = (
-        "column_mass",
-        "prompt_attention",
-        "decode_attention",
-        "packed_decode_attention",
-    )
+    fourth, (first, lengths) = q[:, :, : TOKENS // 4], (x[0] for x in segments)
+    column, prompt, decode = "column_mass", "prompt_attention", "decode_attention"
+    packed_prompt, packed_decode = f"packed_{prompt}", f"packed_{decode}"
     return [
         ("column_mass", column, "", lambda f: f(q, k, None, scale, True, None)),
         ("column_mass", column, "weights", lambda f: f(q, k, weights, scale, True, None)),
@@ -86,6 +83,7 @@ def _attention_calls(dtype: torch.dtype, size: int) -> Calls:
         ("prompt_attention_mass", prompt, "", lambda f: f(q, k, k, None, scale, None)),
         ("prompt_attention_peak", prompt, "", lambda f: f(q[:, :, : TOKENS // 2], k, k, scale, None, TOKENS // 2)),
         ("prompt_attention_peak", prompt, "log_mass", lambda f: f(q, k, k, scale, None, TOKENS, mass)),
+        (packed_prompt, packed_prompt, "", lambda f: f(fourth, rows, rows, first, lengths, scale, None)),
         (decode, decode, "", lambda f: f(last, k, k, None, None)),
         (decode, decode, "padded", lambda f: f(last, k, k, starts, None)),
         (packed_decode, decode, "", lambda f: f(last, rows, rows, *segments, None, None, None)),

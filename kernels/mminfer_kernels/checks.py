@@ -165,6 +165,29 @@ def check_segments(
                 )
 
 
+def check_from_end(query_index: Tensor | None, queries: int, rows: int) -> int:
+    """The fewest keys that a head must have for queries at these places, counted from its end.
+
+    Args:
+        query_index: [S] int64, strictly ascending and below 0; None: the last S.
+        queries: S.
+        rows: that there are, for all heads.
+
+    Raises:
+        ValueError: places that are none.
+    """
+    if query_index is None or not queries:
+        return queries
+    if query_index.shape != (queries,) or query_index.dtype != torch.int64:
+        raise ValueError(f"query_index is {query_index.dtype} {list(query_index.shape)}, wanted int64 [{queries}]")
+    descends = (query_index[1:] <= query_index[:-1]).any()
+    first, last, wrong = torch.stack([query_index[0], query_index[-1], descends.long()]).tolist()
+    if wrong or first < -rows or last >= 0:
+        wanted = f"strictly ascending places from -{rows} to -1, counted from the end"
+        raise ValueError(f"query_index runs from {first} to {last}, wanted {wanted}")
+    return -first
+
+
 def _check_query_index(query_index: Tensor, queries: int, keys: int) -> None:
     if query_index.shape != (queries,) or query_index.dtype != torch.int64:
         raise ValueError(f"query_index is {query_index.dtype} {list(query_index.shape)}, wanted int64 [{queries}]")

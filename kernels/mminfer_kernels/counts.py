@@ -107,19 +107,27 @@ def column_mass(a: dict[str, Any]) -> Count:
 
 def prompt_attention(a: dict[str, Any]) -> Count:
     heads = a["q"].shape[0] * a["q"].shape[1]
-    pairs, steps = _key_spans(a, True)
-    keys = 2 * heads * steps * a["BLOCK_N"] * a["D"] * a["k"].element_size()
+    pairs, steps = _packed_spans(a) if a["lengths"] is not None else (heads * x for x in _key_spans(a, True))
+    keys = 2 * steps * a["BLOCK_N"] * a["D"] * a["k"].element_size()
     own = bytes_of(a["q"], a["out"], a["lse"], a["log_mass"])
-    extra = bytes_of(a["lo"], a["hi"])
+    extra = bytes_of(a["lo"], a["hi"], a["first"], a["lengths"])
     groups = a["k"].shape[0] * a["k"].shape[1]
     of_a_group = bytes_of(a["k"], a["v"]) // groups
     return Count(
         own + bytes_of(a["k"], a["v"]),
         own + extra + (bytes_of(a["k"], a["v"]) if of_a_group <= L2_BYTES else keys),
         own + heads * extra + keys,
-        4 * heads * pairs * a["D"],
-        4 * heads * steps * a["BLOCK_S"] * a["BLOCK_N"] * a["BLOCK_D"],
+        4 * pairs * a["D"],
+        4 * steps * a["BLOCK_S"] * a["BLOCK_N"] * a["BLOCK_D"],
     )
+
+
+def _packed_spans(a: dict[str, Any]) -> tuple[int, int]:
+    """Pairs and steps of all query heads."""
+    lengths = a["lengths"].tolist()
+    own = [{**a, "N": n, "hi": None if a["hi"] is None else a["hi"] + n} for n in lengths]
+    pairs, steps = zip(*(_key_spans(x, True) for x in own), strict=True)
+    return a["repeat"] * sum(pairs), a["repeat"] * sum(steps)
 
 
 def decode_attention(a: dict[str, Any]) -> Count:

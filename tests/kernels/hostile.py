@@ -99,6 +99,25 @@ def decode_attention(draw: Random) -> dict:
     return arguments | {"starts": draw.choice((None, torch.tensor(starts, dtype=torch.int64)))}
 
 
+def packed_prompt_attention(draw: Random) -> dict:
+    groups, size, dtype = draw.choice((1, 2, 3)), draw.choice(SIZES[1:]), draw.choice(DTYPES)
+    lengths = [draw.choice(SIZES) for _ in range(groups)]
+    rows, reach = max(lengths) + draw.choice((0, 70)), min(lengths)
+    index = sorted(-x - 1 for x in draw.sample(range(reach), draw.randint(0, reach))) if draw.random() < 0.4 else None
+    queries = draw.randint(0, reach) if index is None else len(index)
+    q = torch.randn(1, groups * draw.choice((1, 2, 5)), queries, size).to(dtype)
+    first = [draw.randint(0, rows - length) for length in lengths]
+    return {
+        "q": q,
+        "keys": torch.randn(rows, size).to(dtype),
+        "values": torch.randn(rows, size).to(dtype),
+        "first": torch.tensor(first),
+        "lengths": torch.tensor(lengths),
+        "query_index": None if index is None else torch.tensor(index, dtype=torch.int64),
+        "log_mass": draw.choice((None, 3 * torch.rand(rows))),
+    }
+
+
 def packed_decode_attention(draw: Random) -> dict:
     groups, repeat, batch = draw.choice((1, 2, 3)), draw.choice((1, 2, 5)), draw.choice((0, 1, 2))
     size, rows, dtype = draw.choice(SIZES), draw.choice(SIZES[1:]), draw.choice(DTYPES)
@@ -232,8 +251,8 @@ OPS = {
     make.__name__: make
     for make in (
         prompt_attention, prompt_attention_mass, prompt_attention_peak, column_mass, power_iterate, decode_attention,
-        packed_decode_attention, best_match, merge_rows, add_rows, gather_rows, gather_rms_norm, swiglu, rotary_table,
-        rotary, apply_rotary, decode_step, packed_decode_step,
+        packed_prompt_attention, packed_decode_attention, best_match, merge_rows, add_rows, gather_rows,
+        gather_rms_norm, swiglu, rotary_table, rotary, apply_rotary, decode_step, packed_decode_step,
     )
 } | {"rotary_": rotary}  # fmt: skip
 

@@ -12,6 +12,7 @@ from mminfer_kernels import (
     decode_attention,
     gather_rms_norm,
     merge_rows,
+    packed_prompt_attention,
     power_iterate,
     prompt_attention,
     prompt_attention_mass,
@@ -175,6 +176,9 @@ def every_op(batch=2, tokens=150, size=24):
         "prompt_attention": lambda **to: prompt_attention(q, k, v, window=50, **to),
         "prompt_attention_mass": lambda **to: prompt_attention_mass(q, k, v, **to),
         "prompt_attention_peak": lambda **to: prompt_attention_peak(q, k, v, counted=tokens // 2, **to),
+        "packed_prompt_attention": lambda **to: packed_prompt_attention(
+            q[:1], k[0, 0], v[0, 0], *(torch.tensor(x) for x in ([0, 0], [tokens, tokens])), **to
+        ),
         "column_mass": lambda **to: column_mass(q, k, **to),
         "power_iterate": lambda **to: power_iterate(q, k, **to),
         "decode_attention": lambda **to: decode_attention(q[:, :, -3:], k, v, torch.tensor([7] * batch), **to),

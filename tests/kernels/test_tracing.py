@@ -13,6 +13,7 @@ from mminfer_kernels import (
     gather_rows,
     merge_rows,
     packed_decode_attention,
+    packed_prompt_attention,
     power_iterate,
     prompt_attention,
     prompt_attention_mass,
@@ -46,6 +47,7 @@ def inputs_of(name):
         "column_mass": (q, k),
         "power_iterate": (q, k, 3),
         "decode_attention": (q, k, v, torch.tensor([0, 5])),
+        "packed_prompt_attention": (q[:1], k[0, 0], v[0, 0], torch.tensor([0, 5]), torch.tensor([9, 12])),
         "packed_decode_attention": (q[:, :, :1], k[0, 0], v[0, 0], *FIRST_AND_LENGTHS),
         "best_match": (rows, x),
         "merge_rows": (x, rows, index),
@@ -62,8 +64,8 @@ def inputs_of(name):
 
 NAMES = [
     "prompt_attention", "prompt_attention_mass", "prompt_attention_peak", "column_mass", "power_iterate",
-    "decode_attention", "packed_decode_attention", "best_match", "merge_rows", "_add_rows_", "gather_rows",
-    "gather_rms_norm", "swiglu", "rotary", "rotary_", "rotary_table", "apply_rotary",
+    "packed_prompt_attention", "decode_attention", "packed_decode_attention", "best_match", "merge_rows",
+    "_add_rows_", "gather_rows", "gather_rms_norm", "swiglu", "rotary", "rotary_", "rotary_table", "apply_rotary",
 ]  # fmt: skip
 
 
@@ -92,6 +94,7 @@ CALLS = {
     "column_mass": lambda q, k: column_mass(q, k, temperature=0.5),
     "power_iterate": power_iterate,
     "decode_attention": decode_attention,
+    "packed_prompt_attention": packed_prompt_attention,
     "packed_decode_attention": packed_decode_attention,
     "best_match": best_match,
     "merge_rows": merge_rows,
@@ -143,6 +146,7 @@ def counted(name, *extra):
         ("column_mass", BATCH * HEADS * PAIRS * 2 * (SIZE + 1)),
         ("power_iterate", BATCH * HEADS * PAIRS * 2 * (SIZE + 3)),
         ("decode_attention", HEADS * (BATCH * PAIRS - QUERIES * 5) * 4 * SIZE),  # one row starts at its sixth entry
+        ("packed_prompt_attention", HEADS // GROUPS * (9 * 10 // 2 + 9 * (4 + 12) // 2) * 4 * SIZE),
         ("packed_decode_attention", HEADS // GROUPS * (20 + 1 + 7 + 12) * 4 * SIZE),
         ("best_match", BATCH * 4 * 7 * 2 * SIZE),
     ],

@@ -23,6 +23,7 @@ def calls(layout):
         "best_match": (rows, k[:, 0]),
         "column_mass": (q, k),
         "decode_attention": (q[:, :, :2], k, k),
+        "packed_prompt_attention": (q[:1], *k[:2, 0], torch.tensor([0, 0]), torch.tensor([9, 9])),
         "packed_decode_attention": (
             q[:, :, :1],
             k[0, 0],

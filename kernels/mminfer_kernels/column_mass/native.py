@@ -5,7 +5,7 @@ import ctypes
 import torch
 
 from mminfer_kernels.native import DTYPE_CODES, call, pointer
-from mminfer_kernels.prompt_attention.native import Scores, attend, attention_args
+from mminfer_kernels.prompt_attention.native import Scores, Seen, attend, attention_args
 
 
 def column_mass(
@@ -19,7 +19,7 @@ def column_mass(
 ) -> torch.Tensor:
     """See `mminfer_kernels.column_mass`; `scale` has the temperature in it."""
     if cu_seqlens is None:
-        return attend(q, k, None, scale, causal, query_index, None, Scores("mass", k.shape[2], weights))[1]
+        return attend(q, k, None, scale, Seen(causal, query_index), Scores("mass", k.shape[2], weights))[1]
     lengths = cu_seqlens.diff().tolist()
     votes = [None] * len(lengths) if weights is None else weights.split(lengths, -1)
     parts = zip(q.split(lengths, 2), k.split(lengths, 2), votes, strict=True)

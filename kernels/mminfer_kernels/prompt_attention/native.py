@@ -15,12 +15,32 @@ class AttentionArgs(ctypes.Structure):
     """`AttentionArgs` of `csrc/include/mminfer/cpu/attention.h`."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "out", "mass", "peak", "weights", "log_mass", "places")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("q", "k", "v", "out", "mass", "peak", "weights", "log_mass", "places", "first", "lengths")
+        ),
         *((name, ctypes.c_int64) for name in ("batch", "heads", "groups", "queries", "keys", "head_dim")),
         *((f"{name}_stride", Rows3) for name in ("q", "k", "v", "out", "weight", "log_mass")),
         *((name, ctypes.c_int64) for name in ("window", "causal", "parts", "iterations", "threads", "counted")),
         ("scale", ctypes.c_float),
     ]
+
+
+class Seen(NamedTuple):
+    """Which keys a query sees: all of its head's up to its own place, unless told.
+
+    Args:
+        causal: False: those behind it as well.
+        query_index: [S], the places; None: the last ones. Where there are segments, they count from the end.
+        window: the last so many alone.
+        first, lengths: [G], segments that the heads have of the rows; None: each has all.
+    """
+
+    causal: bool = True
+    query_index: torch.Tensor | None = None
+    window: int | None = None
+    first: torch.Tensor | None = None
+    lengths: torch.Tensor | None = None
 
 
 class Scores(NamedTuple):
@@ -49,7 +69,7 @@ def prompt_attention(
     """See `mminfer_kernels.prompt_attention`."""
     if q.numel() == 0:
         return reference.rows_first(torch.empty_like(q))
-    return attend(q, k, v, scale, True, query_index, window, log_mass=log_mass)[0]
+    return attend(q, k, v, scale, Seen(query_index=query_index, window=window), log_mass=log_mass)[0]
 
 
 def prompt_attention_mass(
@@ -61,7 +81,7 @@ def prompt_attention_mass(
     query_index: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `mminfer_kernels.prompt_attention_mass`."""
-    return attend(q, k, v, scale, True, query_index, None, Scores("mass", k.shape[2], weights))
+    return attend(q, k, v, scale, Seen(query_index=query_index), Scores("mass", k.shape[2], weights))
 
 
 def prompt_attention_peak(
@@ -74,7 +94,7 @@ def prompt_attention_peak(
     log_mass: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `mminfer_kernels.prompt_attention_peak`."""
-    return attend(q, k, v, scale, True, query_index, None, Scores("peak", counted), log_mass)
+    return attend(q, k, v, scale, Seen(query_index=query_index), Scores("peak", counted), log_mass)
 
 
 def attend(
@@ -82,9 +102,7 @@ def attend(
     k: torch.Tensor,
     v: torch.Tensor | None,
     scale: float,
-    causal: bool,
-    query_index: torch.Tensor | None,
-    window: int | None,
+    seen: Seen,
     scores: Scores | None = None,
     log_mass: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,11 +110,12 @@ def attend(
     batch, heads, queries, _ = q.shape
     rows_first = q.new_empty(batch, queries, heads, q.shape[3] if v is not None else 0)  # as the host reads it next
     out = rows_first.transpose(1, 2)
-    args = attention_args(q, k, scale, query_index)
+    args = attention_args(q, k, scale, seen.query_index)
     blocks = -(-queries * (heads // k.shape[1]) // 16)
     units = -(-UNITS_A_THREAD * args.threads // max(1, batch * k.shape[1]))
     args.parts = max(1, min(units, blocks)) if scores else max(1, blocks)
-    args.causal, args.window = causal, window or 0
+    args.causal, args.window = seen.causal, seen.window or 0
+    args.first, args.lengths = pointer(seen.first), pointer(seen.lengths)
     columns = _columns(args, q, scores)
     if queries and k.shape[2] and batch:
         kept = []  # tensors whose memory the call reads

@@ -70,13 +70,16 @@ def _fits(arguments: dict[str, Any]) -> bool:
 )
 @triton.jit
 def prompt_attention_fwd_kernel(
-    q, k, v, log_mass, out, lse, lo, hi, scale,
+    q, k, v, log_mass, out, lse, lo, hi, first, lengths, scale,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kg, stride_kn, stride_vb, stride_vg, stride_vn,
     stride_mb, stride_mg, stride_ob, stride_oh, stride_os, stride_lb, stride_lh,
     H, repeat, S, N, bucket,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """`softmax(q k^T * scale) v` over the keys each row sees. Grid: row blocks, the longest first; batch and heads."""
+    """`softmax(q k^T * scale) v` over the keys each row sees. Grid: row blocks, the longest first; batch and heads.
+
+    With `first` and `lengths` each key head has a segment of the N rows, and `hi` counts from the end of it.
+    """
     row = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_S
     batch, head = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
     rows, dims = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
@@ -84,18 +87,27 @@ def prompt_attention_fwd_kernel(
     p_k = k + batch * stride_kb + head // repeat * stride_kg
     p_v = v + batch * stride_vb + head // repeat * stride_vg
     p_m = None if log_mass is None else log_mass + batch * stride_mb + head // repeat * stride_mg
-    begin, full_end, end = key_blocks(lo, hi, row, S, N, True, BLOCK_S, BLOCK_N)
-    b_lo, b_hi = key_range(lo, hi, row + rows, S, N, True)
+    keys, zero = N, 0
+    if lengths is not None:
+        begun, zero = tl.load(first + head // repeat), tl.load(lengths + head // repeat).to(tl.int32)
+        keys, p_k, p_v = zero, p_k + begun * stride_kn, p_v + begun * stride_vn
+        p_m = None if p_m is None else p_m + begun
+    begin, full_end, end = key_blocks(lo, hi, row, S, keys, True, BLOCK_S, BLOCK_N, zero)
+    b_lo, b_hi = key_range(lo, hi, row + rows, S, keys, True, zero)
+    if lengths is not None:  # rows that are not there are not read: NaN
+        _, least = key_range(lo, hi, 0, S, keys, True, zero)
+        there = (begun >= 0) & (begun + keys <= N) & (least > 0)
+        full_end, end = tl.where(there, full_end, 0), tl.where(there, end, 0)
     b_max = tl.full([BLOCK_S], -1e30, tl.float32)  # finite: a block that shows a row no key leaves no NaN
     b_sum = tl.zeros([BLOCK_S], tl.float32)
     b_out = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
     if lo is None:
         b_out, b_max, b_sum = _attend(
-            b_out, b_max, b_sum, b_q, p_k, p_v, p_m, b_lo, b_hi, begin, full_end, stride_kn, stride_vn, N, scale,
+            b_out, b_max, b_sum, b_q, p_k, p_v, p_m, b_lo, b_hi, begin, full_end, stride_kn, stride_vn, keys, scale,
             D, BLOCK_N, BLOCK_D, False,
         )  # fmt: skip
     b_out, b_max, b_sum = _attend(
-        b_out, b_max, b_sum, b_q, p_k, p_v, p_m, b_lo, b_hi, full_end, end, stride_kn, stride_vn, N, scale,
+        b_out, b_max, b_sum, b_q, p_k, p_v, p_m, b_lo, b_hi, full_end, end, stride_kn, stride_vn, keys, scale,
         D, BLOCK_N, BLOCK_D, True,
     )  # fmt: skip
     b_out = b_out / b_sum[:, None]
@@ -107,7 +119,7 @@ def prompt_attention_fwd_kernel(
         tl.store(p_lse, b_max + tl.log2(b_sum), mask=row + rows < S)
 
 
-def _attention(
+def attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -115,13 +127,28 @@ def _attention(
     scale: float,
     ranges: Ranges,
     log_mass: torch.Tensor | None = None,
+    segments: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
 ) -> torch.Tensor:
-    """[B, H, S, D] in q's dtype; writes the rows' base-2 log-sum-exp into `lse` [B, H, S]; log_mass: of `in_base_2`."""
+    """[B, H, S, D] in q's dtype; writes the rows' base-2 log-sum-exp into `lse` [B, H, S].
+
+    `log_mass` is of `in_base_2`. With `segments`, first rows and lengths [G], `ranges.hi` counts from the end of each.
+    """
     out = rows_first(torch.empty_like(q))
     launch(
         prompt_attention_fwd_kernel,
         lambda meta: (triton.cdiv(q.shape[2], meta["BLOCK_S"]), q.shape[0] * q.shape[1]),
-        {"q": q, "k": k, "v": v, "log_mass": log_mass, "out": out, "lse": lse, "lo": ranges.lo, "hi": ranges.hi},
+        {
+            "q": q,
+            "k": k,
+            "v": v,
+            "log_mass": log_mass,
+            "out": out,
+            "lse": lse,
+            "lo": ranges.lo,
+            "hi": ranges.hi,
+            "first": segments[0],
+            "lengths": segments[1],
+        },
         **attention_arguments(q, k),
         **strides(v, "vbgn"),
         **strides(log_mass, "mbg"),
@@ -151,7 +178,7 @@ def prompt_attention(
         hi = torch.arange(keys - queries + 1, keys + 1, device=q.device) if hi is None else hi
         lo = (hi - window).clamp_min(0)
     q, k, v = (dense_rows(x) for x in interpretable(q, k, v))
-    return _attention(q, k, v, None, scale, ranges_of(keys, lo, hi), in_base_2(log_mass)).to(given.dtype)
+    return attention(q, k, v, None, scale, ranges_of(keys, lo, hi), in_base_2(log_mass)).to(given.dtype)
 
 
 @torch.no_grad()
@@ -204,4 +231,4 @@ def _attention_and_lse(
 ) -> tuple[torch.Tensor, torch.Tensor, Ranges]:
     ranges = ranges_of(k.shape[2], None, None if query_index is None else query_index + 1)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    return _attention(q, k, v, lse, scale, ranges, log_mass), lse, ranges
+    return attention(q, k, v, lse, scale, ranges, log_mass), lse, ranges

@@ -17,12 +17,12 @@ LOG2_E = math.log2(math.e)  # logits are taken in base 2, which the GPU's expone
 
 
 @triton.jit
-def key_range(p_lo, p_hi, rows, S, N, CAUSAL: tl.constexpr):
-    """Half-open range of the keys each row sees; rows past the last repeat its range."""
+def key_range(p_lo, p_hi, rows, S, N, CAUSAL: tl.constexpr, zero=0):
+    """Half-open range of the keys each row sees, p_hi from `zero` on; rows past the last repeat its range."""
     rows = tl.minimum(rows, S - 1)
     lo = rows * 0 if p_lo is None else tl.load(p_lo + rows)
     if p_hi is not None:
-        hi = tl.load(p_hi + rows)
+        hi = tl.load(p_hi + rows) + zero
     elif CAUSAL:
         hi = rows + (N - S + 1)
     else:
@@ -45,10 +45,10 @@ def row_range(p_lo, p_hi, keys, S, N, CAUSAL: tl.constexpr):
 
 
 @triton.jit
-def key_blocks(p_lo, p_hi, row, S, N, CAUSAL: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr):
+def key_blocks(p_lo, p_hi, row, S, N, CAUSAL: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr, zero=0):
     """Of rows `row .. row + BLOCK_S - 1`: where the keys begin, where the first that all rows see end, the end."""
-    lo_first, hi_first = key_range(p_lo, p_hi, row, S, N, CAUSAL)
-    _, hi_last = key_range(p_lo, p_hi, row + BLOCK_S - 1, S, N, CAUSAL)
+    lo_first, hi_first = key_range(p_lo, p_hi, row, S, N, CAUSAL, zero)
+    _, hi_last = key_range(p_lo, p_hi, row + BLOCK_S - 1, S, N, CAUSAL, zero)
     begin = lo_first // BLOCK_N * BLOCK_N
     full_end = hi_first // BLOCK_N * BLOCK_N if p_lo is None else begin
     return begin, full_end, hi_last

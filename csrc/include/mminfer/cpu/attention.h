@@ -17,8 +17,8 @@ struct Rows3 {  // strides of [B, heads, rows, D] in elements; D is contiguous
 };
 
 template <class T>
-const T* at(const T* base, const Rows3& stride, int64_t batch, int64_t head) {
-  return base ? base + batch * stride.batch + head * stride.head : nullptr;
+const T* at(const T* base, const Rows3& stride, int64_t batch, int64_t head, int64_t row = 0) {
+  return base ? base + batch * stride.batch + head * stride.head + row * stride.row : nullptr;
 }
 
 struct AttentionArgs {
@@ -28,7 +28,8 @@ struct AttentionArgs {
   float* peak;           // [parts, B, G, counted], the largest probability that each key gets; null: none
   const float* weights;  // [B, H, S] by its strides; null: 1
   const float* log_mass; // [B, G, N] by its strides, added to the logits; null: 0
-  const int64_t* places; // [S]; null: the last S of the N keys
+  const int64_t* places; // [S], of packed keys from the end on; null: the last S of the N keys
+  const int64_t *first, *lengths;  // [G], of packed keys the rows of each head; null: each has all N
   int64_t batch, heads, groups, queries, keys, head_dim;
   Rows3 q_stride, k_stride, v_stride, out_stride, weight_stride, log_mass_stride;
   int64_t window;  // 0: none
@@ -37,16 +38,20 @@ struct AttentionArgs {
   float scale;
 };
 
-// What the queries of one key head read.
+// What the queries of one key head read: so many rows.
 template <class T>
 struct KeyHead {
   const T *keys, *values;
   const float* log_mass;
+  int64_t count;
 
-  KeyHead(const AttentionArgs& x, int64_t batch, int64_t group)
-      : keys(at(static_cast<const T*>(x.k), x.k_stride, batch, group)),
-        values(at(static_cast<const T*>(x.v), x.v_stride, batch, group)),
-        log_mass(at(x.log_mass, x.log_mass_stride, batch, group)) {}
+  KeyHead(const AttentionArgs& x, int64_t batch, int64_t group) {
+    const int64_t row = x.first ? x.first[group] : 0;
+    keys = at(static_cast<const T*>(x.k), x.k_stride, batch, group, row);
+    values = at(static_cast<const T*>(x.v), x.v_stride, batch, group, row);
+    log_mass = at(x.log_mass, x.log_mass_stride, batch, group, row);
+    count = x.lengths ? x.lengths[group] : x.keys;
+  }
 };
 
 // Rows of keys or values as floats: in place, or converted into a buffer of [kTileKeys, D].
@@ -115,19 +120,21 @@ struct Block {
   static constexpr int R = NV * kLanes;
   int64_t first[NV], count[NV], head[NV];  // first query, how many are real, which head
   IntVec last_key[NV], first_key[NV];      // that each lane sees
+  int64_t keys;                            // that there are
   int64_t begin, end;                      // keys that any lane sees
   int64_t all_begin, all_end;              // keys that every lane sees
 
   int64_t place(const AttentionArgs& x, int64_t query) const {
-    return x.places ? x.places[query] : query + x.keys - x.queries;
+    if (x.places) return x.places[query] + (x.lengths ? keys : 0);
+    return query + keys - x.queries;
   }
 
   void find_keys(const AttentionArgs& x) {
-    begin = x.keys, end = 0, all_begin = 0, all_end = x.keys;
+    begin = keys, end = 0, all_begin = 0, all_end = keys;
     for (int n = 0; n < NV; ++n)
       for (int i = 0; i < kLanes; ++i) {
         const int64_t query = first[n] + (i < count[n] ? i : count[n] - 1);
-        const int64_t last = x.causal ? place(x, query) : x.keys - 1;
+        const int64_t last = x.causal ? place(x, query) : keys - 1;
         const int64_t from = x.window && last + 1 > x.window ? last + 1 - x.window : 0;
         last_key[n][i] = (int32_t)last;
         first_key[n][i] = (int32_t)from;
