@@ -28,6 +28,7 @@ __all__ = [
     "Message",
     "MminferError",
     "OperatorSkip",
+    "Replay",
     "TextPart",
     "UnsupportedModelError",
     "VideoPart",
@@ -43,7 +44,7 @@ if TYPE_CHECKING:  # what type checkers and editors read; a test holds it to the
     from mminfer import positions as positions
     from mminfer import technique as technique
     from mminfer import tokens as tokens
-    from mminfer.cache import Digest, LookM
+    from mminfer.cache import Digest, LookM, Replay
     from mminfer.config import InferenceConfig
     from mminfer.engine import Engine
     from mminfer.errors import ConfigError, InputError, MminferError, UnsupportedModelError
@@ -58,7 +59,7 @@ if TYPE_CHECKING:  # what type checkers and editors read; a test holds it to the
     from mminfer.tokens.prune import AIMPrune
 else:  # hidden from type checkers, which would take any name for one of ours
     _NAMES = {
-        "mminfer.cache": ("Digest", "LookM"),
+        "mminfer.cache": ("Digest", "LookM", "Replay"),
         "mminfer.config": ("InferenceConfig",),
         "mminfer.engine": ("Engine",),
         "mminfer.errors": ("ConfigError", "InputError", "MminferError", "UnsupportedModelError"),

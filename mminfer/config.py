@@ -50,7 +50,7 @@ class InferenceConfig:
         merge: merging of visual tokens before the language model (`AIMMerge`).
         prune: pruning of visual tokens inside it (`AIMPrune`).
         skip: operators that visual tokens skip (`OperatorSkip`).
-        cache: compression of the key/value cache (`LookM`, `Digest`).
+        cache: compression of the key/value cache (`Replay`, `LookM`, `Digest`).
 
     Raises:
         ConfigError: a technique stands in another stage's place, or a setting is out of range.

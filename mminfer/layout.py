@@ -130,13 +130,17 @@ class TokenLayout:
         rows = torch.arange(len(self), device=self.sequence.device)
         if size is None or max(self.lengths) <= size:
             return [rows]
-        cuts = [self._cuts(start, stop, size) for start, stop in self.spans]
+        cuts = [self.cuts(start, stop, size) for start, stop in self.spans]
         count = max(map(len, cuts)) - 1
         padded = [[c[0]] * (count + 1 - len(c)) + c for c in cuts]
         return [torch.cat([rows[c[i] : c[i + 1]] for c in padded]) for i in range(count)]
 
-    def _cuts(self, start: int, stop: int, size: int) -> list[int]:
-        """Ascending rows, `start` and `stop` among them, at most `size` apart and none inside an image."""
+    def cuts(self, start: int, stop: int, size: int) -> list[int]:
+        """Ascending rows, `start` and `stop` among them, at most `size` apart and none inside an image.
+
+        Raises:
+            InputError: an image has more than `size` tokens.
+        """
         owner = self.image_id[start:stop]
         inside = (owner[1:] == owner[:-1]) & (owner[1:] >= 0)
         free = torch.cat([(~inside).nonzero()[:, 0] + 1 + start, torch.tensor([stop], device=owner.device)])

@@ -20,7 +20,7 @@ import torch
 from benchmarks.common import interleaved, write_rows
 from benchmarks.models.geometries import llava_onevision_05b, nano_prompt, video_prompt
 from mminfer import AIMMerge, AIMPrune, Digest, InferenceConfig, LookM, patched
-from mminfer.forward import prefill
+from mminfer.forward import rows
 from mminfer.metrics.flops import measured_flops
 
 PRESETS = ("off", "aim", "aim-merge", "aim-prune", "lookm-20", "digest-20", "skip-ffn", "balanced", "fast")
@@ -46,7 +46,7 @@ class Stopwatch:
 def techniques_timed() -> Iterator[Stopwatch]:
     """Times what the techniques themselves do; the scores that come with an attention are in the attention's time."""
     watch = Stopwatch()
-    wrapped = [(AIMMerge, "apply"), (AIMPrune, "apply"), (LookM, "apply"), (prefill, "keep_rows")]
+    wrapped = [(AIMMerge, "apply"), (AIMPrune, "apply"), (LookM, "apply"), (rows, "keep_rows")]
     wrapped += [(Digest, "layer_demand"), (Digest, "compress_layers")]
     patches = [mock.patch.object(owner, name, watch.around(getattr(owner, name))) for owner, name in wrapped]
     for patch in patches:

@@ -123,7 +123,7 @@ def prompt_attention(a: dict[str, Any]) -> Count:
 
 
 def decode_attention(a: dict[str, Any]) -> Count:
-    batch, heads, queries, size = a["q"].shape
+    batch, _, queries, size = a["q"].shape
     if a["lengths"] is not None:
         lengths = a["lengths"]
         parts = _cdivs(lengths, a["part_keys"])  # further ones end at once

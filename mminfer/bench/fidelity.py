@@ -13,7 +13,7 @@ from tqdm import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from mminfer.bench.contexts import Context
-from mminfer.bench.protocols import Ask, Protocol, reader
+from mminfer.bench.protocols import Ask, AskAll, Protocol, reader
 from mminfer.engine import Engine
 from mminfer.inputs.progress import PROGRESS
 from mminfer.metrics.fidelity import kl_divergence, top1_agreement
@@ -75,27 +75,36 @@ class FidelityRow:
 
 
 class _Forced(LogitsProcessor):
-    """Leaves one token to choose from at each step."""
+    """Leaves each row one token to choose from at each step."""
 
-    def __init__(self, token_ids: list[int]) -> None:
-        self._left = token_ids[::-1]
+    def __init__(self, answers: Sequence[list[int]]) -> None:
+        self._left = list(zip(*answers, strict=True))[::-1]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        forced = torch.full_like(scores, -torch.inf)
-        forced[:, self._left.pop()] = 0
-        return forced
+        tokens = torch.tensor(self._left.pop(), device=scores.device)
+        return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)
 
 
 def continuation(ask: Ask, question: str, tokens: int) -> Continuation:
     """The greedy answer, gone on with beyond its end to so many tokens."""
-    output = ask(question, max_new_tokens=tokens, min_new_tokens=tokens, **_GREEDY)
-    return Continuation(output.token_ids, logits_of(output))
+    return continuations(lambda questions, **kwargs: [ask(questions[0], **kwargs)], [question], tokens)[0]
+
+
+def continuations(ask_all: AskAll, questions: Sequence[str], tokens: int) -> list[Continuation]:
+    """The same of several questions, asked in one batch."""
+    outputs = ask_all(questions, max_new_tokens=tokens, min_new_tokens=tokens, **_GREEDY)
+    return [Continuation(output.token_ids, logits_of(output)) for output in outputs]
 
 
 def forced(ask: Ask, question: str, token_ids: list[int]) -> GenerationOutput:
     """An answer made to consist of these tokens, none of which may end the turn; its logits predict each of them."""
-    processors = LogitsProcessorList([_Forced(token_ids)])
-    return ask(question, max_new_tokens=len(token_ids), logits_processor=processors, **_GREEDY)
+    return forced_all(lambda questions, **kwargs: [ask(questions[0], **kwargs)], [question], [token_ids])[0]
+
+
+def forced_all(ask_all: AskAll, questions: Sequence[str], answers: Sequence[list[int]]) -> list[GenerationOutput]:
+    """The same of several questions, asked in one batch; all answers are equally long."""
+    processors = LogitsProcessorList([_Forced(answers)])
+    return ask_all(questions, max_new_tokens=len(answers[0]), logits_processor=processors, **_GREEDY)
 
 
 def logits_of(output: GenerationOutput) -> Tensor:

@@ -29,10 +29,11 @@ from mminfer.forward.decode import Decoder
 from mminfer.forward.kv_cache import CACHE_NAME, CompressedCache
 from mminfer.forward.layer_attention import LayerAttention, PassSettings
 from mminfer.forward.native_build import prepare_kernels
-from mminfer.forward.prefill import PassOptions, prompt_pass, through_layer
+from mminfer.forward.prefill import PassOptions, prompt_pass
 from mminfer.forward.probe import TOKENS, evaluating, full_name, is_close, is_half, is_same, probe, rotary_kept
+from mminfer.forward.rows import through_layer
 from mminfer.forward.surroundings import surroundings
-from mminfer.forward.technique_fit import check_positions, check_skip
+from mminfer.forward.technique_fit import check_positions, check_replay, check_skip
 from mminfer.layout import TokenLayout
 from mminfer.models.adapter import ModelAdapter
 from mminfer.models.structure import running_device
@@ -91,6 +92,8 @@ def check_host(
     due = [(verify, f"{adapter.model.dtype} {surroundings(adapter, own)}", partial(_compare, adapter, own))]
     due += [(config.positions is not None, f"{config.positions!r}", partial(check_positions, adapter, config))]
     due += [(config.skip is not None, f"{config.skip!r}", partial(check_skip, adapter, config))]
+    replays = config.cache is not None and config.cache.replay is not None
+    due += [(replays, f"{config.cache!r}", partial(check_replay, adapter, config))]
     due = [check for check in due if check[0] and check[1] not in done]
     if not due:
         return

@@ -231,6 +231,10 @@ class LayerAttention:
         past = (0,) * self.layout.num_sequences if self.past is None else self.past.tokens_seen
         return [a + b for a, b in zip(past, self.layout.lengths, strict=True)]
 
+    def note_replay(self, sequence: int, flops: int) -> None:
+        """Counts what looking at a sequence's rows once more took in this layer."""
+        self._mass_flops[sequence] += flops
+
     def replace_entries(self, sequence: int, entries: CacheEntries) -> None:
         """What a cache that works across layers has left of a sequence's entries."""
         self.entries[sequence] = entries

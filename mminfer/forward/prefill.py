@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from mminfer.config import InferenceConfig
-from mminfer.errors import InputError, UnsupportedModelError
+from mminfer.errors import InputError
 from mminfer.forward.attention import routed_attention
-from mminfer.forward.branches import ffn_branch
 from mminfer.forward.kv_cache import CompressedCache, Continuation
 from mminfer.forward.kv_layer import CompressedLayer
 from mminfer.forward.layer_attention import LayerAttention, PassSettings
 from mminfer.forward.packed_layer import layer_of
-from mminfer.forward.rotary import Tables, fractional, frequency_factors
+from mminfer.forward.replay import LayersAgain, ReplayAttention
+from mminfer.forward.rotary import fractional, frequency_factors
+from mminfer.forward.rows import Rows, through_layer
 from mminfer.layout import TokenLayout
 from mminfer.metrics.records import LayerRecord, PromptRecord, joined_layers
 from mminfer.models.adapter import ModelAdapter
@@ -84,8 +85,11 @@ def prompt_pass(
         options: how the prompt goes through the layers.
 
     Raises:
-        InputError: an image does not fit into a chunk, or goes on from one pass into another.
+        InputError: an image does not fit into a chunk, or goes on from one pass into another; or the cache technique
+            has no room for the prompt.
     """
+    if config.cache is not None:
+        config.cache.check_prompt(layout, adapter.spec)
     layout = _placed(adapter, config, layout, cache, options.places_given)
     continuation = Continuation(layout.next_position, layout.resume_position, layout.last_in_run)
     earlier = cache.tokens or (0,) * layout.num_sequences
@@ -99,7 +103,8 @@ def prompt_pass(
     tables = adapter.rotary(inputs_embeds[None], layout.position[:, None], fractional(config), factors)
     undo = cache.snapshot()
     try:
-        out = _run_chunks(adapter, config, _Rows(inputs_embeds, layout, tables), cache, options, record)
+        rotate = partial(adapter.rotary, precise=fractional(config), factors=factors)
+        out = _run_chunks(adapter, config, Rows(inputs_embeds, layout, tables, rotate), cache, options, record)
         taken_in = [a + b for a, b in zip(earlier, record.prompt, strict=True)]
         cache.commit(cache.layers, options.columns, taken_in, continuation, length)
     except BaseException:
@@ -120,29 +125,10 @@ def _placed(
     return layout
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """Rows on their way through the layers.
-
-    Args:
-        hidden: [T, C].
-        layout: of the T rows.
-        tables: rotary tables of the T rows.
-    """
-
-    hidden: Tensor
-    layout: TokenLayout
-    tables: Tables
-
-    def select(self, index: Tensor) -> _Rows:
-        """The rows in `index` ([K] int64, ascending)."""
-        return _Rows(*keep_rows(index, self.hidden, self.layout, self.tables))
-
-
 def _run_chunks(
     adapter: ModelAdapter,
     config: InferenceConfig,
-    rows: _Rows,
+    rows: Rows,
     cache: CompressedCache,
     options: PassOptions,
     record: PromptRecord,
@@ -166,11 +152,12 @@ def _run_chunks(
 
 
 def _run_layers(
-    adapter: ModelAdapter, config: InferenceConfig, rows: _Rows, cache: CompressedCache
-) -> tuple[_Rows, list[LayerRecord]]:
+    adapter: ModelAdapter, config: InferenceConfig, rows: Rows, cache: CompressedCache
+) -> tuple[Rows, list[LayerRecord]]:
     """All layers over the rows of one chunk, behind what the cache holds; it then holds them too."""
     settings = PassSettings(adapter, config, rows.layout.lengths)
     depth, across_layers = adapter.spec.num_layers, config.cache is not None and config.cache.across_layers
+    entered, again = rows, LayersAgain(config)
     done: list[tuple[LayerAttention, Tensor | None]] = []  # of all layers, where they are compressed together
     layers: list[CompressedLayer] = []
     records: list[LayerRecord] = []
@@ -179,8 +166,10 @@ def _run_layers(
             queries, ffn = (None, None) if config.skip is None else config.skip.apply(rows.layout, i, depth)
             past = cache.layers[i] if cache.layers else None
             attend = LayerAttention(settings, rows.layout, i, queries, past)
-            hidden = through_layer(attend, rows.hidden[None], rows.tables[adapter.layer_kinds[i]], ffn)[0]
-            rows = _Rows(hidden, rows.layout, rows.tables)
+            kind = adapter.layer_kinds[i]
+            hidden = through_layer(attend, rows.hidden[None], rows.tables[kind], ffn)[0]
+            again.behind_layer(attend, rows)
+            rows = replace(rows, hidden=hidden)
             if across_layers:
                 done.append((attend, ffn))
             else:
@@ -188,64 +177,27 @@ def _run_layers(
                 records.append(attend.record(ffn))
             if attend.kept:
                 rows = rows.select(torch.cat(attend.kept))
+        if across_layers:
+            again.behind_all([attend for attend, _ in done], entered)
     if across_layers:
-        _compress_together(config, [attend for attend, _ in done])
+        _compress_together(config, [attend for attend, _ in done], again.looked)
         layers = [layer_of(attend.entries, attend.tokens_seen, cache) for attend, _ in done]
         records = [attend.record(ffn) for attend, ffn in done]
     cache.layers = layers
     return rows, records
 
 
-def _compress_together(config: InferenceConfig, layers: Sequence[LayerAttention]) -> None:
-    """Each sequence's entries in all layers together."""
+def _compress_together(
+    config: InferenceConfig, layers: Sequence[LayerAttention], looked: Sequence[ReplayAttention]
+) -> None:
+    """Each sequence's entries in all layers together; looked: what was asked for, where rows were replayed."""
     if config.cache is None:
         return
     for b in range(layers[0].layout.num_sequences):
         held, demands, seen = ([getattr(a, name)[b] for a in layers] for name in ("entries", "demands", "tokens_seen"))
-        for attend, entries in zip(layers, compressed_layers(config.cache, held, demands, seen), strict=True):
+        asked = [look.found[b] for look in looked] or demands
+        for attend, entries in zip(layers, compressed_layers(config.cache, held, asked, seen), strict=True):
             attend.replace_entries(b, entries)
-
-
-def keep_rows(kept: Tensor, hidden: Tensor, layout: TokenLayout, tables: Tables) -> tuple[Tensor, TokenLayout, Tables]:
-    """Hidden states [T, C], layout and rotary tables of the rows in `kept` ([K] int64, ascending)."""
-    narrowed = {kind: (cos.index_select(-2, kept), sin.index_select(-2, kept)) for kind, (cos, sin) in tables.items()}
-    return hidden.index_select(0, kept), layout.select(kept), narrowed
-
-
-def through_layer(
-    attend: LayerAttention, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor], ffn: Tensor | None
-) -> Tensor:
-    """[1, T, C] behind the host's layer.
-
-    Args:
-        attend: the layer's attention.
-        hidden: [1, T, C].
-        position_embeddings: cos and sin of the T rows.
-        ffn: [K] int64, packed rows that go through the layer's FFN; None: all.
-
-    Raises:
-        UnsupportedModelError: the layer's attention did not come through `attend`.
-    """
-    adapter, skip, companions = attend.adapter, attend.config.skip, attend.layout.companions
-    layer = adapter.layers[attend.layer_idx]
-    restricted = nullcontext() if skip is None else skip.restrict(layer, ffn_branch(layer), attend.queries, ffn)
-    with restricted:
-        hidden = layer(
-            hidden,
-            position_embeddings=position_embeddings,
-            attention_mask=None,
-            use_cache=False,
-            attend=attend,
-            **adapter.layer_arguments(attend.layout.position[0][None]),
-        )
-    if not attend.entries:
-        raise UnsupportedModelError(
-            f"{type(layer).__name__} does not hand on the keyword arguments that it is given, by which the pass "
-            "reaches its attention"
-        )
-    if companions is None or attend.layer_idx >= companions.shape[1]:
-        return hidden
-    return hidden.index_add(1, attend.layout.visual_rows, companions[None, :, attend.layer_idx])
 
 
 def _pairs_ahead(layout: TokenLayout) -> tuple[int, ...]:

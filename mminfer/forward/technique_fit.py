@@ -13,9 +13,9 @@ from mminfer.errors import ConfigError
 from mminfer.forward.attention import routed_attention
 from mminfer.forward.branches import ffn_branch
 from mminfer.forward.layer_attention import LayerAttention, PassSettings
-from mminfer.forward.prefill import through_layer
 from mminfer.forward.probe import TOKENS, full_name, is_close, probe
 from mminfer.forward.rotary import fractional, frequency_factors
+from mminfer.forward.rows import through_layer
 from mminfer.models.adapter import ModelAdapter
 from mminfer.models.structure import running_device
 
@@ -75,3 +75,26 @@ def check_skip(adapter: ModelAdapter, config: InferenceConfig) -> None:
             kept = layout.text_rows
             if not is_close(spared[0, kept], run(i)[0, kept], 1e-4, 0.02):
                 raise ConfigError(f"{name} is changed for text as well when visual rows leave an operator out")
+
+
+def check_replay(adapter: ModelAdapter, config: InferenceConfig) -> None:
+    """Whether rows may go by a second time, further out; it is found out where each layer's FFN stands.
+
+    Raises:
+        ConfigError: the host's rotary frequencies follow the longest position that it has seen.
+    """
+    if adapter.rotary_follows_length:
+        raise ConfigError(
+            f"{type(config.cache).__name__} runs rows again at positions behind the prompt, and the rotary frequencies "
+            f"of {full_name(adapter)} follow the longest position seen: use LookM or Digest, which run nothing again"
+        )
+    embeds, layout = adapter.embed(probe(adapter))
+    tables = adapter.rotary(embeds[None], layout.position[:, None], False)
+
+    def run(i: int) -> Tensor:
+        attend = LayerAttention(PassSettings(adapter, InferenceConfig(), layout.lengths), layout, i, None, None)
+        return through_layer(attend, embeds[None], tables[adapter.layer_kinds[i]], None)
+
+    with routed_attention(adapter.text_config):
+        for i, layer in enumerate(adapter.layers):
+            ffn_branch(layer, partial(run, i))

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from threading import get_ident
 from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from mminfer.errors import ConfigError, shown
 from mminfer.layout import TokenLayout
-from mminfer.technique import MOST_LAYERS, LayerRange, SkipTechnique, check_layer, is_number
+from mminfer.technique import MOST_LAYERS, LayerRange, SkipTechnique, check_layer, is_number, only_rows
 
 if TYPE_CHECKING:
     from mminfer.models.spec import ModelSpec
@@ -94,9 +92,9 @@ class OperatorSkip(SkipTechnique):
         attention: Any = layer.self_attn
         branch = [getattr(layer, name) for name in ffn_modules or ()]
         with (
-            nullcontext() if queries is None else _only_rows(attention.q_proj, attention.q_proj, queries),
-            nullcontext() if queries is None else _only_rows(attention.o_proj, attention.o_proj, queries),
-            nullcontext() if ffn is None else _only_rows(branch[0], branch[1], ffn),
+            nullcontext() if queries is None else only_rows(attention.q_proj, attention.q_proj, queries),
+            nullcontext() if queries is None else only_rows(attention.o_proj, attention.o_proj, queries),
+            nullcontext() if ffn is None else only_rows(branch[0], branch[1], ffn),
         ):
             yield
 
@@ -117,44 +115,3 @@ class OperatorSkip(SkipTechnique):
 
 def _indices(layers: Layers, num_layers: int) -> tuple[int, ...] | list[int]:
     return layers.layers(num_layers) if isinstance(layers, LayerRange) else layers
-
-
-@contextmanager
-def _only_rows(first: nn.Module, last: nn.Module, rows: Tensor) -> Iterator[None]:
-    """Rows are gathered ahead of `first` and put back, among zeros, behind `last`.
-
-    As hooks, so that the modules' own forward (quantised, sharded, hooked by others) stays as it is. Ours come first
-    on the way in and last on the way out: whoever looks at the modules sees the rows they really compute. Another
-    thread that runs the modules meanwhile sees nothing of it.
-    """
-    total, thread = 0, get_ident()
-
-    def gather(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        nonlocal total
-        if get_ident() != thread:
-            return args
-        total = args[0].shape[1]
-        return (args[0].index_select(1, rows), *args[1:])
-
-    def scatter(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-        if get_ident() != thread:
-            return out
-        return out.new_zeros(out.shape[0], total, *out.shape[2:]).index_copy_(1, rows, out)
-
-    # The handles are there before the hooks, so that no interrupt leaves a hook that nobody could remove.
-    handles = RemovableHandle(first._forward_pre_hooks), RemovableHandle(last._forward_hooks)
-    try:
-        try:
-            first._forward_pre_hooks[handles[0].id] = gather
-            first._forward_pre_hooks.move_to_end(handles[0].id, last=False)  # type: ignore[attr-defined]
-            last._forward_hooks[handles[1].id] = scatter
-            yield
-        finally:
-            _remove(handles)
-    finally:  # once more, for an interrupt that came in between
-        _remove(handles)
-
-
-def _remove(handles: tuple[RemovableHandle, RemovableHandle]) -> None:
-    for handle in handles:
-        handle.remove()

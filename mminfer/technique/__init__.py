@@ -4,6 +4,8 @@ from mminfer.technique.chance import draw_lot
 from mminfer.technique.checks import check_columns, check_declared, checked_entries, compressed_layers, kept_rows
 from mminfer.technique.entries import COLUMNS, CacheEntries, mean_length
 from mminfer.technique.registry import TechniqueRegistry, is_bundled
+from mminfer.technique.replayed import ReplayedStretch, ReplayPlan
+from mminfer.technique.row_hooks import only_rows
 from mminfer.technique.settings import (
     CACHE_SHARES,
     MERGE_SHARES,
@@ -45,6 +47,8 @@ __all__ = [
     "MergeTechnique",
     "PositionTechnique",
     "PruneTechnique",
+    "ReplayPlan",
+    "ReplayedStretch",
     "SkipTechnique",
     "Stage",
     "Technique",
@@ -64,4 +68,5 @@ __all__ = [
     "kept_rows",
     "layer_index",
     "mean_length",
+    "only_rows",
 ]

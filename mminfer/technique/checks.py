@@ -12,6 +12,7 @@ from torch import Tensor
 from mminfer.errors import ConfigError, shown
 from mminfer.technique.entries import COLUMNS, CacheEntries
 from mminfer.technique.registry import is_registered
+from mminfer.technique.replayed import ReplayedStretch
 from mminfer.technique.views import LayerView
 
 if TYPE_CHECKING:
@@ -126,14 +127,24 @@ def _check_heads(name: str, found: CacheEntries, heads: int) -> None:
 
 
 def compressed_layers(
-    technique: CacheTechnique, layers: Sequence[CacheEntries], demands: Sequence[float], tokens_seen: Sequence[int]
+    technique: CacheTechnique,
+    layers: Sequence[CacheEntries],
+    demands: Sequence[float] | Sequence[Sequence[ReplayedStretch]],
+    tokens_seen: Sequence[int],
 ) -> list[CacheEntries]:
     """What a technique that works across layers keeps in each of them.
+
+    Args:
+        technique: which.
+        layers: all entries of each layer.
+        demands: of each layer, `layer_demand`; or what was asked for, where the technique has rows replayed.
+        tokens_seen: tokens that each layer has taken in.
 
     Raises:
         ConfigError: it gives another number of layers, or what `checked_entries` refuses.
     """
-    found = technique.compress_layers(layers, demands, tokens_seen)
+    compress: Any = technique.compress_layers if technique.replay is None else technique.compress_replayed
+    found = compress(layers, demands, tokens_seen)
     if len(found) != len(layers):
-        raise ConfigError(f"{type(technique).__name__}.compress_layers gave {len(found)} layers of {len(layers)}")
+        raise ConfigError(f"{type(technique).__name__}.{compress.__name__} gave {len(found)} layers of {len(layers)}")
     return [checked_entries(technique, kept, given) for kept, given in zip(found, layers, strict=True)]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mminfer.layout import TokenLayout
 from mminfer.technique import registry
 from mminfer.technique.entries import CacheEntries
+from mminfer.technique.replayed import ReplayedStretch, ReplayPlan
 from mminfer.technique.settings import MOST_COUNT, UNQUOTED, check_full_attention, check_values
 from mminfer.technique.views import LayerView, LayerWork
 
@@ -258,6 +259,32 @@ class CacheTechnique(Technique):
             tokens_seen: tokens that each layer has taken in over all passes.
         """
         return list(layers)
+
+    @property
+    def replay(self) -> ReplayPlan | None:
+        """How rows are looked at once more before `compress_replayed`; None: they are not, and it is never called.
+
+        Only of those that work across layers.
+        """
+        return None
+
+    def compress_replayed(
+        self,
+        layers: Sequence[CacheEntries],
+        replayed: Sequence[Sequence[ReplayedStretch]],
+        tokens_seen: Sequence[int],
+    ) -> list[CacheEntries]:
+        """What one sequence keeps in all layers, in place of `compress_layers` where there is a `replay`.
+
+        Args:
+            layers: all entries of each layer, those of this pass last, in each head.
+            replayed: of each layer what the stretches of this pass's entries were asked for.
+            tokens_seen: tokens that each layer has taken in over all passes.
+        """
+        return list(layers)
+
+    def check_prompt(self, layout: TokenLayout, spec: ModelSpec) -> None:
+        """Raises `InputError` where a prompt that is to go through the layers does not fit these settings."""
 
     def describe_evicted(self) -> str:
         """What becomes of entries that do not stay, as the end of a sentence."""

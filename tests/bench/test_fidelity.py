@@ -6,7 +6,7 @@ import torch
 from mminfer import AIMMerge, Engine, InferenceConfig, LookM
 from mminfer.bench import fidelity
 from mminfer.bench.contexts import Context, made_contexts, own_context
-from mminfer.bench.protocols import Protocol, reader
+from mminfer.bench.protocols import Protocol, batch_reader, reader
 from mminfer.errors import InputError
 
 pytest.importorskip("sklearn")
@@ -52,6 +52,23 @@ def test_forced_tokens_are_said_and_judged(nano_engine, context):
     moved = fidelity.logits_of(fidelity.forced(ask, context.questions[0], other))
     torch.testing.assert_close(moved[0], said.logits[0], rtol=0, atol=1e-4)  # nothing was forced before it
     assert not torch.allclose(moved[1], said.logits[1], atol=1e-2)
+
+
+@pytest.mark.parametrize("protocol", Protocol)
+def test_a_batch_of_questions_gets_what_each_gets_alone(nano_engine, context, protocol):
+    engine = Engine(nano_engine.model, nano_engine.processor, InferenceConfig(cache=LookM(0.1, 0.2)))
+    ask, ask_all = (read(engine, context.content, protocol, 80) for read in (reader, batch_reader))
+    questions = [*context.questions, "What does WB show, and what else?"]
+    alone = [ask(question, max_new_tokens=3, output_logits=True) for question in questions]
+    for one, other in zip(alone, ask_all(questions, max_new_tokens=3, output_logits=True), strict=True):
+        assert one.token_ids == other.token_ids and one.stats.cache_bytes == other.stats.cache_bytes
+        torch.testing.assert_close(other.logits, one.logits, rtol=0, atol=1e-4)
+    said = fidelity.continuations(ask_all, questions, 4)
+    assert [len(one.token_ids) for one in said] == [4, 4, 4]
+    again = fidelity.forced_all(ask_all, questions, [one.token_ids for one in said])
+    assert [one.token_ids for one in again] == [one.token_ids for one in said]
+    single = fidelity.forced(ask, questions[1], said[1].token_ids)
+    torch.testing.assert_close(again[1].logits, single.logits, rtol=0, atol=1e-4)
 
 
 def test_made_contexts_are_a_function_of_their_arguments():

@@ -32,7 +32,7 @@ def _attend(
         b_k = load_rows(p_k, start, keys, stride_kn, N, D, BLOCK_D, MASKED)
         b_s = tl.dot(b_q, b_k.trans(), input_precision="ieee") * scale  # [BLOCK_S, BLOCK_N]
         if p_m is not None:
-            b_s += tl.load(p_m + start + keys, mask=start + keys < N, other=0.0)[None, :]
+            b_s += tl.load(p_m + start + keys, mask=start + keys < N if MASKED else None)[None, :]
         if MASKED:
             seen = start + keys[None, :]
             b_s = tl.where((seen >= b_lo[:, None]) & (seen < b_hi[:, None]), b_s, float("-inf"))
@@ -48,7 +48,8 @@ def _attend(
 
 def _fits(arguments: dict[str, Any]) -> bool:
     """Queries stay; keys and values stream. The output takes half of a thread's registers at most."""
-    if arguments["BLOCK_S"] * arguments["BLOCK_D"] > 64 * 32 * arguments["num_warps"]:
+    room = 64 if arguments["log_mass"] is None or arguments["BLOCK_D"] > 128 else 32  # it takes registers of its own
+    if arguments["BLOCK_S"] * arguments["BLOCK_D"] > room * 32 * arguments["num_warps"]:
         return False
     sizes = arguments["BLOCK_S"], 2 * arguments["BLOCK_N"]
     return tile_fits(arguments, arguments["q"], *sizes, arguments["BLOCK_D"])

@@ -1,0 +1,180 @@
+"""A cache that remembers what can be asked: entries are worth what their own context asks of them a second time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from mminfer.cache.digest_rules import runs_of
+from mminfer.cache.replay_rules import fit_stretch, one_for_each, shared_choice, with_scores
+from mminfer.errors import ConfigError, InputError, shown
+from mminfer.technique import (
+    CACHE_SHARES,
+    CacheEntries,
+    CacheTechnique,
+    LayerView,
+    ReplayedStretch,
+    ReplayPlan,
+    check_fraction,
+    is_whole,
+)
+
+if TYPE_CHECKING:
+    from mminfer.layout import TokenLayout
+    from mminfer.models.spec import ModelSpec
+
+ALWAYS, FOR_PICTURE = 2.0, 1.0  # what is added to the score of a sequence's first entry, and of one for each picture
+
+
+@dataclass(frozen=True)
+class Replay(CacheTechnique):
+    """Entries are worth the most attention that their own context gives them when it is gone through once more.
+
+    Behind a pass, its rows go through the layers again, a picture at a time, and each entry's score is the largest
+    share of its attention that any row gives to it: nothing of a question is needed, and what no row can find again no
+    question will. One budget is shared by score over all layers and heads, so that a head keeps as many entries as it
+    is asked for; each is sure of a part of an even share, and so are the first entry of each head and one entry in
+    each layer of every picture. The values of those that stay are then fitted, in closed form, so that the replayed
+    queries read among them what they read among all. Scores stay with the entries: later passes compete with earlier
+    ones.
+
+    Args:
+        ratio: entries kept, as a fraction of the tokens that the layers took in, in (0, 1].
+        budget: entries of the average head, in place of the ratio.
+        sure: of an even share, what every head is sure of, in [0, 1].
+        fit: rows of a stretch whose queries values are fitted to; 0: values stay as they are.
+        stretch: entries that a row looks at: those of its own stretch of so many rows, and the first of all.
+        fast: let every layer look with the rows as they entered it the first time: no FFN runs again.
+
+    Raises:
+        ConfigError: a setting is out of range.
+
+    Reference:
+        Scores by replaying: KVzip (arXiv 2505.23416) section 3, whose replay is one repetition of the whole context.
+        One threshold for all heads: AdaKV (arXiv 2407.11550). Values: Attention Matching (arXiv 2602.16284). Replaying
+        by pictures, and the fast form, are ours.
+    """
+
+    ratio: float = 0.3
+    budget: int | None = None
+    sure: float = 0.25
+    fit: int = 256
+    stretch: int = 2048
+    fast: bool = False
+
+    across_layers: ClassVar[bool] = True
+    by_head: ClassVar[bool] = True
+    columns: ClassVar[tuple[str, ...]] = ("is_visual", "score")
+
+    def __post_init__(self) -> None:
+        check_fraction("Replay.ratio", self.ratio)
+        if self.budget is not None and not is_whole(self.budget, least=1):
+            raise ConfigError(f"Replay.budget={shown(self.budget)}, wanted a number of entries, 1 or more, or None")
+        if self.sure != 0:
+            check_fraction("Replay.sure", self.sure)
+        if not is_whole(self.fit, least=0):
+            raise ConfigError(f"Replay.fit={shown(self.fit)}, wanted a number of rows, 0 or more")
+        if not is_whole(self.stretch, least=64):
+            raise ConfigError(f"Replay.stretch={shown(self.stretch)}, wanted a number of rows, 64 or more")
+        if not isinstance(self.fast, bool):
+            raise ConfigError(f"Replay.fast={shown(self.fast)}, wanted True or False")
+
+    @property
+    def replay(self) -> ReplayPlan:
+        return ReplayPlan(stretch=self.stretch, references=self.fit, fast=self.fast)
+
+    def check_prompt(self, layout: TokenLayout, spec: ModelSpec) -> None:
+        for sequence, (start, stop) in enumerate(layout.spans):
+            pictures = len(runs_of(layout.is_visual[start:stop]))
+            share = int(self.ratio * (stop - start)) if self.budget is None else self.budget
+            if pictures > spec.num_key_value_heads * max(share, 1):
+                raise InputError(
+                    f"Replay: {share} entries a head for {pictures} pictures of sequence {sequence}, wanted one in "
+                    "each layer for every picture: raise ratio or budget"
+                )
+
+    def apply(self, view: LayerView) -> CacheEntries:
+        """All of them: rows are replayed behind the last layer only."""
+        return view.entries
+
+    def compress_replayed(
+        self,
+        layers: Sequence[CacheEntries],
+        replayed: Sequence[Sequence[ReplayedStretch]],
+        tokens_seen: Sequence[int],
+    ) -> list[CacheEntries]:
+        heads = len(layers[0].lengths)
+        judged = [self._judged(entries, looked) for entries, looked in zip(layers, replayed, strict=True)]
+        whole = sum(tokens_seen) * self.ratio if self.budget is None else self.budget * len(layers)
+        total = max(int(whole * heads), heads * len(layers))
+        scores = [head.score[0, 0] for entries in judged for head in entries.heads() if head.score is not None]
+        keep = shared_choice(scores, total, self.sure)
+        if all(bool(kept.all()) for kept in keep):
+            return judged
+        out = []
+        for i, (entries, looked) in enumerate(zip(judged, replayed, strict=True)):
+            own = keep[i * heads : (i + 1) * heads]
+            fitted = self._fitted(entries, looked, own) if self.fit else entries
+            chosen = torch.cat(own)[None, None] if entries.is_packed else torch.stack(own)[None]
+            out.append(fitted.select_heads(chosen))
+        return out
+
+    def _judged(self, entries: CacheEntries, looked: Sequence[ReplayedStretch]) -> CacheEntries:
+        """The entries with the scores of those that are new."""
+        if not looked:
+            return entries
+        peaks = torch.cat([stretch.peaks for stretch in looked], 1)
+        count = peaks.shape[1]
+        is_visual = entries.heads()[0].last(count).is_visual
+        if is_visual is None:
+            raise ValueError("entries that do not know what is visual")
+        fresh = peaks + FOR_PICTURE * one_for_each(peaks, runs_of(is_visual[0, 0]))
+        if entries.total == fresh.numel():  # nothing came before
+            fresh[:, 0] += ALWAYS
+        return with_scores(entries, fresh)
+
+    def _fitted(self, entries: CacheEntries, looked: Sequence[ReplayedStretch], keep: Sequence[Tensor]) -> CacheEntries:
+        """The entries, values of those that stay fitted to what the replayed queries read among all of a stretch."""
+        values = entries.values.clone()
+        parts = replace(entries, values=values).heads()  # views, so that what is written here is written there
+        count = looked[-1].last if looked else 0
+        for head, (part, kept) in enumerate(zip(parts, keep, strict=True)):
+            older = len(part) - count
+            for stretch in looked:
+                rows = slice(older + stretch.first, older + stretch.last)
+                if not bool(kept[rows].all()):
+                    fit_stretch(part.keys[0, 0, rows], part.values[0, 0, rows], kept[rows], stretch, head)
+        return replace(entries, values=values)
+
+    def describe(self) -> str:
+        entries = f"{100 * self.ratio:g} % of the entries" if self.budget is None else f"{self.budget:,} entries a head"
+        how = "as every layer saw it" if self.fast else "a picture at a time"
+        return (
+            f"Keeps {entries}, those that the context itself asks for when it is gone through once more, {how}, shared "
+            f"out over all layers and heads; {self.describe_evicted()}."
+        )
+
+    def describe_evicted(self) -> str:
+        return "values of what stayed were fitted to make up for the rest" if self.fit else "the rest was dropped"
+
+    @classmethod
+    def presets(cls) -> dict[str, Self]:
+        # For chats, streams and cached documents, whose questions come later.
+        return {
+            "replay-50": cls(ratio=0.5),
+            "replay-30": cls(ratio=0.3),
+            "replay-20": cls(ratio=0.2),
+            "replay-8k": cls(budget=8192),
+            "replay-fast-30": cls(ratio=0.3, fast=True),
+        }
+
+    @classmethod
+    def sweeps(cls) -> dict[str, dict[str, Self]]:
+        return {
+            "Replay": {f"{share} %": cls(share / 100) for share in CACHE_SHARES},
+            "Replay, fast": {f"{share} %": cls(share / 100, fast=True) for share in CACHE_SHARES},
+        }

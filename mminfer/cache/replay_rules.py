@@ -1,0 +1,126 @@
+"""Replay's rules on plain tensors: sharing one budget over all heads, and values fitted to what was read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from mminfer.technique import CacheEntries, ReplayedStretch
+
+RIDGE = 0.1  # how strongly fitted values are held to their own, beside the mean attention that an entry receives
+
+
+def shared_choice(scores: Sequence[Tensor], total: int, sure: float) -> list[Tensor]:
+    """Which entries stay, of all heads together: the best of each head up to its sure part, then the best of all.
+
+    Args:
+        scores: of each head, [S] float32.
+        total: entries to keep.
+        sure: of an even share, what each head is sure of, in [0, 1]; one entry at least.
+
+    Returns:
+        Of each head [S] bool.
+    """
+    lengths = [len(score) for score in scores]
+    flat = torch.cat(list(scores))
+    keep = torch.zeros_like(flat, dtype=torch.bool)
+    if total >= len(flat):
+        return list((~keep).split(lengths))
+    least = max(int(sure * total / len(scores)), 1)
+    for score, chosen in zip(scores, keep.split(lengths), strict=True):
+        chosen[score.topk(min(least, len(score))).indices] = True
+    left = total - int(keep.sum())
+    if left > 0:
+        keep[flat.masked_fill(keep, -torch.inf).topk(left).indices] = True
+    return list(keep.split(lengths))
+
+
+def fitted_values(queries: Tensor, keys: Tensor, values: Tensor, keep: Tensor, movable: Tensor, scale: float) -> Tensor:
+    """Values of one head's entries that stay, such that queries read among these what they read among all.
+
+    Least squares with a ridge that holds them to their own values.
+
+    Args:
+        queries: [R, D].
+        keys: [N, D], all entries.
+        values: [N, D].
+        keep: [N] bool, those that stay.
+        movable: [k] bool, of those that stay, whose values may change.
+        scale: factor of the logits.
+
+    Returns:
+        [k, D] float32.
+
+    Reference:
+        Attention Matching (arXiv 2602.16284) section 3: values for chosen keys in closed form. That the logits keep
+        no log-masses of their own, and the ridge, are ours.
+    """
+    shares = ((queries @ keys.mT).float() * scale).softmax(-1)  # [R, N]
+    own, kept = values.float(), shares[:, keep]
+    kept = kept / kept.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    missing = shares @ own - kept @ own[keep]  # [R, D]
+    kept = kept * movable
+    ridge = RIDGE * kept.square().sum() / max(kept.shape[1], 1) + torch.finfo(torch.float32).tiny
+    rows, count = kept.shape
+    if rows < count:
+        change = kept.mT @ _solved(kept @ kept.mT, ridge, missing)
+    else:
+        change = _solved(kept.mT @ kept, ridge, kept.mT @ missing)
+    return own[keep] + change
+
+
+def _solved(matrix: Tensor, ridge: Tensor, right: Tensor) -> Tensor:
+    """(matrix + ridge * 1)^-1 right, of a matrix [n, n] that is positive semidefinite."""
+    matrix.diagonal().add_(ridge)
+    factor, _ = torch.linalg.cholesky_ex(matrix)
+    return torch.cholesky_solve(right, factor)
+
+
+def one_for_each(peaks: Tensor, first: Tensor) -> Tensor:
+    """[G, N] bool: of each run of entries, the one that is asked for most in any head.
+
+    Args:
+        peaks: [G, N] float32.
+        first: [R, 2] int64, first and one past the last entry of each run.
+    """
+    out = torch.zeros_like(peaks, dtype=torch.bool)
+    for start, stop in first.tolist():
+        head, place = divmod(int(peaks[:, start:stop].argmax()), stop - start)
+        out[head, start + place] = True
+    return out
+
+
+def with_scores(entries: CacheEntries, fresh: Tensor) -> CacheEntries:
+    """The entries with new scores for the last ones of each head; fresh: [G, R] float32."""
+    count, parts = fresh.shape[1], []
+    for head, new in zip(entries.heads(), fresh, strict=True):
+        if head.score is None:
+            raise ValueError("entries without scores")
+        parts.append(torch.cat([head.score[0, 0, : len(head) - count], new]))
+    joined = torch.cat(parts)[None, None] if entries.is_packed else torch.stack(parts)[None]
+    return replace(entries, score=joined)
+
+
+def fit_stretch(keys: Tensor, values: Tensor, keep: Tensor, stretch: ReplayedStretch, head: int) -> None:
+    """Writes fitted values for the entries of one head's stretch that stay.
+
+    Args:
+        keys: [n, D].
+        values: [n, D], written in place.
+        keep: [n] bool.
+        stretch: what looked at them.
+        head: which key/value head.
+    """
+    heads = stretch.peaks.shape[0]
+    queries = stretch.queries.unflatten(0, (heads, -1))[head].flatten(0, 1)
+    movable = keep.new_ones(int(keep.sum()))
+    own = values
+    if stretch.sink is not None:
+        keys, own = (torch.cat([sink[head], x]) for sink, x in zip(stretch.sink, (keys, values), strict=True))
+        keep, movable = (torch.cat([flags.new_ones(1), flags]) for flags in (keep, movable))
+        movable[0] = False
+    fitted = fitted_values(queries, keys, own, keep, movable, stretch.scale)
+    values[keep[-len(values) :]] = fitted[-int(keep[-len(values) :].sum()) :].to(values.dtype)

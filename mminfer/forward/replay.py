@@ -1,0 +1,279 @@
+"""Rows looked at once more behind the entries that they made: which of these does anything ask for?
+
+A context says by itself what of it is worth keeping: what its own rows look at when they come by a second time is what
+a later question can look at (KVzip, arXiv 2505.23416). Their second keys and values are thrown away.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from mminfer_kernels import prompt_attention_peak
+from mminfer_kernels.prompt_attention import shares_logits
+from torch import Tensor
+
+from mminfer.config import InferenceConfig
+from mminfer.forward.branches import ffn_branch
+from mminfer.forward.layer_attention import LayerAttention
+from mminfer.forward.rotary import Tables
+from mminfer.forward.rows import Rows, through_layer
+from mminfer.layout import TokenLayout
+from mminfer.metrics.flops import causal_pairs, layer_flops
+from mminfer.technique import ReplayedStretch, ReplayPlan, only_rows
+
+GROUP = 512  # rows that are replayed together: more would find each other
+
+
+@dataclass(frozen=True, eq=False)
+class _Group:
+    """Rows that go by together, a picture or a piece of text.
+
+    Args:
+        rows: [n] int64, among those replayed.
+        is_visual: whether they are a picture's.
+    """
+
+    rows: Tensor
+    is_visual: bool
+
+
+@dataclass(frozen=True, eq=False)
+class _Stretch:
+    """Entries that are judged together, and the rows that look at them.
+
+    Args:
+        sequence: whose.
+        sources: first and one past the last of the packed rows that made them.
+        groups: of the rows replayed.
+        references: [R] int64, among the rows replayed: whose queries are handed over.
+    """
+
+    sequence: int
+    sources: tuple[int, int]
+    groups: list[_Group]
+    references: Tensor
+
+
+class Replay:
+    """The rows of one pass as they go by a second time.
+
+    Args:
+        layout: of the rows that enter the layers, at the positions where they stand.
+        plan: how they are looked at.
+
+    Attributes:
+        rows: [K] int64, those of the layout's rows that go by again.
+        layout: of these, at the positions that follow their stretch.
+    """
+
+    def __init__(self, layout: TokenLayout, plan: ReplayPlan) -> None:
+        parts = [
+            (sequence, first, last)
+            for sequence, (start, stop) in enumerate(layout.spans)
+            for first, last in _stretches(layout, start, stop, plan.stretch)
+        ]
+        chosen = [_replayed_rows(layout, first, last, plan.text) for _, first, last in parts]
+        self.rows = torch.cat(chosen)
+        self.layout = layout.select(self.rows)
+        position = self.layout.position.clone()
+        self.stretches: list[_Stretch] = []
+        start = 0
+        for (sequence, first, last), rows in zip(parts, chosen, strict=True):
+            groups = _groups(self.layout, start, start + len(rows))
+            behind = layout.position[:, first:last].amax().floor() + 1
+            for group in groups:
+                position[:, group.rows] = _placed(position[:, group.rows], group.is_visual) + behind
+            sources = (int(layout.source[first]), int(layout.source[last - 1]) + 1)
+            asking = [g.rows for g in groups if g.is_visual] or [g.rows for g in groups]
+            self.stretches.append(_Stretch(sequence, sources, groups, _some(torch.cat(asking), plan.references)))
+            start += len(rows)
+        self.layout = replace(self.layout, position=position, run_before=None)
+
+    def tables(self, hidden: Tensor, rows: Rows) -> Tables:
+        """Rotary tables of the rows that go by again ([K, C]), made as those of all rows are."""
+        return rows.rotate(hidden[None], self.layout.position[:, None])
+
+
+class ReplayAttention:
+    """One layer's attention of rows that go by again: behind the layer's entries, and what each of these is given.
+
+    It takes the place of `LayerAttention` in `through_layer`.
+
+    Args:
+        replay: the rows.
+        attended: the layer's attention of the first time, which holds the entries.
+        queries: [K] int64, the rows that the layer lets issue a query; the others look as well, and read nothing.
+            None: all.
+
+    Attributes:
+        found: of each sequence what its stretches were asked for.
+        flops: of each sequence, what looking took.
+    """
+
+    def __init__(self, replay: Replay, attended: LayerAttention, queries: Tensor | None) -> None:
+        self._replay, self._attended = replay, attended
+        self.adapter, self.config, self.layer_idx = attended.adapter, attended.config, attended.layer_idx
+        self.layout, self.queries, self._silent = replay.layout, None, queries
+        self.entries = attended.entries
+        self.found: list[list[ReplayedStretch]] = [[] for _ in attended.entries]
+        self.flops = [0] * len(attended.entries)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+        k, v = k.to(q.dtype), v.to(q.dtype)
+        out = q.new_zeros(1, q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)
+        for stretch in self._replay.stretches:
+            self._look(stretch, q, k, v, scale, out)
+        if self._silent is None:
+            return out
+        asking = torch.zeros(out.shape[2], dtype=torch.bool, device=out.device)
+        asking[self._silent] = True
+        return out.masked_fill_(~asking[None, None, :, None], 0)
+
+    def _look(self, stretch: _Stretch, q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor) -> None:
+        """One stretch's rows; what they read goes to `out`."""
+        first, held, sink = self._entries(stretch)
+        count = held.shape[3]
+        judged = held if sink is None else torch.cat([sink, held], 3)
+        peaks = held.new_zeros(held.shape[2], count, dtype=torch.float32)
+        counted, pairs = judged.shape[3], 0
+        for group in stretch.groups:
+            own = torch.stack([k[:, :, group.rows], v[:, :, group.rows]])
+            keys, values = torch.cat([judged, own], 3)
+            asked = q[:, :, group.rows]
+            part, peak = prompt_attention_peak(asked, keys, values, scale, None, counted)
+            out[:, :, group.rows] = part
+            peaks = peaks.maximum(peak[0, :, counted - count :])
+            again = 0 if shares_logits(asked, keys, values) else len(group.rows) * counted
+            pairs += 2 * causal_pairs(len(group.rows), counted) + again
+        self.flops[stretch.sequence] += 2 * q.shape[1] * q.shape[3] * pairs
+        self.found[stretch.sequence].append(
+            ReplayedStretch(first, peaks, q[0, :, stretch.references], None if sink is None else sink[:, 0], scale)
+        )
+
+    def _entries(self, stretch: _Stretch) -> tuple[int, Tensor, Tensor | None]:
+        """The first entry of a stretch among those of this pass, all of them, and the sequence's first one.
+
+        Keys and values are [2, 1, G, n, D]; the first one is None where it is the stretch's own.
+        """
+        attended, b = self._attended, stretch.sequence
+        start, stop = attended.layout.spans[b]
+        entries = attended.entries[b]
+        fresh = entries.last(stop - start).unpacked()
+        source = attended.layout.source[start:stop]
+        first, last = torch.searchsorted(source, torch.tensor(stretch.sources, device=source.device)).tolist()
+        held = torch.stack([fresh.keys[:, :, first:last], fresh.values[:, :, first:last]])
+        if first == 0 and entries.total == fresh.total:
+            return first, held, None
+        heads = entries.heads()
+        sink = [torch.cat([getattr(head, name)[:, :, :1] for head in heads], 1) for name in ("keys", "values")]
+        return first, held, torch.stack(sink)
+
+
+class LayersAgain:
+    """Has the rows of a pass look once more, if the cache technique asks for it.
+
+    Args:
+        config: the techniques.
+
+    Attributes:
+        looked: of each layer, what was found; empty where nobody asked.
+    """
+
+    def __init__(self, config: InferenceConfig) -> None:
+        self._skip = config.skip
+        self._plan = None if config.cache is None else config.cache.replay
+        self.looked: list[ReplayAttention] = []
+        self._replay: tuple[TokenLayout, Replay] | None = None
+
+    def behind_layer(self, attend: LayerAttention, rows: Rows) -> None:
+        """In the fast form, lets the rows as they entered a layer look at what it holds now."""
+        if self._plan is None or not self._plan.fast:
+            return
+        if self._replay is None or self._replay[0] is not rows.layout:  # rows have left
+            self._replay = rows.layout, Replay(rows.layout, self._plan)
+        replay = self._replay[1]
+        hidden = rows.hidden[replay.rows]
+        look = ReplayAttention(replay, attend, None)
+        _look_only(look, hidden, replay.tables(hidden, rows)[attend.adapter.layer_kinds[attend.layer_idx]])
+        self._note(look, attend, ffn=False)
+
+    def behind_all(self, attended: Sequence[LayerAttention], rows: Rows) -> None:
+        """Runs rows, as they entered the first layer, through all layers again; skipping is done as it was."""
+        if self._plan is None or self._plan.fast:
+            return
+        replay, depth = Replay(rows.layout, self._plan), len(attended)
+        hidden = rows.hidden[replay.rows]
+        tables = replay.tables(hidden, rows)
+        for i, attend in enumerate(attended):
+            queries, ffn = (None, None) if self._skip is None else self._skip.apply(replay.layout, i, depth)
+            look, table = ReplayAttention(replay, attend, queries), tables[attend.adapter.layer_kinds[i]]
+            if i < depth - 1:
+                hidden = through_layer(look, hidden[None], table, ffn)[0]
+            else:  # nobody asks what comes out of the last one
+                _look_only(look, hidden, table)
+            self._note(look, attend, ffn=i < depth - 1)
+
+    def _note(self, look: ReplayAttention, attend: LayerAttention, ffn: bool) -> None:
+        self.looked.append(look)
+        for sequence, (start, stop) in enumerate(look.layout.spans):
+            rows = stop - start
+            own = layer_flops(attend.adapter.spec, rows, rows, rows if ffn else 0, 0)
+            attend.note_replay(sequence, own + look.flops[sequence])
+
+
+def _look_only(look: ReplayAttention, hidden: Tensor, table: tuple[Tensor, Tensor]) -> None:
+    """Runs a layer for what its queries look at alone, without its FFN wherever that is known to stand by itself."""
+    layer = look.adapter.layers[look.layer_idx]
+    names = ffn_branch(layer)
+    if names is None:
+        through_layer(look, hidden[None], table, None)
+        return
+    first, last = (getattr(layer, name) for name in names)
+    with only_rows(first, last, look.layout.sequence[:0]):
+        through_layer(look, hidden[None], table, None)
+
+
+def _stretches(layout: TokenLayout, start: int, stop: int, size: int) -> list[tuple[int, int]]:
+    """First and one past the last row of about equal stretches, at most `size` long unless a picture is longer."""
+    if stop <= start:
+        return []
+    owner = layout.image_id[start:stop]
+    longest = max(owner[owner >= 0].bincount().tolist(), default=0)
+    even = -(-(stop - start) // -(-(stop - start) // size))
+    cuts = layout.cuts(start, stop, max(even, longest))
+    return list(itertools.pairwise(cuts))
+
+
+def _replayed_rows(layout: TokenLayout, first: int, last: int, text: bool) -> Tensor:
+    """[n] int64, ascending: the rows of a stretch that go by again."""
+    rows = torch.arange(first, last, device=layout.sequence.device)
+    visual = layout.is_visual[first:last]
+    return rows if text or not bool(visual.any()) else rows[visual]
+
+
+def _groups(layout: TokenLayout, start: int, stop: int) -> list[_Group]:
+    """Rows start .. stop by pictures, and what is text, in pieces of `GROUP` at most."""
+    rows, visual = torch.arange(start, stop, device=layout.sequence.device), layout.is_visual[start:stop]
+    breaks = (layout.source[start + 1 : stop] - layout.source[start : stop - 1] > 1) | (visual[1:] != visual[:-1])
+    ends = torch.cat([breaks.nonzero()[:, 0] + 1, breaks.new_tensor([stop - start], dtype=torch.int64)])
+    runs = rows.split(ends.diff(prepend=ends.new_zeros(1)).tolist())
+    groups = [_Group(piece, True) for run in runs if bool(visual[run[0] - start]) for piece in run.split(GROUP)]
+    text = rows[~visual]
+    return groups + [_Group(piece, False) for piece in text.split(GROUP) if len(piece)]
+
+
+def _placed(position: Tensor, is_visual: bool) -> Tensor:
+    """Positions ([A, n]) moved to the beginning; text, which may be of several runs, closes ranks."""
+    if is_visual:
+        return position - position[:, 0].amin()
+    return torch.arange(position.shape[1], dtype=position.dtype, device=position.device).expand_as(position)
+
+
+def _some(rows: Tensor, count: int) -> Tensor:
+    """At most `count` of these rows, evenly spread."""
+    if count >= len(rows):
+        return rows
+    return rows[(torch.arange(count, device=rows.device) + 0.5).mul(len(rows) / max(count, 1)).long()]

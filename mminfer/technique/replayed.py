@@ -1,0 +1,51 @@
+"""Rows of a pass that look at its entries once more: what a cache technique may ask for, and what it is given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ReplayPlan:
+    """How the rows of a pass are looked at once more, behind the entries that they made.
+
+    Rows go by groups, a picture or a piece of text each, and no group sees another's second time: a head that looks for
+    the last token like its own would find it there, and never ask for the entry.
+
+    Args:
+        stretch: entries that a row looks at: those of its own stretch of so many rows, and the first of all.
+        references: rows of a stretch whose queries are handed over, evenly spread; 0: none.
+        text: whether rows of text are replayed too where a stretch has visual ones.
+        fast: whether every layer looks with the rows as they entered it the first time, so that no FFN runs again.
+    """
+
+    stretch: int = 2048
+    references: int = 0
+    text: bool = True
+    fast: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class ReplayedStretch:
+    """What one stretch of a sequence's entries in one layer was asked for.
+
+    Args:
+        first: the first of its entries, among those of this pass.
+        peaks: [G, n] float32, the largest share of its attention that any replayed query gave to each.
+        queries: [H, R, D], some of those queries, rotated, as they stood behind the stretch.
+        sink: [2, G, 1, D], key and value of the sequence's first entry, where that is none of the stretch.
+        scale: factor of the attention's logits.
+    """
+
+    first: int
+    peaks: Tensor
+    queries: Tensor
+    sink: Tensor | None
+    scale: float
+
+    @property
+    def last(self) -> int:
+        """One past the last of its entries."""
+        return self.first + self.peaks.shape[1]
