@@ -204,8 +204,13 @@ def _attend_packed(
         k: [B, G, 1, D], of the new entry.
         v: [B, G, 1, D].
         scale: factor of the scores.
-        window: None.
+        window: None, since no cache technique takes models whose windows slide.
+
+    Raises:
+        ValueError: there is a window.
     """
+    if window is not None:
+        raise ValueError("a window over heads of different lengths")
     (keys, values, first, log_mass, room), (lengths, new_rows) = target
     keys.index_copy_(0, new_rows.flatten(), k.reshape(-1, k.shape[-1]))
     values.index_copy_(0, new_rows.flatten(), v.reshape(-1, v.shape[-1]))

@@ -192,8 +192,9 @@ class PackedLayer(CompressedLayer):
     def write_ahead(self, k: Tensor, v: Tensor) -> StepSegments:
         """Writes a new entry of each sequence and head ([B, G, 1, D]); `advance` makes it count."""
         segments = self.step_segments()
-        segments.keys[segments.new_rows] = k.reshape(-1, k.shape[-1])
-        segments.values[segments.new_rows] = v.reshape(-1, v.shape[-1])
+        keys, values, rows = segments.keys, segments.values, segments.new_rows
+        keys[rows] = k.reshape(-1, k.shape[-1]).to(keys.dtype)
+        values[rows] = v.reshape(-1, v.shape[-1]).to(values.dtype)
         return segments
 
     def advance(self, num_columns: int) -> None:

@@ -288,6 +288,17 @@ def test_half_precision(dtype):
     torch.testing.assert_close(*outs, rtol=0, atol=0.05)
 
 
+def test_autocast_goes_by_the_hosts_modules():
+    model, inputs, outs = tiny_model("llava"), tiny_inputs("llava", BATCH), []
+    for technique in (ByLot(weighed=True), Masked(weighed=True)):
+        with patched(model, InferenceConfig(cache=technique)), record_backends() as backends:
+            cache = model(**inputs, use_cache=True)[CACHE_NAME]
+            with torch.autocast("cpu", torch.bfloat16):
+                outs.append(model(input_ids=torch.full((3, 1), 20), **{CACHE_NAME: cache}).logits)
+        assert backends["decode_step"] == "host" and outs[-1].dtype == torch.bfloat16
+    torch.testing.assert_close(*outs, rtol=0, atol=0.1)
+
+
 def test_a_failed_step_or_turn_leaves_it_as_it_was():
     model, inputs = tiny_model("internvl"), tiny_inputs("internvl", [[3, IMAGE, 4]])
     with patched(model, InferenceConfig(cache=ByLot(weighed=True))):
