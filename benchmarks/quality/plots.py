@@ -74,7 +74,7 @@ def pareto() -> Path:
     }
     points: dict[str, list[Point]] = {"wrong": [], "kl_long": []}
     for sweep in (*token_sweeps(), *cache_sweeps()):
-        for setting in sweep.settings:
+        for setting in filter(rows.__contains__, sweep.settings):  # a step may not be measured yet
             row = rows[setting]
             cost = {"prompt FLOPs": float(flops[setting]), "cache entries": float(row["cache_kept"])}
             losses = {"wrong": 100 - float(row["accuracy"]), "kl_long": float(row["kl_long"])}

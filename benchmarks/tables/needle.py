@@ -9,12 +9,14 @@ from collections.abc import Sequence
 from benchmarks.common import read_rows
 from benchmarks.quality.settings import GROUPS, OFF
 from benchmarks.tables.markdown import markdown, origin
+from benchmarks.tables.smol import beside
 from mminfer.bench.protocols import Protocol
 from mminfer.bench.sweeps import cache_sweeps
 from mminfer.technique import CACHE_SHARES
 
 Row = dict[str, str]
 LENGTH = 16  # pictures, where one length must do
+REAL = "real model, kept"
 TOLD = {
     Protocol.IN_PROMPT: "in-prompt (the question stands in the prompt)",
     Protocol.NEXT_TURN: "next-turn (context read and compressed, then the question)",
@@ -32,18 +34,22 @@ def budgets(protocol: Protocol) -> str:
     found = cells()
     names = {sweep.rule: list(sweep.settings) for sweep in cache_sweeps()}
     by_answer = protocol is not Protocol.IN_PROMPT
-    header = ["rule", *(f"right, {s} %" for s in CACHE_SHARES if by_answer), *(f"KL, {s} %" for s in CACHE_SHARES)]
+    shares = [s for s in CACHE_SHARES if any((f"{rule} {s} %", protocol, LENGTH) in found for rule in names)]
+    header = ["rule", *(f"right, {s} %" for s in shares if by_answer), *(f"KL, {s} %" for s in shares)]
     off = found["off", protocol, LENGTH]
-    table = [["nothing evicted", *([off["accuracy"]] * 4 if by_answer else []), *["0"] * 4]]
-    told = [found["H2O 20 %", protocol, LENGTH], off]
-    for rule, settings in names.items():
-        rows = [found[setting, protocol, LENGTH] for setting in settings if (setting, protocol, LENGTH) in found]
-        if len(rows) < len(settings):
+    table = [["nothing evicted", *([off["accuracy"]] * len(shares) if by_answer else []), *["0"] * len(shares)]]
+    told, rules = [found["H2O 20 %", protocol, LENGTH], off], []
+    for rule in names:
+        rows = [found.get((f"{rule} {s} %", protocol, LENGTH)) for s in shares]
+        measured = [row for row in rows if row is not None]
+        if not measured:
             continue  # a rule that was not measured yet
-        told += rows
-        right = [row["accuracy"] for row in rows] if by_answer else []
-        table.append([rule, *right, *(row["kl_long"] for row in rows)])
-    return f"{markdown(header, table)}\n\n{_note(protocol, told)}"
+        told, rules = told + measured, [*rules, rule]
+        right = [row["accuracy"] if row else "" for row in rows] if by_answer else []
+        table.append([rule, *right, *(row["kl_long"] if row else "" for row in rows)])
+    real = {f"real model, {s} %": ["off", *(f"{rule} {s} %" for rule in rules)] for s in CACHE_SHARES}
+    header, table, beside_it = beside(header, table, real, protocol)
+    return f"{markdown(header, table)}\n\n{_note(protocol, told)} {beside_it}"
 
 
 def at_equal_entries() -> str:
@@ -60,7 +66,8 @@ def at_equal_entries() -> str:
             told.append(row)
             table.append([name, f"{float(row['cache_kept']):.0f} %", row["accuracy"], *_tasks(row), row["kl_long"]])
     header = ["setting", "entries kept", "right", "Q1 labels", "Q2 contents", "Q3 facts", "KL"]
-    return f"{markdown(header, table)}\n\n{_note(protocol, told)}"
+    header, table, beside_it = beside(header, table, {REAL: [line[0] for line in table]}, protocol)
+    return f"{markdown(header, table)}\n\n{_note(protocol, told)} {beside_it}"
 
 
 def parts() -> str:
@@ -75,7 +82,9 @@ def parts() -> str:
         table.append([name, *right, *(own[share][1]["kl_long"] for share in (20, 10))])
     told = [found[f"{name} {share} %", protocol, n] for name in names for share in (20, 10) for n in lengths]
     asked = ", ".join(f"{found['Digest 20 %', protocol, n]['questions']} over {n}" for n in lengths)
-    return f"{markdown(header, table)}\n\n{_note(protocol, told, asked)}"
+    real = {f"real model, {share} %": [f"{name} {share} %" for name in names] for share in (20, 10)}
+    header, table, beside_it = beside(header, table, real, protocol)
+    return f"{markdown(header, table)}\n\n{_note(protocol, told, asked)} {beside_it}"
 
 
 def by_length(group: str, protocol: Protocol) -> str:
@@ -93,20 +102,22 @@ def by_length(group: str, protocol: Protocol) -> str:
         table.append([f"`{name}`", *kept, *right, row["kl_long"], row["top1_long"]])
     asked = ", ".join(f"{found[names[0], protocol, n]['questions']} over {n}" for n in lengths)
     told = _note(protocol, [row for (name, p, _), row in found.items() if name in names and p == protocol], asked)
-    return f"{markdown(header, table)}\n\n{told} FLOPs of the prompt, entries, KL and same token at {LENGTH} pictures."
+    told += f" FLOPs of the prompt, entries, KL and same token at {LENGTH} pictures."
+    header, table, beside_it = beside(header, table, {REAL: names}, protocol)
+    return f"{markdown(header, table)}\n\n{told} {beside_it}"
 
 
 def by_task(protocol: Protocol) -> str:
     """Every setting at 16 pictures, task by task."""
     found = cells()
+    own = {name: row for (name, p, n), row in found.items() if p == protocol and n == LENGTH}
     table = [
         [f"`{name}`", row["accuracy"], *_tasks(row), row["kl_answer"], row["top1_answer"], row["kl_long"]]
-        for (name, p, n), row in found.items()
-        if p == protocol and n == LENGTH
+        for name, row in own.items()
     ]
     header = ["setting", "right", "Q1 labels", "Q2 contents", "Q3 facts", "KL, answer", "same answer", "KL, long"]
-    told = [row for (_, p, n), row in found.items() if p == protocol and n == LENGTH]
-    return f"{markdown(header, table)}\n\n{_note(protocol, told)}"
+    header, table, beside_it = beside(header, table, {REAL: list(own)}, protocol)
+    return f"{markdown(header, table)}\n\n{_note(protocol, list(own.values()))} {beside_it}"
 
 
 def _tasks(row: Row) -> Sequence[str]:

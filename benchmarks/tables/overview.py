@@ -1,7 +1,8 @@
 """The techniques in a few lines, for the front page."""
 
 from benchmarks.tables.markdown import markdown
-from benchmarks.tables.needle import LENGTH, cells
+from benchmarks.tables.needle import LENGTH, REAL, cells
+from benchmarks.tables.smol import beside
 from mminfer.bench.protocols import Protocol
 
 AIM, LOOKM = "[AIM](https://arxiv.org/abs/2412.03248)", "[LOOK-M](https://arxiv.org/abs/2406.18139)"
@@ -25,8 +26,10 @@ def techniques() -> str:
         flops = found[setting, Protocol.IN_PROMPT, LENGTH]["flops_kept"]
         table.append([name, told, f"{float(flops):.0f} %", f"{float(row['cache_kept']):.0f} %", row["accuracy"]])
     header = ["technique", "what it does", "prompt FLOPs", "cache", "right, %"]
+    header, table, beside_it = beside(header, table, {REAL: list(LINES)}, Protocol.NEXT_TURN)
     asked = found["off", Protocol.NEXT_TURN, LENGTH]["questions"]
     return (
         f"{markdown(header, table).replace('| --- | ---: |', '| --- | --- |')}\n\n"
-        f"The bundled model, {asked} questions over {LENGTH} pictures, asked after the context was read and compressed."
+        f"The bundled model, {asked} questions over {LENGTH} pictures, asked after the context was read and "
+        f"compressed. {beside_it}"
     )

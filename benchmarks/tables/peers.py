@@ -2,6 +2,7 @@
 
 from benchmarks.common import read_rows
 from benchmarks.tables.markdown import markdown, origin
+from benchmarks.tables.smol import NOTHING
 
 Row = dict[str, str]
 
@@ -23,7 +24,7 @@ def quality() -> str:
     worst = max((float(r["logits_differ"]) for r in rows if r["logits_differ"]), default=0.0)
     told = f"next-turn; questions: {asked} pictures. The peer: {versions}, in its own "
     told += f"environment; with nothing evicted its logits differ from ours by {worst:.1g} at most."
-    return f"{markdown(header, table)}\n\n{told} {origin(rows)}."
+    return f"{markdown(header, table)}\n\n{told} {origin(rows)}. {NOTHING}"
 
 
 def times() -> str:

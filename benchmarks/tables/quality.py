@@ -2,6 +2,7 @@
 
 from benchmarks.common import read_rows
 from benchmarks.tables.markdown import markdown, origin
+from benchmarks.tables.smol import NOTHING
 
 
 def length() -> str:
@@ -19,7 +20,7 @@ def length() -> str:
     told = ", ".join(f"{asked[n]} over {n:,}" for n in lengths)
     return (
         f"{markdown(['cache', 'positions', *(f'{n:,}' for n in lengths)], table)}\n\nPercent of right answers by "
-        f"number of pictures; questions: {told} pictures. {origin(rows)}."
+        f"number of pictures; questions: {told} pictures. {origin(rows)}. {NOTHING}"
     )
 
 
@@ -35,7 +36,7 @@ def streamed() -> str:
     return (
         f"{markdown(header, table)}\n\nnano, {asked['images']} pictures ({int(asked['tokens']):,} tokens), "
         f"{asked['questions']} questions; KL in nats of the answer's first token; right answers and agreement in "
-        f"percent. {origin(rows)}."
+        f"percent. {origin(rows)}. {NOTHING}"
     )
 
 
@@ -47,4 +48,4 @@ def scores() -> str:
     header = ["queries"]
     header += [f"{n} pictures, {float(b):.0%}{'' if prior == 'True' else ', no text prior'}" for n, b, prior in columns]
     table = [[name, *(cells[name, *c] for c in columns)] for name in dict.fromkeys(key[0] for key in cells)]
-    return markdown(header, table)
+    return f"{markdown(header, table)}\n\nOverlap on the bundled model. {NOTHING}"
