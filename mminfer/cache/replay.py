@@ -63,7 +63,7 @@ class Replay(CacheTechnique):
     ratio: float = 0.3
     budget: int | None = None
     sure: float = 0.25
-    fit: int = 256
+    fit: int = 64
     stretch: int = 2048
     text: bool = True
     fast: bool = False

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from mminfer.technique import CacheEntries, ReplayedStretch
 
-import os
-RIDGE = float(os.environ.get('RIDGE','0.1'))  # how strongly fitted values are held to their own, beside the mean attention that an entry receives
+RIDGE = 0.1  # how strongly fitted values are held to their own, beside the mean attention that an entry receives
 
 
 def shared_choice(scores: Sequence[Tensor], total: int, sure: float) -> list[Tensor]:
@@ -59,18 +58,20 @@ def fitted_values(queries: Tensor, keys: Tensor, values: Tensor, keep: Tensor, m
         Attention Matching (arXiv 2602.16284) section 3: values for chosen keys in closed form. That the logits keep
         no log-masses of their own, and the ridge, are ours.
     """
-    shares = ((queries @ keys.mT).float() * scale).softmax(-1)  # [R, N]
-    own, kept = values.float(), shares[:, keep]
-    kept = kept / kept.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-    missing = shares @ own - kept @ own[keep]  # [R, D]
-    kept = kept * movable
-    ridge = RIDGE * kept.square().sum() / max(kept.shape[1], 1) + torch.finfo(torch.float32).tiny
-    rows, count = kept.shape
-    if rows < count:
+    places = keep.nonzero()[:, 0]
+    logits = (queries @ keys.mT).float().mul_(scale)  # [R, N]
+    logits = logits.sub_(logits.amax(-1, keepdim=True)).exp_()
+    own, kept = values.float(), logits.index_select(1, places)
+    kept /= kept.sum(-1, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny)
+    still = own.index_select(0, places)
+    missing = (logits @ own).div_(logits.sum(-1, keepdim=True)) - kept @ still  # [R, D]
+    kept *= movable
+    ridge = kept.square().sum() * (RIDGE / max(len(places), 1)) + torch.finfo(torch.float32).tiny
+    if len(queries) < len(places):
         change = kept.mT @ _solved(kept @ kept.mT, ridge, missing)
     else:
         change = _solved(kept.mT @ kept, ridge, kept.mT @ missing)
-    return own[keep] + change
+    return still + change
 
 
 def _solved(matrix: Tensor, ridge: Tensor, right: Tensor) -> Tensor:
