@@ -194,7 +194,8 @@ def test_rows_like_the_one_before_them_go_by_once():
     adapter = adapter_for(model)
     embeds, layout = adapter.embed(inputs)
     picture = layout.visual_rows[layout.image_id[layout.visual_rows] == 0]
-    embeds[picture[1:]] = embeds[picture[0]]
+    embeds = embeds.detach().clone()
+    embeds[picture[1:]] = embeds[picture[0]].clone()
     again = Again(embeds, layout, ReplayPlan(alike=0.99))
     assert sorted({*range(len(layout))} - {*again.rows.tolist()}) == picture[1:].tolist()
     assert len(Again(embeds, layout, ReplayPlan()).rows) == len(layout)
