@@ -66,8 +66,8 @@ class Replay(CacheTechnique):
     ratio: float = 0.3
     budget: int | None = None
     sure: float = 0.25
-    fit: int = 64
-    stretch: int = 2048
+    fit: int = 128
+    stretch: int = 1024
     text: bool = True
     alike: float = 0.99
     fast: bool = False

@@ -22,7 +22,7 @@ class ReplayPlan:
         fast: whether every layer looks with the rows as they entered it the first time, so that no FFN runs again.
     """
 
-    stretch: int = 2048
+    stretch: int = 1024
     references: int = 0
     text: bool = True
     alike: float = 1.0
