@@ -19,7 +19,7 @@ QUESTIONS = ["Which image shows a blue 1?", "What digit is in image MK?", "What 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="nano", help="a hub name or a folder; 'nano' is the bundled model")
-    parser.add_argument("--preset", default="digest-50", help="what is done to the cache")
+    parser.add_argument("--preset", default="replay-30", help="what is done to the cache")
     parser.add_argument("--page", action="append", help="an image of a page; default: the bundled pictures")
     parser.add_argument("--question", action="append", help="repeat for more")
     parser.add_argument("--file", type=Path, default=Path("documents.safetensors"), help="where the reading is kept")

@@ -28,7 +28,7 @@ def main() -> None:
         {"type": "images", "images": frames(args.video, fps=args.fps)},
         {"type": "text", "text": args.question},
     ]
-    config = mminfer.InferenceConfig(cache=mminfer.Digest(budget=args.budget))
+    config = mminfer.InferenceConfig(cache=mminfer.Replay(budget=args.budget))
     engine = mminfer.Engine.from_pretrained(args.model, config)
     out = engine.generate([{"role": "user", "content": content}], prefill_chunk_size=args.chunk, progress=True)
     print(out.text)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import isclose
+from typing import Any
 
 from benchmarks.quality.settings import GROUPS
 from mminfer import InferenceConfig
-from mminfer.bench.sweeps import cache_sweeps, token_sweeps
+from mminfer.bench.sweeps import Sweep, cache_sweeps, token_sweeps
 from mminfer.config import PRESETS
 from mminfer.errors import InputError, shown
 
@@ -20,7 +22,7 @@ class Setting:
 
     Args:
         name: as among the rows of `needle`, so that both stand beside each other.
-        rule: what it belongs to: a sweep, a preset or a group.
+        rule: what it belongs to: a sweep, a preset, or a group of `benchmarks.quality.settings`.
         budget: of the sweep's step, such as "50 %"; "": the rule has none.
         config: the techniques.
     """
@@ -36,14 +38,31 @@ def known_settings(budgets: Sequence[int] = BUDGETS) -> dict[str, Setting]:
     wanted = [f"{budget} %" for budget in budgets]
     found: dict[str, Setting] = {}
     for sweep in (*cache_sweeps(), *token_sweeps()):
-        for step, config in sweep.steps.items():
+        between = _steps(sweep, budgets) if sweep in cache_sweeps() else {}
+        for step, config in (between | sweep.steps).items():
             name = f"{sweep.rule} {step}".strip()
             found[name] = Setting(name, sweep.rule, step, config)
     for group, settings in GROUPS.items():
-        found |= {name: Setting(name, group, "", config) for name, config in settings.items() if name not in found}
+        own = {name: Setting(name, f"{group} group", "", config) for name, config in settings.items()}
+        found |= {name: setting for name, setting in own.items() if name not in found}
     found |= {name: Setting(name, name, "", config) for name, config in PRESETS.items() if name != "off"}
     evicting = {sweep.rule for sweep in cache_sweeps()}
     return {n: s for n, s in found.items() if s.rule not in evicting or not s.budget or s.budget in wanted}
+
+
+def _steps(sweep: Sweep, budgets: Sequence[int]) -> dict[str, InferenceConfig]:
+    """A rule at budgets of which its sweep has no step, if settings that differ from step to step follow the budget."""
+    shares = {step: step.removesuffix(" %") for step in sweep.steps}
+    known: dict[int, Any] = {int(s): sweep.steps[step].cache for step, s in shares.items() if s.isdigit()}
+    if len(known) < 2:
+        return {}
+    (first, one), (second, other), *_ = known.items()
+    varying = [name for name, value in vars(one).items() if value != vars(other)[name]]
+    rates = {name: vars(one)[name] / first for name in varying if isinstance(vars(one)[name], float)}
+    if len(rates) < len(varying) or any(not isclose(vars(other)[n], rate * second) for n, rate in rates.items()):
+        return {}
+    made = {b: {name: rate * b for name, rate in rates.items()} for b in budgets}
+    return {f"{b} %": InferenceConfig(cache=replace(one, **own)) for b, own in made.items()}
 
 
 def chosen_settings(rules: Sequence[str] | None, budgets: Sequence[int]) -> list[Setting]:
@@ -61,7 +80,8 @@ def chosen_settings(rules: Sequence[str] | None, budgets: Sequence[int]) -> list
         return list({setting.config: setting for setting in reversed(known.values())}.values())[::-1]
     chosen: dict[str, Setting] = {}
     for rule in rules:
-        own = {n: s for n, s in known.items() if rule.lower() in (n.lower(), s.rule.lower())}
+        of_rule = {n: s for n, s in known.items() if rule.lower() == s.rule.lower()}
+        own = of_rule or {n: s for n, s in known.items() if rule.lower() == n.lower()}
         if not own:
             names = dict.fromkeys(setting.rule for setting in known.values())
             raise InputError(

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from benchmarks.common import read_rows
 from benchmarks.quality.settings import GROUPS, OFF
+from benchmarks.quality.smol_settings import BUDGETS
 from benchmarks.tables.markdown import markdown, origin
 from benchmarks.tables.smol import beside
 from mminfer.bench.protocols import Protocol
@@ -16,7 +17,7 @@ from mminfer.technique import CACHE_SHARES
 
 Row = dict[str, str]
 LENGTH = 16  # pictures, where one length must do
-REAL = "real model, kept"
+REAL, REAL_SHARES = "real model, kept", sorted({*BUDGETS, *CACHE_SHARES}, reverse=True)
 TOLD = {
     Protocol.IN_PROMPT: "in-prompt (the question stands in the prompt)",
     Protocol.NEXT_TURN: "next-turn (context read and compressed, then the question)",
@@ -32,7 +33,7 @@ def cells() -> dict[tuple[str, str, int], Row]:
 def budgets(protocol: Protocol) -> str:
     """Eviction rules at equal budgets; in-prompt by KL alone, since one-token answers never see a compressed cache."""
     found = cells()
-    names = {sweep.rule: list(sweep.settings) for sweep in cache_sweeps()}
+    names = [sweep.rule for sweep in cache_sweeps()]
     by_answer = protocol is not Protocol.IN_PROMPT
     shares = [s for s in CACHE_SHARES if any((f"{rule} {s} %", protocol, LENGTH) in found for rule in names)]
     header = ["rule", *(f"right, {s} %" for s in shares if by_answer), *(f"KL, {s} %" for s in shares)]
@@ -47,7 +48,7 @@ def budgets(protocol: Protocol) -> str:
         told, rules = told + measured, [*rules, rule]
         right = [row["accuracy"] if row else "" for row in rows] if by_answer else []
         table.append([rule, *right, *(row["kl_long"] if row else "" for row in rows)])
-    real = {f"real model, {s} %": ["off", *(f"{rule} {s} %" for rule in rules)] for s in CACHE_SHARES}
+    real = {f"real model, {s} %": ["off", *(f"{rule} {s} %" for rule in rules)] for s in REAL_SHARES}
     header, table, beside_it = beside(header, table, real, protocol)
     return f"{markdown(header, table)}\n\n{_note(protocol, told)} {beside_it}"
 

@@ -20,6 +20,7 @@ from mminfer.technique import (
     ReplayedStretch,
     ReplayPlan,
     check_fraction,
+    is_number,
     is_whole,
 )
 
@@ -49,6 +50,8 @@ class Replay(CacheTechnique):
         fit: rows of a stretch whose queries values are fitted to; 0: values stay as they are.
         stretch: entries that a row looks at: those of its own stretch of so many rows, and the first of all.
         text: whether rows of text go by again too where there are pictures beside them.
+        alike: rows of a picture that are as like the one before them, by the cosine of what enters the layers, do not
+            go by again; in [0, 1], 1: all do.
         fast: let every layer look with the rows as they entered it the first time: no FFN runs again.
 
     Raises:
@@ -66,6 +69,7 @@ class Replay(CacheTechnique):
     fit: int = 64
     stretch: int = 2048
     text: bool = True
+    alike: float = 0.99
     fast: bool = False
 
     across_layers: ClassVar[bool] = True
@@ -82,13 +86,15 @@ class Replay(CacheTechnique):
             raise ConfigError(f"Replay.fit={shown(self.fit)}, wanted a number of rows, 0 or more")
         if not is_whole(self.stretch, least=64):
             raise ConfigError(f"Replay.stretch={shown(self.stretch)}, wanted a number of rows, 64 or more")
+        if not is_number(self.alike, most=1) or self.alike < 0:
+            raise ConfigError(f"Replay.alike={shown(self.alike)}, wanted a cosine from 0 to 1")
         for name in ("text", "fast"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"Replay.{name}={shown(getattr(self, name))}, wanted True or False")
 
     @property
     def replay(self) -> ReplayPlan:
-        return ReplayPlan(stretch=self.stretch, references=self.fit, text=self.text, fast=self.fast)
+        return ReplayPlan(stretch=self.stretch, references=self.fit, text=self.text, alike=self.alike, fast=self.fast)
 
     def check_prompt(self, layout: TokenLayout, spec: ModelSpec) -> None:
         for sequence, (start, stop) in enumerate(layout.spans):

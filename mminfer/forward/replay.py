@@ -16,6 +16,7 @@ import torch
 from mminfer_kernels import prompt_attention_peak
 from mminfer_kernels.prompt_attention import shares_logits
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
 from mminfer.config import InferenceConfig
 from mminfer.forward.branches import ffn_branch
@@ -63,21 +64,23 @@ class Replay:
     """The rows of one pass as they go by a second time.
 
     Args:
-        layout: of the rows that enter the layers, at the positions where they stand.
+        hidden: [T, C], the rows as they enter.
+        layout: of these, at the positions where they stand.
         plan: how they are looked at.
 
     Attributes:
-        rows: [K] int64, those of the layout's rows that go by again.
+        rows: [K] int64, those of them that go by again.
         layout: of these, at the positions that follow their stretch.
     """
 
-    def __init__(self, layout: TokenLayout, plan: ReplayPlan) -> None:
+    def __init__(self, hidden: Tensor, layout: TokenLayout, plan: ReplayPlan) -> None:
+        wanted = _worth_replaying(hidden, layout, plan)
         parts = [
             (sequence, first, last)
             for sequence, (start, stop) in enumerate(layout.spans)
             for first, last in _stretches(layout, start, stop, plan.stretch)
         ]
-        chosen = [_replayed_rows(layout, first, last, plan.text) for _, first, last in parts]
+        chosen = [_replayed_rows(layout, wanted, first, last, plan.text) for _, first, last in parts]
         self.rows = torch.cat(chosen)
         self.layout = layout.select(self.rows)
         position = self.layout.position.clone()
@@ -200,7 +203,7 @@ class LayersAgain:
         if self._plan is None or not self._plan.fast:
             return
         if self._replay is None or self._replay[0] is not rows.layout:  # rows have left
-            self._replay = rows.layout, Replay(rows.layout, self._plan)
+            self._replay = rows.layout, Replay(rows.hidden, rows.layout, self._plan)
         replay = self._replay[1]
         hidden = rows.hidden[replay.rows]
         look = ReplayAttention(replay, attend, None)
@@ -211,7 +214,7 @@ class LayersAgain:
         """Runs rows, as they entered the first layer, through all layers again; skipping is done as it was."""
         if self._plan is None or self._plan.fast:
             return
-        replay, depth = Replay(rows.layout, self._plan), len(attended)
+        replay, depth = Replay(rows.hidden, rows.layout, self._plan), len(attended)
         hidden = rows.hidden[replay.rows]
         tables = replay.tables(hidden, rows)
         for i, attend in enumerate(attended):
@@ -256,17 +259,28 @@ def _stretches(layout: TokenLayout, start: int, stop: int, size: int) -> list[tu
     return list(itertools.pairwise(cuts))
 
 
-def _replayed_rows(layout: TokenLayout, first: int, last: int, text: bool) -> Tensor:
+def _worth_replaying(hidden: Tensor, layout: TokenLayout, plan: ReplayPlan) -> Tensor:
+    """[T] bool: all but visual rows that are alike the one before them, of the same image."""
+    wanted = torch.ones_like(layout.is_visual)
+    if plan.alike < 1 and len(layout) > 1:
+        alike = cosine_similarity(hidden[1:].float(), hidden[:-1].float(), dim=-1) >= plan.alike
+        wanted[1:] = ~(alike & layout.is_visual[1:] & (layout.image_id[1:] == layout.image_id[:-1]))
+    return wanted
+
+
+def _replayed_rows(layout: TokenLayout, wanted: Tensor, first: int, last: int, text: bool) -> Tensor:
     """[n] int64, ascending: the rows of a stretch that go by again."""
     rows = torch.arange(first, last, device=layout.sequence.device)
     visual = layout.is_visual[first:last]
-    return rows if text or not bool(visual.any()) else rows[visual]
+    return rows[wanted[first:last] if text or not bool(visual.any()) else wanted[first:last] & visual]
 
 
 def _groups(layout: TokenLayout, start: int, stop: int) -> list[_Group]:
     """Rows start .. stop by pictures, and what is text, in pieces of `GROUP` at most."""
     rows, visual = torch.arange(start, stop, device=layout.sequence.device), layout.is_visual[start:stop]
-    breaks = (layout.source[start + 1 : stop] - layout.source[start : stop - 1] > 1) | (visual[1:] != visual[:-1])
+    own = layout.image_id[start:stop]
+    gap = (layout.source[start + 1 : stop] - layout.source[start : stop - 1] > 1) & (own[1:] != own[:-1])
+    breaks = gap | (visual[1:] != visual[:-1])
     ends = torch.cat([breaks.nonzero()[:, 0] + 1, breaks.new_tensor([stop - start], dtype=torch.int64)])
     runs = rows.split(ends.diff(prepend=ends.new_zeros(1)).tolist())
     groups = [_Group(piece, True) for run in runs if bool(visual[run[0] - start]) for piece in run.split(GROUP)]

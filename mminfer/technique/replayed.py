@@ -18,12 +18,14 @@ class ReplayPlan:
         stretch: entries that a row looks at: those of its own stretch of so many rows, and the first of all.
         references: rows of a stretch whose queries are handed over, evenly spread; 0: none.
         text: whether rows of text are replayed too where a stretch has visual ones.
+        alike: visual rows whose embedding is as like the row's before them, by cosine, are left out; 1: none is.
         fast: whether every layer looks with the rows as they entered it the first time, so that no FFN runs again.
     """
 
     stretch: int = 2048
     references: int = 0
     text: bool = True
+    alike: float = 1.0
     fast: bool = False
 
 

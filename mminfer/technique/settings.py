@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mminfer.errors import ConfigError, shown
 
 # Percent that stays at each step of a sweep: of a cache's entries, of an image's tokens.
-CACHE_SHARES = (50, 30, 20, 10, 5)
+CACHE_SHARES = (50, 20, 10, 5)
 MERGE_SHARES = (50, 25, 12.5)
 
 # What no setting passes, whatever it means: a sound bound of a field is far below.

@@ -1,10 +1,12 @@
 """The yardstick's pages and questions, and how its model is made; without the weights of a language model."""
 
 import subprocess
+import tomllib
 
 import pytest
 import torch
 from safetensors import safe_open
+from setuptools import find_packages
 
 from benchmarks.reader import packages
 from benchmarks.reader.assembling import CONTINUATION, TOWER, prepared
@@ -125,6 +127,14 @@ def test_the_checkpoint_is_the_language_model_behind_the_tower(checkpoint, made)
     assert int((inputs["input_ids"] == engine.model.config.image_token_id).sum()) == 64
     text = engine.processor.tokenizer.decode(inputs["input_ids"][0])
     assert text == "Report 1:<img>" + "<IMG_CONTEXT>" * 64 + "</img>"
+
+
+def test_nothing_of_it_is_installed():
+    root = TOWER.parents[2]
+    finding = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]
+    found = [name for where in finding["where"] for name in find_packages(root / where, include=finding["include"])]
+    assert "mminfer.cache" in found and not [name for name in found if name.startswith("benchmarks")]
+    assert TOWER.stat().st_size < 6_000_000
 
 
 class Offline(subprocess.CompletedProcess):

@@ -9,7 +9,7 @@ from benchmarks.quality import smol, smol_cells
 from benchmarks.quality.smol_cells import ALL, EMBEDDINGS, PIXELS, Answer, Reading, Told, answer_tokens
 from benchmarks.quality.smol_settings import Setting, chosen_settings, known_settings
 from benchmarks.reader.books import DENSE, JOB, PAGE_KINDS, Book, Question
-from mminfer import AIMMerge, InferenceConfig, InputError, LookM
+from mminfer import AIMMerge, Digest, InferenceConfig, InputError, LookM
 from mminfer.bench.fidelity import Fidelity
 from mminfer.bench.protocols import Protocol
 from mminfer.bench.sweeps import cache_sweeps, token_sweeps
@@ -91,6 +91,8 @@ def test_every_rule_and_preset_is_known():
     assert [s.name for s in chosen_settings(["h2o", "skip-ffn"], (50, 20))] == ["H2O 50 %", "H2O 20 %", "skip-ffn"]
     everything = chosen_settings(None, (50, 20))
     assert {s.config for s in everything} == {s.config for s in known.values()} and len(everything) < len(known)
+    parts = [s.name for s in chosen_settings(["digest group"], (50,))]
+    assert "Digest, layers alike 10 %" in parts and "Digest 20 %" not in parts
     with pytest.raises(InputError, match="'nothing': wanted some of Digest,"):
         chosen_settings(["nothing"], (50,))
 
@@ -103,6 +105,22 @@ def test_without_weights_the_command_ends_with_one_line(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["smol", "--cache", str(tmp_path), "--rules", "H2O"])
     with pytest.raises(SystemExit, match=f"^smol: no weights in {tmp_path}$"):
         smol.main()
+
+
+def test_a_budget_without_a_step_follows_the_others():
+    """The sweeps have no step of 30 %: what differs between their steps is the budget's, or the rule has none."""
+    between = {s.name: s.config.cache for s in chosen_settings(["Digest", "LOOK-M average"], (30,))}
+    assert between == {
+        "Digest 30 %": Digest(0.3),
+        "LOOK-M average 30 %": LookM(0.15, 0.15, merge="average"),
+    }
+
+    class Stepwise(LookM):
+        @classmethod
+        def sweeps(cls):
+            return {"Stepwise": {"50 %": cls(0.1, 0.4), "20 %": cls(0.1, 0.1)}}
+
+    assert [s.name for s in chosen_settings(["stepwise"], (50, 30, 20))] == ["Stepwise 50 %", "Stepwise 20 %"]
 
 
 def test_a_rule_that_comes_later_is_known_by_its_name():

@@ -153,7 +153,8 @@ def test_a_budget_above_everything_changes_nothing():
     [
         {"ratio": 0.0}, {"ratio": 1.5}, {"ratio": "0.3"}, {"ratio": float("nan")}, {"budget": 0}, {"budget": 2.5},
         {"sure": -0.1}, {"sure": 1.1}, {"fit": -1}, {"fit": 1.5}, {"stretch": 3}, {"stretch": None},
-        {"text": "yes"}, {"fast": 1},
+        {"text": "yes"}, {"fast": 1}, {"alike": 2.0},
+        {"alike": -0.5},
     ],
     ids=str,
 )  # fmt: skip

@@ -9,8 +9,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mminfer import V2PE, AIMMerge, AIMPrune, ConfigError, InferenceConfig, InputError, OperatorSkip, Replay, patched
 from mminfer.forward.kv_cache import CACHE_NAME
+from mminfer.forward.replay import Replay as Again
 from mminfer.models.registry import adapter_for
-from mminfer.technique import CacheTechnique
+from mminfer.technique import CacheTechnique, ReplayPlan
 from tests.tiny import IMAGE, MARKED_FAMILIES, VIDEO, fitting, tiny_inputs, tiny_model, tiny_rows
 
 FAMILIES = [family for family in MARKED_FAMILIES if family != "gemma3"]  # its layers slide
@@ -85,7 +86,7 @@ def host_peaks(model, embeds, layout):
 @pytest.mark.parametrize("family", ["llava", "internvl", "qwen2_vl", "qwen2_5_vl"])
 def test_entries_are_worth_what_the_host_gives_them_the_second_time(family):
     model, inputs = tiny_model(family), tiny_inputs(family, [PROMPT])
-    adapter, technique = adapter_for(model), Noted(1.0)
+    adapter, technique = adapter_for(model), Noted(1.0, alike=1.0)
     embeds, layout = adapter.embed(inputs)
     with patched(model, InferenceConfig(cache=technique)):
         model(**inputs, use_cache=True)
@@ -186,6 +187,18 @@ def test_text_beside_pictures_may_be_left_out():
             model(**inputs, use_cache=True)
         found.append(technique.seen[0][1][1][0])
     assert bool((found[0].peaks >= found[1].peaks - 1e-6).all()) and not torch.equal(found[0].peaks, found[1].peaks)
+
+
+def test_rows_like_the_one_before_them_go_by_once():
+    model, inputs = tiny_model("llava"), tiny_inputs("llava", [PROMPT])
+    adapter = adapter_for(model)
+    embeds, layout = adapter.embed(inputs)
+    picture = layout.visual_rows[layout.image_id[layout.visual_rows] == 0]
+    embeds = embeds.detach().clone()
+    embeds[picture[1:]] = embeds[picture[0]].clone()
+    again = Again(embeds, layout, ReplayPlan(alike=0.99))
+    assert sorted({*range(len(layout))} - {*again.rows.tolist()}) == picture[1:].tolist()
+    assert len(Again(embeds, layout, ReplayPlan()).rows) == len(layout)
 
 
 def test_no_room_for_the_pictures_is_told_before_any_pass():

@@ -76,6 +76,18 @@ def test_a_row_of_log_n_counts_for_n_rows():
 
 
 @pytest.mark.usefixtures("backend")
+def test_a_row_of_minus_infinity_counts_for_none():
+    """Also where a whole stretch of a head is left out, at its beginning or its end."""
+    q, keys, values, first, lengths = packed([[300, 200]], 16)
+    log_mass = torch.zeros(len(keys))
+    ends = first + lengths
+    log_mass[first[0, 0] : first[0, 0] + 150], log_mass[ends[0, 1] - 150 : ends[0, 1]] = -math.inf, -math.inf
+    found = packed_decode_attention(q, keys, values, first, lengths, log_mass=log_mass)
+    cut = first + torch.tensor([[150, 0]]), lengths - 150
+    torch.testing.assert_close(found, packed_decode_attention(q, keys, values, *cut))
+
+
+@pytest.mark.usefixtures("backend")
 def test_segments_may_share_rows():
     q, keys, values, first, lengths = packed([[50, 50]], 16, heads=4)
     first[0, 1], lengths[0, 1] = first[0, 0] + 10, 30

@@ -119,7 +119,8 @@ def packed_decode_attention(
         first: [B, G] int64.
         lengths: [B, G] int64, at least 1.
         scale: factor of the logits, `D ** -0.5` by default.
-        log_mass: [R] float32, added to each row's logits after scaling: a row of log(n) counts for n equal ones.
+        log_mass: [R] float32, added to each row's logits after scaling: a row of log(n) counts for n equal
+            ones, of -inf for none.
         longest: no length is larger. On a GPU launches are sized by it; where it is None, the GPU is waited for.
         backend: "auto", "native", "triton" or "reference".
 
