@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import accumulate
 
+import torch
+from mminfer_kernels import packed_prompt_attention
 from torch import Tensor
 
 from mminfer.forward.attention import Visibility, causal_attention
@@ -32,7 +35,7 @@ def of_heads(lengths: Sequence[int], visible: Visibility) -> Iterator[tuple[int,
 
 
 def packed_attention(q: Tensor, entries: CacheEntries, scale: float, visible: Visibility) -> Tensor:
-    """[1, H, S, D]: a prompt's attention over packed entries, head by head.
+    """[1, H, S, D]: a prompt's attention over packed entries.
 
     Args:
         q: [1, H, S, D].
@@ -40,6 +43,8 @@ def packed_attention(q: Tensor, entries: CacheEntries, scale: float, visible: Vi
         scale: factor of the logits.
         visible: which entries of the longest head each query sees.
     """
+    if visible.last_key is None and visible.window is None:
+        return _in_one_call(q, entries, scale, visible.query_index)
     heads = entries.heads()
     out = q.new_empty(1, q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)  # as the host reads it next
     parts = zip(
@@ -48,3 +53,15 @@ def packed_attention(q: Tensor, entries: CacheEntries, scale: float, visible: Vi
     for q_head, out_head, head, (_, own) in parts:
         out_head.copy_(causal_attention(q_head, head.keys, head.values, scale, own, head.log_mass))
     return out
+
+
+def _in_one_call(q: Tensor, entries: CacheEntries, scale: float, query_index: Tensor | None) -> Tensor:
+    """The same where each query sees its own place and all before it."""
+    lengths = entries.lengths
+    first = torch.tensor([0, *accumulate(lengths[:-1])], device=q.device)
+    of_all, mass = torch.tensor(lengths, device=q.device), entries.log_mass
+    from_end = None if query_index is None else query_index - max(lengths)
+    keys, values = entries.keys[0, 0], entries.values[0, 0]
+    return packed_prompt_attention(
+        q, keys, values, first, of_all, scale, from_end, None if mass is None else mass[0, 0]
+    )

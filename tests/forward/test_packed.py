@@ -13,9 +13,12 @@ from mminfer.cache.h2o import H2O
 from mminfer.cache.random_evict import RandomEvict
 from mminfer.cache.snapkv import SnapKV
 from mminfer.forward import compiled
+from mminfer.forward.attention import Visibility
 from mminfer.forward.kv_cache import CACHE_NAME, CompressedCache
+from mminfer.forward.packed_attention import packed_attention
 from mminfer.metrics.flops import decode_flops, measured_flops, prompt_flops
 from mminfer.models.registry import adapter_for
+from mminfer.technique import CacheEntries
 from mminfer.tokens.fastv import FastV
 from mminfer.tokens.random_prune import RandomPrune
 from tests.by_head import ByLot, Masked, Truth
@@ -337,3 +340,29 @@ def test_stacked_chats_may_be_packed_and_padded():
     torch.testing.assert_close(torch.stack(together), torch.stack(alone), rtol=0, atol=1e-4)
     assert stacked.head_lengths == [a + b for a, b in zip(*(c.head_lengths for c in caches), strict=True)]
     assert stacked.nbytes > sum(c.nbytes for c in caches)  # the second row has log-masses now, all 0
+
+
+@pytest.mark.parametrize("visible", ["own", "ahead", "window", "some queries"])
+@ways
+def test_prompts_see_what_they_may_in_every_head(technique, visible):
+    """Held to a dense softmax of each query head by itself."""
+    lengths, size = (9, 4, 17), 16
+    keys, values = torch.randn(2, 1, 1, sum(lengths), size, dtype=torch.float64)
+    mass = torch.randn(1, 1, sum(lengths)) if technique.weighed else None
+    entries = CacheEntries(keys, values, log_mass=mass, head_lengths=lengths)
+    places = torch.tensor([13, 14, 16]) if visible == "some queries" else torch.arange(13, 17)
+    q, longest = torch.randn(1, 6, len(places), size, dtype=torch.float64), max(lengths)
+    last = torch.tensor([15, 15, 15, 16]) if visible == "ahead" else places
+    what = Visibility(
+        places if visible == "some queries" else None, 3 if visible == "window" else None,
+        last if visible == "ahead" else None,
+    )  # fmt: skip
+    out = packed_attention(q, entries, 0.3, what)
+    for head, of_group in enumerate(entries.heads()):
+        column = torch.arange(len(of_group)) + longest - len(of_group)
+        seen = (column <= last[:, None]) & (column > places[:, None] - (what.window or longest))
+        for h in (2 * head, 2 * head + 1):
+            logits = 0.3 * q[0, h] @ of_group.keys[0, 0].mT
+            logits = logits if mass is None else logits + of_group.log_mass[0, 0]
+            want = logits.masked_fill(~seen, -torch.inf).softmax(-1) @ of_group.values[0, 0]
+            torch.testing.assert_close(out[0, h], want, rtol=0, atol=1e-6)
