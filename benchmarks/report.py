@@ -69,6 +69,12 @@ SECTIONS: list[Section] = [
         ],
     ),
     (
+        "What Replay is made of",
+        "Its budgets, the other rules at a fifth, and itself without a part: values as they were, every head alike (an "
+        "even budget), heads sure of nothing, text not replayed, no row left out.",
+        [needle.replayed],
+    ),
+    (
         "What fewer tokens lose",
         "Merging before the model, pruning inside it, beside plain down-sampling, FastV and chance.",
         [

@@ -7,6 +7,7 @@ from typing import Any
 from mminfer import V2PE, AIMMerge, InferenceConfig, LookM
 from mminfer.bench.sweeps import Sweep, cache_sweeps, token_sweeps
 from mminfer.cache.digest import Digest
+from mminfer.cache.replay import Replay
 from mminfer.tokens.downsample import Downsample
 
 Settings = dict[str, InferenceConfig]
@@ -69,11 +70,38 @@ def _digest() -> Settings:
     return settings
 
 
+def _replay() -> Settings:
+    """What each part of Replay adds, and its budgets beside the other rules'."""
+    settings = {
+        name: config
+        for sweep in cache_sweeps()
+        for name, config in sweep.settings.items()
+        if sweep.rule.startswith("Replay") or name in BESIDE_REPLAY
+    }
+    settings |= {
+        f"{name} 30 %": InferenceConfig(cache=Replay(fast=bool(name[6:]))) for name in ("Replay", "Replay, fast")
+    }
+    for share in (20, 10):
+        parts: dict[str, Replay] = {
+            "Replay": Replay(share / 100),
+            "Replay, fast": Replay(share / 100, fast=True),
+            "Replay, values as they were": Replay(share / 100, fit=0),
+            "Replay, every head alike": Replay(share / 100, sure=1.0),
+            "Replay, heads sure of nothing": Replay(share / 100, sure=0.0),
+            "Replay, text not again": Replay(share / 100, text=False),
+            "Replay, every row again": Replay(share / 100, alike=1.0),
+        }
+        settings |= {f"{name} {share} %": InferenceConfig(cache=cache) for name, cache in parts.items()}
+    return settings
+
+
+BESIDE_REPLAY = ("Digest 20 %", "LOOK-M pivot 20 %", "SnapKV 20 %", "H2O 20 %", "random 20 %")
 GROUPS: dict[str, Settings] = {
     "positions": _presets("v2pe-4", "v2pe-16", "v2pe-64", "v2pe-256"),
     "tokens": _steps(token_sweeps()),
     "cache": _cache(),
     "composition": _composition(),
     "digest": _digest(),
+    "replay": _replay(),
     "presets": _presets("balanced", "fast"),
 }

@@ -6,7 +6,7 @@ No table mixes protocols. Accuracies are percent of right answers; KL is to the 
 
 from collections.abc import Sequence
 
-from benchmarks.common import read_rows
+from benchmarks.common import RESULTS, read_rows
 from benchmarks.quality.settings import GROUPS, OFF
 from benchmarks.quality.smol_settings import BUDGETS
 from benchmarks.tables.markdown import markdown, origin
@@ -25,9 +25,9 @@ TOLD = {
 }
 
 
-def cells() -> dict[tuple[str, str, int], Row]:
-    """Rows by setting, protocol and number of pictures."""
-    return {(r["setting"], r["protocol"], int(r["images"])): r for r in read_rows("needle")}
+def cells(name: str = "needle") -> dict[tuple[str, str, int], Row]:
+    """Rows of a file by setting, protocol and number of pictures."""
+    return {(r["setting"], r["protocol"], int(r["images"])): r for r in read_rows(name)}
 
 
 def budgets(protocol: Protocol) -> str:
@@ -85,6 +85,31 @@ def parts() -> str:
     asked = ", ".join(f"{found['Digest 20 %', protocol, n]['questions']} over {n}" for n in lengths)
     real = {f"real model, {share} %": [f"{name} {share} %" for name in names] for share in (20, 10)}
     header, table, beside_it = beside(header, table, real, protocol)
+    return f"{markdown(header, table)}\n\n{_note(protocol, told, asked)} {beside_it}"
+
+
+def replayed() -> str:
+    """Replay's budgets beside the other rules', and what each of its parts adds; next-turn, 8 and 16 pictures."""
+    if not (RESULTS / "replay.csv").exists():
+        return "No rows of Replay on the bundled model yet."
+    found, protocol, lengths = cells("replay"), Protocol.NEXT_TURN, (8, 16)
+    table, told = [], []
+    for name in dict.fromkeys(name for name, _, _ in found):
+        own = [found[name, protocol, n] for n in lengths]
+        told += own
+        kept = f"{float(own[1]['cache_kept']):.0f} %"
+        table.append([name, kept, *(r["accuracy"] for r in own), *(r["kl_answer"] for r in own), own[1]["kl_long"]])
+    header = [
+        "setting",
+        "entries kept",
+        "right, 8",
+        "right, 16",
+        "KL of answers, 8",
+        "KL of answers, 16",
+        "KL, long, 16",
+    ]
+    asked = ", ".join(f"{found['off', protocol, n]['questions']} over {n}" for n in lengths)
+    header, table, beside_it = beside(header, table, {REAL: [line[0] for line in table]}, protocol)
     return f"{markdown(header, table)}\n\n{_note(protocol, told, asked)} {beside_it}"
 
 

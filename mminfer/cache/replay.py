@@ -80,8 +80,8 @@ class Replay(CacheTechnique):
         check_fraction("Replay.ratio", self.ratio)
         if self.budget is not None and not is_whole(self.budget, least=1):
             raise ConfigError(f"Replay.budget={shown(self.budget)}, wanted a number of entries, 1 or more, or None")
-        if self.sure != 0:
-            check_fraction("Replay.sure", self.sure)
+        if not is_number(self.sure, most=1) or self.sure < 0:
+            raise ConfigError(f"Replay.sure={shown(self.sure)}, wanted a part from 0 to 1")
         if not is_whole(self.fit, least=0):
             raise ConfigError(f"Replay.fit={shown(self.fit)}, wanted a number of rows, 0 or more")
         if not is_whole(self.stretch, least=64):

@@ -121,7 +121,8 @@ class ReplayAttention:
     def __init__(self, replay: Replay, attended: LayerAttention, queries: Tensor | None) -> None:
         self._replay, self._attended = replay, attended
         self.adapter, self.config, self.layer_idx = attended.adapter, attended.config, attended.layer_idx
-        self.layout, self.queries, self._silent = replay.layout, None, queries
+        self.layout, self._asking = replay.layout, queries
+        self.queries: Tensor | None = None  # all rows look
         self.entries = attended.entries
         self.found: list[list[ReplayedStretch]] = [[] for _ in attended.entries]
         self.flops = [0] * len(attended.entries)
@@ -131,11 +132,11 @@ class ReplayAttention:
         out = q.new_zeros(1, q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)
         for stretch in self._replay.stretches:
             self._look(stretch, q, k, v, scale, out)
-        if self._silent is None:
+        if self._asking is None:
             return out
-        asking = torch.zeros(out.shape[2], dtype=torch.bool, device=out.device)
-        asking[self._silent] = True
-        return out.masked_fill_(~asking[None, None, :, None], 0)
+        silent = torch.ones(out.shape[2], dtype=torch.bool, device=out.device)
+        silent[self._asking] = False
+        return out.masked_fill_(silent[None, None, :, None], 0)
 
     def _look(self, stretch: _Stretch, q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor) -> None:
         """One stretch's rows; what they read goes to `out`."""
