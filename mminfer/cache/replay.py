@@ -41,7 +41,7 @@ class Replay(CacheTechnique):
     is asked for; each is sure of a part of an even share, and so are the first entry of each head and one entry in
     each layer of every picture. The values of those that stay are then fitted, in closed form, so that the replayed
     queries read among them what they read among all. Scores stay with the entries: later passes compete with earlier
-    ones.
+    ones. Generated tokens, which no replay has judged, take the others' scores by age.
 
     Args:
         ratio: entries kept, as a fraction of the tokens that the layers took in, in (0, 1].

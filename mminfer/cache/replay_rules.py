@@ -11,6 +11,7 @@ from torch import Tensor
 from mminfer.technique import CacheEntries, ReplayedStretch
 
 RIDGE = 0.1  # how strongly fitted values are held to their own, beside the mean attention that an entry receives
+LEAST = 1e-30  # of an entry that was judged; 0 says that it was not
 
 
 def shared_choice(scores: Sequence[Tensor], total: int, sure: float) -> list[Tensor]:
@@ -98,12 +99,32 @@ def one_for_each(peaks: Tensor, first: Tensor) -> Tensor:
 def with_scores(entries: CacheEntries, fresh: Tensor) -> CacheEntries:
     """The entries with new scores for the last ones of each head; fresh: [G, R] float32."""
     count, parts = fresh.shape[1], []
-    for head, new in zip(entries.heads(), fresh, strict=True):
+    for head, new in zip(entries.heads(), fresh.clamp_min(LEAST), strict=True):
         if head.score is None:
             raise ValueError("entries without scores")
-        parts.append(torch.cat([head.score[0, 0, : len(head) - count], new]))
+        parts.append(torch.cat([by_age(head.score[0, 0, : len(head) - count], new), new]))
     joined = torch.cat(parts)[None, None] if entries.is_packed else torch.stack(parts)[None]
     return replace(entries, score=joined)
+
+
+def by_age(score: Tensor, new: Tensor) -> Tensor:
+    """Scores [S] in which entries that no replay has judged, of generated tokens, have taken the others' by age.
+
+    As great a share of them stays as of all others, the latest first.
+
+    Args:
+        score: [S] float32, 0 where nobody has judged.
+        new: [R] float32, those of entries that have just been judged.
+    """
+    unjudged = score == 0
+    count = int(unjudged.sum())
+    if not count:
+        return score
+    others = torch.cat([score[~unjudged], new])
+    if not len(others):
+        return score
+    places = (torch.arange(count, device=score.device) + 0.5) / count
+    return score.masked_scatter(unjudged, others.clamp_max(1).quantile(places))
 
 
 def fit_stretch(keys: Tensor, values: Tensor, keep: Tensor, stretch: ReplayedStretch, head: int) -> None:

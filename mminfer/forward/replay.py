@@ -178,6 +178,8 @@ class ReplayAttention:
         if first == 0 and entries.total == fresh.total:
             return first, held, None
         heads = entries.heads()
+        if min(entries.lengths) == 0:  # another technique may have left a head with nothing
+            return first, held, None
         begin = [torch.cat([getattr(head, name)[:, :, :1] for head in heads], 1) for name in ("keys", "values")]
         sink = torch.stack(begin)
         return first, torch.cat([sink, held], 3), sink[:, 0]

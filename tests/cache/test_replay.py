@@ -142,6 +142,21 @@ def test_what_was_kept_competes_with_what_is_new_by_its_score():
     assert after_strong.total == 20 * GROUPS
 
 
+def test_generated_tokens_stay_in_the_same_share_the_latest_first():
+    """No replay has judged them: they take the others' scores by age."""
+    held = compressed(Replay(budget=40, fit=0, sure=0), [made(80)], [[looked(80)]], [80])[0]
+    spoken = made(20, seed=4)
+    both = held.extend(spoken).extend(made(20, seed=5))
+    kept = compressed(Replay(budget=40, fit=0, sure=0), [both], [[looked(20, seed=6)]], [120])[0]
+    assert kept.total == 40 * GROUPS
+    stayed = [
+        [bool((head.keys[0, 0] == key).all(-1).any()) for key in spoken.keys[0, n]]
+        for n, head in enumerate(kept.heads())
+    ]
+    for own in stayed:
+        assert 4 <= sum(own) <= 16 and own == sorted(own)
+
+
 def test_a_budget_above_everything_changes_nothing():
     entries = made(30)
     kept = compressed(Replay(1.0), [entries], [[looked(30)]], [30])[0]
