@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mminfer import V2PE, AIMMerge, AIMPrune, ConfigError, InferenceConfig, LookM, OperatorSkip
+from mminfer import V2PE, AIMMerge, AIMPrune, ConfigError, InferenceConfig, LookM, OperatorSkip, Replay
 from mminfer.cache.random_evict import RandomEvict
 from mminfer.config import PRESETS, TECHNIQUES
 from mminfer.models.spec import ModelSpec
@@ -64,7 +64,12 @@ configs = st.builds(
     merge=st.none() | st.builds(AIMMerge, fractions),
     prune=st.one_of(st.none(), st.builds(AIMPrune, **prunes), st.builds(RandomPrune, **prunes, seed=seeds)),
     skip=st.none() | st.builds(OperatorSkip, ffn=skipped, attention=skipped, block=skipped),
-    cache=st.one_of(st.none(), st.builds(LookM, **caches), st.builds(RandomEvict, **caches, seed=seeds)),
+    cache=st.one_of(
+        st.none(),
+        st.builds(LookM, **caches),
+        st.builds(RandomEvict, **caches, seed=seeds),
+        st.builds(Replay, fractions, fit=st.integers(0, 200), alike=st.floats(0, 1), fast=st.booleans()),
+    ),
 )
 
 

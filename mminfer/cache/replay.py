@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mminfer.cache.digest_rules import runs_of
-from mminfer.cache.replay_rules import fit_stretch, one_for_each, shared_choice, with_scores
+from mminfer.cache.replay_rules import BELOW, FOR_PICTURE, fit_stretch, one_for_each, shared_choice, with_scores
 from mminfer.errors import ConfigError, InputError, shown
 from mminfer.technique import (
     CACHE_SHARES,
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from mminfer.layout import TokenLayout
     from mminfer.models.spec import ModelSpec
 
-ALWAYS, FOR_PICTURE = 2.0, 1.0  # what is added to the score of a sequence's first entry, and of one for each picture
+ALWAYS = 2.0  # what is added to the score of a sequence's first entry
 
 
 @dataclass(frozen=True)
@@ -96,14 +96,15 @@ class Replay(CacheTechnique):
     def replay(self) -> ReplayPlan:
         return ReplayPlan(stretch=self.stretch, references=self.fit, text=self.text, alike=self.alike, fast=self.fast)
 
-    def check_prompt(self, layout: TokenLayout, spec: ModelSpec) -> None:
+    def check_prompt(self, layout: TokenLayout, spec: ModelSpec, tokens_seen: Sequence[int]) -> None:
+        heads = spec.num_key_value_heads
         for sequence, (start, stop) in enumerate(layout.spans):
-            pictures = len(runs_of(layout.is_visual[start:stop]))
-            share = int(self.ratio * (stop - start)) if self.budget is None else self.budget
-            if pictures > spec.num_key_value_heads * max(share, 1):
+            pictures, tokens = len(runs_of(layout.is_visual[start:stop])), tokens_seen[sequence] + stop - start
+            share = self.ratio * tokens if self.budget is None else self.budget
+            if pictures and share < tokens and pictures + heads > max(int(share * heads), heads):
                 raise InputError(
-                    f"Replay: {share} entries a head for {pictures} pictures of sequence {sequence}, wanted one in "
-                    "each layer for every picture: raise ratio or budget"
+                    f"Replay: {share:.4g} entries a head for {pictures} pictures of sequence {sequence}, wanted one in "
+                    f"each layer for every picture beside the first of {heads} heads: raise ratio or budget"
                 )
 
     def apply(self, view: LayerView) -> CacheEntries:
@@ -141,7 +142,7 @@ class Replay(CacheTechnique):
         is_visual = entries.heads()[0].last(count).is_visual
         if is_visual is None:
             raise ValueError("entries that do not know what is visual")
-        fresh = peaks + FOR_PICTURE * one_for_each(peaks, runs_of(is_visual[0, 0]))
+        fresh = peaks.clamp_max(BELOW) + FOR_PICTURE * one_for_each(peaks, runs_of(is_visual[0, 0]))
         if entries.total == fresh.numel():  # nothing came before
             fresh[:, 0] += ALWAYS
         return with_scores(entries, fresh)

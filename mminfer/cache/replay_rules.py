@@ -11,14 +11,16 @@ from torch import Tensor
 from mminfer.technique import CacheEntries, ReplayedStretch
 
 RIDGE = 0.1  # how strongly fitted values are held to their own, beside the mean attention that an entry receives
+FOR_PICTURE = 1.0  # what is added to the score of one entry of each picture: from here on entries are promised
+BELOW = 1 - 2**-20  # the largest score of an entry that is not
 LEAST = 1e-30  # of an entry that was judged; 0 says that it was not
 
 
 def shared_choice(scores: Sequence[Tensor], total: int, sure: float) -> list[Tensor]:
-    """Which entries stay, of all heads together: the best of each head up to its sure part, then the best of all.
+    """Which entries stay, of all heads together: what is promised, the best of each head up to its sure part, the best.
 
     Args:
-        scores: of each head, [S] float32.
+        scores: of each head, [S] float32; from `FOR_PICTURE` on they are promised.
         total: entries to keep.
         sure: of an even share, what each head is sure of, in [0, 1]; one entry at least.
 
@@ -33,9 +35,9 @@ def shared_choice(scores: Sequence[Tensor], total: int, sure: float) -> list[Ten
     least = max(int(sure * total / len(scores)), 1)
     for score, chosen in zip(scores, keep.split(lengths), strict=True):
         chosen[score.topk(min(least, len(score))).indices] = True
-    left = total - int(keep.sum())
-    if left > 0:
-        keep[flat.masked_fill(keep, -torch.inf).topk(left).indices] = True
+    ranks = torch.where(flat >= FOR_PICTURE, flat + 2, flat + keep)
+    keep[:] = False
+    keep[ranks.topk(total).indices] = True
     return list(keep.split(lengths))
 
 

@@ -88,8 +88,6 @@ def prompt_pass(
         InputError: an image does not fit into a chunk, or goes on from one pass into another; or the cache technique
             has no room for the prompt.
     """
-    if config.cache is not None:
-        config.cache.check_prompt(layout, adapter.spec)
     layout = _placed(adapter, config, layout, cache, options.places_given)
     continuation = Continuation(layout.next_position, layout.resume_position, layout.last_in_run)
     earlier = cache.tokens or (0,) * layout.num_sequences
@@ -99,6 +97,8 @@ def prompt_pass(
         record.merge_flops = config.merge.cost(adapter.spec, config.merge.unit_lengths(layout))
         inputs_embeds, layout = config.merge.apply(inputs_embeds, layout)
     record.merged = layout.lengths
+    if config.cache is not None:
+        config.cache.check_prompt(layout, adapter.spec, cache.layers[0].tokens_seen if cache.layers else earlier)
     factors = frequency_factors(config, adapter.spec, length)
     tables = adapter.rotary(inputs_embeds[None], layout.position[:, None], fractional(config), factors)
     undo = cache.snapshot()

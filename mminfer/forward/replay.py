@@ -25,7 +25,7 @@ from mminfer.forward.rotary import Tables
 from mminfer.forward.rows import Rows, through_layer
 from mminfer.layout import TokenLayout
 from mminfer.metrics.flops import causal_pairs, layer_flops
-from mminfer.technique import ReplayedStretch, ReplayPlan, only_rows
+from mminfer.technique import CacheEntries, ReplayedStretch, ReplayPlan, only_rows
 
 GROUP = 512  # rows that are replayed together: more would find each other
 
@@ -126,12 +126,14 @@ class ReplayAttention:
         self.entries = attended.entries
         self.found: list[list[ReplayedStretch]] = [[] for _ in attended.entries]
         self.flops = [0] * len(attended.entries)
+        self._new: tuple[int, CacheEntries] | None = None  # of which sequence, while stretches of it look
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
         k, v = k.to(q.dtype), v.to(q.dtype)
         out = q.new_zeros(1, q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)
         for stretch in self._replay.stretches:
             self._look(stretch, q, k, v, scale, out)
+        self._new = None
         if self._asking is None:
             return out
         silent = torch.ones(out.shape[2], dtype=torch.bool, device=out.device)
@@ -171,7 +173,9 @@ class ReplayAttention:
         attended, b = self._attended, stretch.sequence
         start, stop = attended.layout.spans[b]
         entries = attended.entries[b]
-        fresh = entries.last(stop - start).unpacked()
+        if self._new is None or self._new[0] != b:  # packed ones are copied: once, not for each stretch
+            self._new = b, entries.last(stop - start).unpacked()
+        fresh = self._new[1]
         source = attended.layout.source[start:stop]
         first, last = torch.searchsorted(source, torch.tensor(stretch.sources, device=source.device)).tolist()
         held = torch.stack([fresh.keys[:, :, first:last], fresh.values[:, :, first:last]])

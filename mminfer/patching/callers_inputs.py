@@ -72,6 +72,24 @@ def check_heads(cache: CompressedCache, config: InferenceConfig) -> None:
         )
 
 
+def check_columns(cache: CompressedCache, config: InferenceConfig) -> None:
+    """Raises `InputError` where a technique judges entries by what another one's do not say.
+
+    Args:
+        cache: what came before.
+        config: the techniques of the pass that is to go on from it.
+    """
+    if config.cache is None or config.cache.replay is None or not cache.layers:
+        return
+    held = cache.layers[0].row(0).columns
+    if missing := [name for name in config.cache.columns if held[name] is None]:
+        raise InputError(
+            f"{CACHE_NAME} was filled with other settings and does not say the {' and the '.join(missing)} of its "
+            f"entries, by which {type(config.cache).__name__} judges: go on with the settings that made it, or begin "
+            "with an empty cache"
+        )
+
+
 def check_batch(rows: int, cache: CompressedCache) -> None:
     """Raises `InputError` unless the cache holds so many sequences."""
     held = len(cache.tokens)

@@ -30,6 +30,7 @@ from mminfer.patching.callers_inputs import (
     cache_for,
     check_batch,
     check_continuation,
+    check_columns,
     check_heads,
     check_holes,
     check_mask,
@@ -195,6 +196,7 @@ class ModelPass:
         keep = inputs.get("logits_to_keep", 0)
         last_only = isinstance(keep, int) and keep == 1
         check_heads(cache, self.config)
+        check_columns(cache, self.config)
         check_holes(inputs, self.adapter.spec.sliding_window)
         ends_in_padding = check_mask(call, inputs, cache, last_only or self.config.removes_rows)
         given = call.take_given_embeddings()

@@ -283,8 +283,14 @@ class CacheTechnique(Technique):
         """
         return list(layers)
 
-    def check_prompt(self, layout: TokenLayout, spec: ModelSpec) -> None:
-        """Raises `InputError` where a prompt that is to go through the layers does not fit these settings."""
+    def check_prompt(self, layout: TokenLayout, spec: ModelSpec, tokens_seen: Sequence[int]) -> None:
+        """Raises `InputError` where a prompt that is to go through the layers does not fit these settings.
+
+        Args:
+            layout: of the rows that are to go through, merged ones as one.
+            spec: of the model.
+            tokens_seen: of each sequence, tokens taken in before.
+        """
 
     def describe_evicted(self) -> str:
         """What becomes of entries that do not stay, as the end of a sentence."""

@@ -51,6 +51,15 @@ def test_heads_share_one_budget(lengths, share, sure, seed):
         torch.testing.assert_close(extra.sort(descending=True).values, ranked[: total - len(lengths)])
 
 
+def test_what_is_promised_stays_before_what_heads_are_sure_of():
+    crowded, quiet = torch.rand(30) * 0.1, torch.rand(30) * 0.9
+    crowded[:16] += 1  # pictures
+    for sure in (0.0, 0.5, 1.0):
+        keep = shared_choice([crowded, quiet], 20, sure)
+        assert bool(keep[0][:16].all()) and sum(int(k.sum()) for k in keep) == 20
+        assert int(keep[1].sum()) >= (4 if sure == 1 else 1)
+
+
 @pytest.mark.parametrize("rows", [6, 60], ids=["fewer queries than entries", "more"])
 @pytest.mark.parametrize("held", [False, True], ids=["free", "sink held"])
 def test_values_are_the_least_squares_under_the_ridge(rows, held):

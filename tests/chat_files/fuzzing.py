@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save
 
-from mminfer import Digest, Engine, InferenceConfig, InputError, LookM, MminferError, nano
+from mminfer import Digest, Engine, InferenceConfig, InputError, LookM, MminferError, Replay, nano
 from mminfer.chat_files.chat_file import CHAT, CHECKSUM, checksum
 from mminfer.forward.storage import cache_facts, cache_tensors
 from tests.by_head import ByLot
@@ -21,6 +21,7 @@ CONFIGS = {
     "off": InferenceConfig(),
     "lookm": InferenceConfig(cache=LookM(0.4, 0.2)),
     "digest": InferenceConfig(cache=Digest(0.5)),
+    "replay": InferenceConfig(cache=Replay(0.5)),
     "by head": InferenceConfig(cache=ByLot(0.7, weighed=True)),
 }
 _ODD = [None, True, 0, 1, -1, 2**31, 2**70, 0.5, 1e308, float("inf"), float("nan"), "", "x", "\ud800", [], [[]], {}]

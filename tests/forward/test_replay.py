@@ -7,7 +7,18 @@ import pytest
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from mminfer import V2PE, AIMMerge, AIMPrune, ConfigError, InferenceConfig, InputError, OperatorSkip, Replay, patched
+from mminfer import (
+    V2PE,
+    AIMMerge,
+    AIMPrune,
+    ConfigError,
+    Digest,
+    InferenceConfig,
+    InputError,
+    OperatorSkip,
+    Replay,
+    patched,
+)
 from mminfer.forward.kv_cache import CACHE_NAME
 from mminfer.forward.replay import Replay as Again
 from mminfer.models.registry import adapter_for
@@ -201,13 +212,49 @@ def test_rows_like_the_one_before_them_go_by_once():
     assert len(Again(embeds, layout, ReplayPlan()).rows) == len(layout)
 
 
-def test_no_room_for_the_pictures_is_told_before_any_pass():
-    model, inputs = tiny_model("llava"), tiny_inputs("llava", [[2] + [IMAGE, 1] * 6])
+@pytest.mark.parametrize("pictures", [1, 6])
+@pytest.mark.parametrize("merge", [None, AIMMerge(0.1)], ids=["whole", "merged"])
+def test_no_room_for_the_pictures_is_told_before_any_pass(pictures, merge):
+    """There is room from one entry for each of them on, beside the first of each head."""
+    model, inputs = tiny_model("llava"), tiny_inputs("llava", [[2] + [IMAGE, 1] * pictures])
     heads = adapter_for(model).spec.num_key_value_heads
-    with patched(model, InferenceConfig(cache=Replay(budget=1))) as handle:
-        with pytest.raises(InputError, match=r"Replay: 1 entries a head for 6 pictures.*raise ratio or budget"):
+    least = -(-(pictures + heads) // heads)
+    with patched(model, InferenceConfig(merge=merge, cache=Replay(budget=least - 1))) as handle:
+        with pytest.raises(InputError, match=rf"{least - 1} entries a head for {pictures} pictures.*raise ratio or"):
             model.generate(**inputs, **GREEDY)
-        assert not handle.records and heads < 6
+        assert not handle.records
+    for sure in (0.0, 1.0):
+        with patched(model, InferenceConfig(merge=merge, cache=Replay(budget=least, sure=sure))):
+            cache = model(**inputs, use_cache=True)[CACHE_NAME]
+        for layer in cache.layers:
+            assert sum(int(head.is_visual.sum()) for head in layer.row(0).heads()) >= pictures
+
+
+def test_room_is_of_what_merging_leaves_and_of_all_turns():
+    model, inputs = tiny_model("llava"), tiny_inputs("llava", [[2] + [IMAGE, 1] * 6])
+    with patched(model, InferenceConfig(cache=Replay(0.06))):
+        cache = model(**tiny_inputs("llava", [[200]]), use_cache=True)[CACHE_NAME]
+        model(**tiny_inputs("llava", [[2, IMAGE, 2]]) | {"attention_mask": None, CACHE_NAME: cache})
+        with pytest.raises(InputError, match=r"1.2 entries a head for 1 pictures"):
+            model(**tiny_inputs("llava", [[2, IMAGE, 2]]), use_cache=True)
+    with patched(model, InferenceConfig(merge=AIMMerge(0.1), cache=Replay(0.15))):
+        with pytest.raises(InputError, match=r"3 entries a head for 6 pictures"):
+            model(**inputs, use_cache=True)
+    one_token = tiny_inputs("llava", [[IMAGE]])
+    with patched(model, InferenceConfig(merge=AIMMerge(0.01), cache=Replay(1.0))):
+        model(**one_token, use_cache=True)
+
+
+@pytest.mark.parametrize("before", [None, Digest(0.5)], ids=["all", "digest"])
+def test_entries_without_scores_are_refused_before_any_pass(before):
+    model, inputs, turn = tiny_model("llava"), tiny_inputs("llava", [PROMPT]), tiny_inputs("llava", [[9]])["input_ids"]
+    with patched(model, InferenceConfig(cache=before)):
+        cache = model(**inputs, use_cache=True)[CACHE_NAME]
+    held = cache.head_lengths
+    with patched(model, InferenceConfig(cache=Replay(0.5))) as handle:
+        with pytest.raises(InputError, match="does not say the .*score of its entries, by which Replay judges"):
+            model(input_ids=turn, **{CACHE_NAME: cache})
+        assert not handle.records and cache.head_lengths == held
 
 
 def test_models_whose_layers_slide_are_refused():

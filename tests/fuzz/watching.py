@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mminfer import V2PE, AIMMerge, Digest, Engine, InferenceConfig, LookM, MminferError, nano
+from mminfer import V2PE, AIMMerge, Digest, Engine, InferenceConfig, LookM, MminferError, Replay, nano
 
 CONFIGS = {
     "off": InferenceConfig(),
@@ -17,6 +17,7 @@ CONFIGS = {
     "balanced": InferenceConfig.from_preset("balanced"),
     "lookm": InferenceConfig(cache=LookM(0.4, 0.2)),
     "digest": InferenceConfig(cache=Digest(0.5)),
+    "replay": InferenceConfig(cache=Replay(0.5)),
 }
 WHOLE_BY_CHUNKS = ("off", "v2pe")  # whose prompt may come in chunks with no other answer
 LONGEST_MESSAGE, LONGEST_VALUE = 1000, 200
