@@ -104,7 +104,7 @@ def test_every_technique_has_defaults_and_says_its_stage():
         ({"merge": {"technique": "AIMMerge", "keep": 0.5}}, "merge: .*keep"),
         (
             {"cache": {"technique": "AIMMerge"}},
-            "no cache technique: use Digest, LookM, H2O, RandomEvict, SnapKV or None",
+            "no cache technique: use Digest, LookM, Replay, H2O, RandomEvict, SnapKV or None",
         ),
         ({"positions": {"technique": "V2PE", "delta": "x"}}, "positions"),
     ],

@@ -89,7 +89,7 @@ def _replay() -> Settings:
             "Replay, every head alike": Replay(share / 100, sure=1.0),
             "Replay, heads sure of nothing": Replay(share / 100, sure=0.0),
             "Replay, text not again": Replay(share / 100, text=False),
-            "Replay, every row again": Replay(share / 100, alike=1.0),
+            "Replay, like neighbours once": Replay(share / 100, alike=0.99),
         }
         settings |= {f"{name} {share} %": InferenceConfig(cache=cache) for name, cache in parts.items()}
     return settings

@@ -69,7 +69,7 @@ class Replay(CacheTechnique):
     fit: int = 128
     stretch: int = 1024
     text: bool = True
-    alike: float = 0.99
+    alike: float = 1.0
     fast: bool = False
 
     across_layers: ClassVar[bool] = True
