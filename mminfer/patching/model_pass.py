@@ -29,8 +29,8 @@ from mminfer.models.wrappers import check_layers
 from mminfer.patching.callers_inputs import (
     cache_for,
     check_batch,
-    check_continuation,
     check_columns,
+    check_continuation,
     check_heads,
     check_holes,
     check_mask,

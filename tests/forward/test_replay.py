@@ -235,11 +235,11 @@ def test_room_is_of_what_merging_leaves_and_of_all_turns():
     with patched(model, InferenceConfig(cache=Replay(0.06))):
         cache = model(**tiny_inputs("llava", [[200]]), use_cache=True)[CACHE_NAME]
         model(**tiny_inputs("llava", [[2, IMAGE, 2]]) | {"attention_mask": None, CACHE_NAME: cache})
-        with pytest.raises(InputError, match=r"1.2 entries a head for 1 pictures"):
+        with pytest.raises(InputError, match=r"1\.2 entries a head for 1 pictures"):
             model(**tiny_inputs("llava", [[2, IMAGE, 2]]), use_cache=True)
-    with patched(model, InferenceConfig(merge=AIMMerge(0.1), cache=Replay(0.15))):
-        with pytest.raises(InputError, match=r"3 entries a head for 6 pictures"):
-            model(**inputs, use_cache=True)
+    merged = InferenceConfig(merge=AIMMerge(0.1), cache=Replay(0.15))
+    with patched(model, merged), pytest.raises(InputError, match=r"3 entries a head for 6 pictures"):
+        model(**inputs, use_cache=True)
     one_token = tiny_inputs("llava", [[IMAGE]])
     with patched(model, InferenceConfig(merge=AIMMerge(0.01), cache=Replay(1.0))):
         model(**one_token, use_cache=True)
@@ -252,7 +252,7 @@ def test_entries_without_scores_are_refused_before_any_pass(before):
         cache = model(**inputs, use_cache=True)[CACHE_NAME]
     held = cache.head_lengths
     with patched(model, InferenceConfig(cache=Replay(0.5))) as handle:
-        with pytest.raises(InputError, match="does not say the .*score of its entries, by which Replay judges"):
+        with pytest.raises(InputError, match=r"does not say the .*score of its entries, by which Replay judges"):
             model(input_ids=turn, **{CACHE_NAME: cache})
         assert not handle.records and cache.head_lengths == held
 
