@@ -12,6 +12,7 @@ from benchmarks.peers import replay
 from benchmarks.peers.cases import Case, cases_of, chunk_lengths, exported
 from benchmarks.peers.exchange import COLUMNS, WORKERS, PeerError
 from benchmarks.peers.workers.wire import save_prompts
+from benchmarks.tables import peers as tables
 from mminfer import Engine, InputError
 from mminfer.nano import checkpoint_path
 
@@ -126,7 +127,33 @@ def test_a_row_for_each_setting_of_both_sides():
     assert (less["cache_kept"], less["attended"], less["compress"]) == (100.0, 60.0, 1.5)
 
 
-def test_without_the_peer_every_row_of_it_says_so(monkeypatch):
+def test_the_table_tells_what_is_held_and_what_is_read(monkeypatch):
+    right = [[1], [2], [3], [4]]
+    case = Case([], [""] * 4, [], 1, 1, {9}, lambda number, said: said == right[number])
+    sides = [Stub("mminfer", InputError("too few"), 0.0), Stub("kvpress", PeerError("tell: no"), 0.5)]
+    origin = dict.fromkeys(("device", "threads", "torch", "transformers", "commit"), "some")
+    rows = [{k: str(v) for k, v in r.items()} | origin for r in replay.kept(sides, [case], False, model="nano")]
+    monkeypatch.setattr(tables, "read_rows", lambda name: rows)
+    lines = tables.kept().splitlines()
+    assert len(lines) == 2 + 4 + 2 and "differ from ours by 0.5 at most" in lines[-1]
+    assert lines[5].endswith("| `less` | 60.0 % | 100.0 % | 66.7 | 20.8 to 93.9 | 3 of 4 | 0.0 | 1.5 |")
+    assert [line.count("`none`") for line in tables.times().splitlines()[2:4]] == [1, 1]
+    monkeypatch.setattr(tables, "read_rows", lambda name: [])
+    assert tables.kept() == "None was measured."
+
+
+@pytest.mark.slow
+def test_a_run_without_the_peer(monkeypatch, capsys, tmp_path):
+    pytest.importorskip("sklearn")
+    args = ["--models", "nano", "--images", "2", "--questions", "1", "--budgets", "50", "--protocols", "streamed"]
+    monkeypatch.setattr(sys, "argv", ["replay", *args, "--out", "-", "--env", str(tmp_path / "none")])
+    replay.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("'status': 'measured'" in line for line in lines) == 4
+    assert sum("'status': 'not installed: " in line for line in lines) == 7 == len(lines) - 4
+
+
+def test_without_the_peer_every_row_of_it_says_so():
     theirs = replay.Theirs("not installed", [], [50], Path())
     theirs.load(Path(), Path(), 1, False)
     with pytest.raises(PeerError, match=r"^not installed$"):
