@@ -95,7 +95,11 @@ SECTIONS: list[Section] = [
     ),
     ("Presets", "", [partial(needle.by_length, "presets", Protocol.NEXT_TURN)]),
     ("Prompts that memory would not hold", "", [cost.long_context]),
-    ("Peers", "Each in its own environment, on the same weights and prompts.", [peers.quality, peers.times]),
+    (
+        "Peers",
+        "Each in its own environment, on the same weights and prompts.",
+        [peers.quality, peers.kept, peers.times],
+    ),
     ("Kernels", KERNELS, [kernels.kernels, quality.scores]),
     ("Every setting, task by task", "", [partial(needle.by_task, protocol) for protocol in Protocol]),
 ]

@@ -20,10 +20,11 @@ from mminfer.nano import build
 from training.nano.evaluate import TASKS, chat_inputs
 
 WORKERS = Path(__file__).parent / "workers"
-KEY = ("against", "model", "measure", "system", "setting", "images")  # what tells rows apart
+KEY = ("against", "model", "measure", "system", "setting", "images", "protocol")  # what tells rows apart
 COLUMNS = (
     *KEY, "versions", "tokens", "questions", "seed", "accuracy", *TASKS, "kl", "entries",
-    "cache_kept", "logits_differ", "read_ms", "ttft_ms", "p20_ms", "median_ms", "p80_ms", "turns", "note", "status",
+    "cache_kept", "attended", "full_right", "stayed", "kept", "kept_low", "kept_high", "compress", "logits_differ",
+    "read_ms", "ttft_ms", "p20_ms", "median_ms", "p80_ms", "turns", "note", "status",
 )  # fmt: skip
 MEASURED = "measured"
 

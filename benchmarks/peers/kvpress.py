@@ -201,7 +201,7 @@ def quality(
     for system in systems:
         full: list[Tensor] | None = None
         for setting in system.settings:
-            named = _named("quality", system, setting, facts)
+            named = _named("quality", system, setting, {"protocol": "next-turn", **facts})
             try:
                 held = [system.answer(setting, n) for n in numbers]
             except PeerError as error:

@@ -5,6 +5,7 @@ from benchmarks.tables.markdown import markdown, origin
 from benchmarks.tables.smol import NOTHING
 
 Row = dict[str, str]
+FIDELITY = ("quality", "kept")  # measures that are no times
 
 
 def quality() -> str:
@@ -27,9 +28,42 @@ def quality() -> str:
     return f"{markdown(header, table)}\n\n{told} {origin(rows)}. {NOTHING}"
 
 
+def kept() -> str:
+    """Of what is answered right uncompressed, how much stays right under Replay and under kvpress's KVzip."""
+    rows = [r for r in read_rows("peers") if r["measure"] == "kept" and r["status"] == "measured"]
+    if not rows:
+        return "None was measured."
+    header = ["model", "pictures", "protocol", "system", "setting", "entries read", "entries held", "stays right"]
+    header += ["95 %", "of", "KL", "compressing"]
+    table = [
+        [
+            *(r[name] for name in ("model", "images", "protocol", "system")),
+            f"`{r['setting']}`",
+            f"{float(r['attended']):.1f} %",
+            _kept(r),
+            r["kept"],
+            f"{r['kept_low']} to {r['kept_high']}",
+            f"{r['full_right']} of {r['questions']}",
+            r["kl"],
+            r["compress"],
+        ]
+        for r in rows
+    ]
+    versions = next((r["versions"] for r in rows if r["versions"]), "not installed")
+    worst = max((float(r["logits_differ"]) for r in rows if r["logits_differ"]), default=0.0)
+    told = "Percent of the questions that the same side answers right uncompressed; KL in nats over forced answers; "
+    told += (
+        "compressing: its time as a share of the side's own prompt pass, median over contexts. kvpress masks what a "
+    )
+    told += "head loses and holds it. Streamed, its KVzip goes behind each chunk through all that came so far. "
+    told += f"The peer: {versions}, in its own environment; its whole cache's logits differ from ours by {worst:.1g} "
+    told += "at most."
+    return f"{markdown(header, table)}\n\n{told} {origin(rows)}."
+
+
 def times() -> str:
     """What was timed beside peers, and what could not be run."""
-    rows = [r for r in read_rows("peers") if r["measure"] != "quality" or r["status"] != "measured"]
+    rows = [r for r in read_rows("peers") if r["measure"] not in FIDELITY or r["status"] != "measured"]
     header = ["peer", "model", "system", "setting", "tokens", "entries kept", "TTFT, ms", "TPOT, ms", "status"]
     table = []
     for r in rows:

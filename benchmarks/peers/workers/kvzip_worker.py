@@ -1,0 +1,215 @@
+"""kvpress on a language model alone, run as a file by the Python of its own environment; knows nothing of mminfer.
+
+kvpress's KVzip takes contexts as text, so pictures come to it as more words of the embedding table: what a model's own
+tower makes of them. Everything else is as kvpress's pipeline does it, save that the tokenizer is not loaded anew for
+each context, which would be counted as work of the press.
+"""
+
+import copy
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import kvpress
+import torch
+import transformers
+from kvpress.presses import kvzip_press
+from kvpress_worker import entries, older
+from safetensors.torch import save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, DynamicCache
+from wire import Prompt, read_prompts, serve
+
+state: dict[str, Any] = {}  # "model", "table", "image_token", "prompts", "ids", "pictures"
+
+
+def load(checkpoint: str, prompts: str, threads: int, template: bool) -> dict[str, Any]:
+    """Language model and prompts; gives the versions of what runs here.
+
+    Args:
+        checkpoint: of a model with a tower.
+        prompts: a folder.
+        threads: of torch.
+        template: whether contexts stand in the checkpoint's chat template; otherwise they are plain text.
+    """
+    torch.set_num_threads(threads)
+    transformers.utils.logging.disable_progress_bar()
+    new = int(transformers.__version__.split(".")[0]) >= 5
+    with tempfile.TemporaryDirectory() as folder:
+        source = checkpoint if new else older(checkpoint, folder)
+        whole = AutoModelForImageTextToText.from_pretrained(source, attn_implementation="sdpa").float().eval()
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    if not template:
+        tokenizer.chat_template = None
+    kvzip_press.AutoTokenizer = SimpleNamespace(from_pretrained=lambda name: tokenizer)
+    model, asked = language_model(whole), read_prompts(Path(prompts))
+    state.update(model=model, table=model.get_input_embeddings().weight.detach(), prompts=asked)
+    with torch.no_grad():
+        made = [as_words(whole, prompt) for prompt in asked]
+    state.update(ids=[ids for ids, _ in made], pictures=[rows for _, rows in made])
+    return {name: metadata.version(name) for name in ("kvpress", "torch", "transformers")}
+
+
+def language_model(whole: Any) -> Any:
+    """The language model of one with a tower, as a model of its own."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(whole.config.text_config, attn_implementation="sdpa")
+    model.lm_head = whole.lm_head
+    model.model = whole.model.language_model
+    return model.float().eval()
+
+
+def as_words(whole: Any, prompt: Prompt) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids [1, N] in which each place of a picture is a word of its own, and the rows of these words."""
+    ids, width = torch.tensor([prompt.input_ids]), state["table"].shape[1]
+    if not prompt.pixel_values.numel():
+        return ids, state["table"][:0]
+    found = whole.model.get_image_features(pixel_values=prompt.pixel_values)
+    rows = getattr(found, "pooler_output", found).reshape(-1, width)
+    ids[ids == whole.config.image_token_id] = len(state["table"]) + torch.arange(len(rows))
+    return ids, rows
+
+
+def made_press(name: str | None, arguments: dict[str, Any]) -> Any:
+    """A press of kvpress; an argument that is itself a press is [its name, its arguments]."""
+    if name is None:
+        return None
+    own = {key: made_press(*value) if isinstance(value, list) else value for key, value in arguments.items()}
+    return getattr(kvpress, name)(**own)
+
+
+@torch.no_grad()
+def tell(
+    prompt: int, press: str | None, arguments: dict[str, Any], tokens: int, chunks: list[int], out: str
+) -> dict[str, Any]:
+    """What it says to each question, so many tokens of it, and logits [answers, tokens, vocabulary] of the answers that
+    the prompt forces upon the first questions, into a file.
+
+    Args:
+        prompt: its number.
+        press: its class; None: nothing is compressed.
+        arguments: of the press.
+        tokens: of an answer.
+        chunks: lengths of the pieces in which the context is read and compressed.
+        out: the file.
+    """
+    asked, made = state["prompts"][prompt], made_press(press, arguments)
+    with known(prompt) as ids:
+        start = time.perf_counter()
+        read(ids, chunks, None)
+        pass_s = time.perf_counter() - start
+        start = time.perf_counter()
+        cache = read(ids, chunks, made)
+        read_s, held, masked = time.perf_counter() - start, entries(cache), masked_share()
+        forced = [
+            answer(cache, ids.shape[1], [question], len(tokens_of), [tokens_of])[1][0]
+            for question, tokens_of in zip(asked.questions, asked.answers, strict=True)
+            if tokens_of
+        ]
+        said: list[list[int]] = [[] for _ in asked.questions]
+        for numbers in alike(asked.questions):
+            own = answer(cache, ids.shape[1], [asked.questions[n] for n in numbers], tokens)[0]
+            for n, tokens_of in zip(numbers, own.tolist(), strict=True):
+                said[n] = tokens_of
+    save_file({"logits": torch.stack(forced)}, out)
+    figures = {"tokens": ids.shape[1], "entries": held, "masked": masked, "pass_s": pass_s, "read_s": read_s}
+    return {**figures, "said": said}
+
+
+@contextmanager
+def known(prompt: int) -> Iterator[torch.Tensor]:
+    """A prompt's token ids, of which the model knows all words."""
+    rows = torch.cat([state["table"], state["pictures"][prompt]])
+    state["model"].set_input_embeddings(nn.Embedding.from_pretrained(rows))
+    yield state["ids"][prompt]
+
+
+def read(ids: torch.Tensor, chunks: list[int], press: Any) -> Any:
+    """The cache of a context that was read in chunks, each compressed behind it.
+
+    KVzip takes the last forward's tokens for the whole context: where there are several, it is told of all so far, and
+    goes through them again. Other presses leave alone whatever comes after the first forward.
+
+    Raises:
+        ValueError: a press that does not compress later chunks.
+    """
+    if press is not None and len(chunks) > 1 and not isinstance(press, kvpress.KVzipPress):
+        raise ValueError(f"{type(press).__name__} compresses behind the first forward alone")
+    model, cache, stop = state["model"], DynamicCache(), 0
+    for chunk in chunks:
+        with nullcontext() if press is None else press(model):
+            model.model(input_ids=ids[:, stop : stop + chunk], past_key_values=cache)
+            stop += chunk
+            if isinstance(press, kvpress.KVzipPress):
+                press._context_ids = ids[:, :stop]
+    return cache
+
+
+def answer(
+    cache: Any, position: int, questions: list[list[int]], tokens: int, forced: list[list[int]] | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Greedy tokens [B, tokens] behind equally long questions, and the logits they were chosen from.
+
+    Args:
+        cache: of the context; a copy goes on.
+        position: of the questions' first token.
+        questions: token ids [B, n].
+        tokens: of an answer.
+        forced: token ids [B, tokens] to go on with in place of the greedy ones.
+    """
+    own, ids = copy.deepcopy(cache), torch.tensor(questions)
+    own.batch_repeat_interleave(len(questions))
+    said, rows = [], []
+    with masked_for(len(questions)):
+        for step in range(tokens):
+            positions = torch.arange(position, position + ids.shape[1]).expand(len(questions), -1)
+            inputs = {"input_ids": ids, "position_ids": positions, "past_key_values": own}
+            rows.append(state["model"](**inputs, logits_to_keep=1).logits[:, -1])
+            said.append(rows[-1].argmax(-1))
+            position += ids.shape[1]
+            ids = said[-1][:, None] if forced is None else torch.tensor([[f[step]] for f in forced])
+    return torch.stack(said, 1), torch.stack(rows, 1)
+
+
+@contextmanager
+def masked_for(batch: int) -> Iterator[None]:
+    """What kvpress masks of one sequence, masked of so many copies of it."""
+    before = {module: getattr(module, "masked_key_indices", None) for module in attentions()}
+    for module, masked in before.items():
+        if masked is not None:
+            count = len(masked[1])
+            rows = torch.arange(batch).repeat_interleave(count)
+            module.masked_key_indices = (rows, masked[1].repeat(batch), masked[2].repeat(batch))
+    try:
+        yield
+    finally:
+        for module, masked in before.items():
+            module.masked_key_indices = masked
+
+
+def masked_share() -> float:
+    """Entries that are held and masked, a head, mean over layers and heads."""
+    found = [getattr(module, "masked_key_indices", None) for module in attentions()]
+    heads = state["model"].config.num_key_value_heads
+    return sum(len(masked[1]) for masked in found if masked is not None) / (heads * len(found))
+
+
+def attentions() -> list[Any]:
+    return [layer.self_attn for layer in state["model"].model.layers]
+
+
+def alike(questions: list[list[int]]) -> list[list[int]]:
+    """Numbers of questions, those of one length together."""
+    found: dict[int, list[int]] = {}
+    for number, question in enumerate(questions):
+        found.setdefault(len(question), []).append(number)
+    return list(found.values())
+
+
+if __name__ == "__main__":
+    serve({"load": load, "tell": tell})
