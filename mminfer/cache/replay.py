@@ -46,7 +46,8 @@ class Replay(CacheTechnique):
     Args:
         ratio: entries kept, as a fraction of the tokens that the layers took in, in (0, 1].
         budget: entries of the average head, in place of the ratio.
-        sure: of an even share, what every head is sure of, in [0, 1].
+        sure: of an even share, what every head is sure of, in [0, 1]; None: twice the part of all entries that stays, a
+            half at most.
         fit: rows of a stretch whose queries values are fitted to; 0: values stay as they are.
         stretch: entries that a row looks at: those of its own stretch of so many rows, and the first of all.
         text: whether rows of text go by again too where there are pictures beside them.
@@ -65,7 +66,7 @@ class Replay(CacheTechnique):
 
     ratio: float = 0.3
     budget: int | None = None
-    sure: float = 0.25
+    sure: float | None = None
     fit: int = 128
     stretch: int = 1024
     text: bool = True
@@ -80,8 +81,8 @@ class Replay(CacheTechnique):
         check_fraction("Replay.ratio", self.ratio)
         if self.budget is not None and not is_whole(self.budget, least=1):
             raise ConfigError(f"Replay.budget={shown(self.budget)}, wanted a number of entries, 1 or more, or None")
-        if not is_number(self.sure, most=1) or self.sure < 0:
-            raise ConfigError(f"Replay.sure={shown(self.sure)}, wanted a part from 0 to 1")
+        if self.sure is not None and (not is_number(self.sure, most=1) or self.sure < 0):
+            raise ConfigError(f"Replay.sure={shown(self.sure)}, wanted a part from 0 to 1, or None")
         if not is_whole(self.fit, least=0):
             raise ConfigError(f"Replay.fit={shown(self.fit)}, wanted a number of rows, 0 or more")
         if not is_whole(self.stretch, least=64):
@@ -122,7 +123,8 @@ class Replay(CacheTechnique):
         whole = sum(tokens_seen) * self.ratio if self.budget is None else self.budget * len(layers)
         total = max(int(whole * heads), heads * len(layers))
         scores = [head.score[0, 0] for entries in judged for head in entries.heads() if head.score is not None]
-        keep = shared_choice(scores, total, self.sure)
+        sure = min(0.5, 2 * whole / max(sum(tokens_seen), 1)) if self.sure is None else self.sure
+        keep = shared_choice(scores, total, sure)
         if all(bool(kept.all()) for kept in keep):
             return judged
         out = []
