@@ -139,7 +139,7 @@ class Replay(CacheTechnique):
         """The entries with the scores of those that are new."""
         if not looked:
             return entries
-        peaks = torch.cat([stretch.peaks for stretch in looked], 1)
+        peaks = torch.cat([stretch.peaks for stretch in looked], 1).nan_to_num_(0.0)  # of a model that gives nan
         count = peaks.shape[1]
         is_visual = entries.heads()[0].last(count).is_visual
         if is_visual is None:

@@ -166,6 +166,13 @@ def test_generated_tokens_stay_in_the_same_share_the_latest_first():
         assert 4 <= sum(own) <= 16 and own == sorted(own)
 
 
+def test_what_nobody_can_judge_leaves_no_layer_empty():
+    layers, stretches = [made(30), made(30, seed=1)], [[looked(30)], [looked(30)]]
+    stretches[0][0].peaks.fill_(torch.nan)
+    kept = compressed(Replay(0.1, fit=0), layers, stretches, [30] * 2)
+    assert [entries.total > 0 for entries in kept] == [True] * 2
+
+
 def test_a_budget_above_everything_changes_nothing():
     entries = made(30)
     kept = compressed(Replay(1.0), [entries], [[looked(30)]], [30])[0]
