@@ -85,7 +85,8 @@ def test_the_workers_language_model_says_what_ours_says(engine, ours, case, work
     full = ours.tell("off", 0, False)
     told = theirs.tell("no press", 0, False)
     torch.testing.assert_close(told.logits, full.logits, atol=1e-3, rtol=0)
-    assert told.said == full.said and (told.entries, told.masked) == (told.tokens, 0)
+    again = theirs.tell("no press", 0, True)
+    assert again.said == told.said == full.said and (told.entries, told.masked) == (told.tokens, 0)
     with pytest.raises(ValueError, match=r"^Other compresses behind the first forward alone$"):
         worker.read(torch.zeros(1, 4, dtype=torch.long), [2, 2], worker.made_press("Other", {"a": ["Other", {}]}))
     module = worker.attentions()[0]
@@ -158,4 +159,6 @@ def test_without_the_peer_every_row_of_it_says_so():
     theirs.load(Path(), Path(), 1, False)
     with pytest.raises(PeerError, match=r"^not installed$"):
         theirs._ask("tell")
+    assert list(replay.chosen(theirs.settings, ["kvzippress"])) == ["no press", "KVzipPress 50 %"]
+    assert replay.chosen(theirs.settings, None) == theirs.settings
     assert len(theirs.settings) == 7 and set(replay.our_settings([20])) >= {"off", "Replay, fast 20 %"}

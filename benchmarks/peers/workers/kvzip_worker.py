@@ -8,7 +8,7 @@ each context, which would be counted as work of the press.
 import copy
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from importlib import metadata
 from pathlib import Path
@@ -85,7 +85,7 @@ def made_press(name: str | None, arguments: dict[str, Any]) -> Any:
 
 @torch.no_grad()
 def tell(
-    prompt: int, press: str | None, arguments: dict[str, Any], tokens: int, chunks: list[int], out: str
+    prompt: int, press: str | None, arguments: dict[str, Any], tokens: int, chunks: list[int], timed: bool, out: str
 ) -> dict[str, Any]:
     """What it says to each question, so many tokens of it, and logits [answers, tokens, vocabulary] of the answers that
     the prompt forces upon the first questions, into a file.
@@ -96,29 +96,32 @@ def tell(
         arguments: of the press.
         tokens: of an answer.
         chunks: lengths of the pieces in which the context is read and compressed.
+        timed: whether the prompt pass is timed alone as well.
         out: the file.
     """
     asked, made = state["prompts"][prompt], made_press(press, arguments)
+    forced = [n for n, tokens_of in enumerate(asked.answers) if tokens_of]
+    logits: dict[int, torch.Tensor] = {}
+    said: dict[int, list[int]] = {}
     with known(prompt) as ids:
-        start = time.perf_counter()
-        read(ids, chunks, None)
-        pass_s = time.perf_counter() - start
-        start = time.perf_counter()
-        cache = read(ids, chunks, made)
-        read_s, held, masked = time.perf_counter() - start, entries(cache), masked_share()
-        forced = [
-            answer(cache, ids.shape[1], [question], len(tokens_of), [tokens_of])[1][0]
-            for question, tokens_of in zip(asked.questions, asked.answers, strict=True)
-            if tokens_of
-        ]
-        said: list[list[int]] = [[] for _ in asked.questions]
-        for numbers in alike(asked.questions):
-            own = answer(cache, ids.shape[1], [asked.questions[n] for n in numbers], tokens)[0]
-            for n, tokens_of in zip(numbers, own.tolist(), strict=True):
-                said[n] = tokens_of
-    save_file({"logits": torch.stack(forced)}, out)
-    figures = {"tokens": ids.shape[1], "entries": held, "masked": masked, "pass_s": pass_s, "read_s": read_s}
-    return {**figures, "said": said}
+        pass_s = took(lambda: read(ids, chunks, None))[1] if timed else 0.0
+        cache, read_s = took(lambda: read(ids, chunks, made))
+        figures = {"tokens": ids.shape[1], "entries": entries(cache), "masked": masked_share()}
+        for numbers in alike(asked.questions, forced):
+            rows = answer(cache, ids.shape[1], asked, numbers, len(asked.answers[numbers[0]]), forced=True)[1]
+            logits |= dict(zip(numbers, rows, strict=True))
+        for numbers in alike(asked.questions, range(len(asked.questions))):
+            own = answer(cache, ids.shape[1], asked, numbers, tokens, forced=False)[0]
+            said |= dict(zip(numbers, own.tolist(), strict=True))
+    save_file({"logits": torch.stack([logits[n] for n in forced])}, out)
+    return {**figures, "pass_s": pass_s, "read_s": read_s, "said": [said[n] for n in sorted(said)]}
+
+
+def took(run: Callable[[], Any]) -> tuple[Any, float]:
+    """What it gives, and its seconds."""
+    start = time.perf_counter()
+    made = run()
+    return made, time.perf_counter() - start
 
 
 @contextmanager
@@ -151,28 +154,29 @@ def read(ids: torch.Tensor, chunks: list[int], press: Any) -> Any:
 
 
 def answer(
-    cache: Any, position: int, questions: list[list[int]], tokens: int, forced: list[list[int]] | None = None
+    cache: Any, position: int, asked: Prompt, numbers: list[int], tokens: int, *, forced: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Greedy tokens [B, tokens] behind equally long questions, and the logits they were chosen from.
+    """Tokens [B, tokens] that are likeliest behind equally long questions, and their logits [B, tokens, vocabulary].
 
     Args:
         cache: of the context; a copy goes on.
         position: of the questions' first token.
-        questions: token ids [B, n].
+        asked: has the questions.
+        numbers: of these, B.
         tokens: of an answer.
-        forced: token ids [B, tokens] to go on with in place of the greedy ones.
+        forced: go on with the prompt's answers, in place of the likeliest tokens.
     """
-    own, ids = copy.deepcopy(cache), torch.tensor(questions)
-    own.batch_repeat_interleave(len(questions))
+    own, ids = copy.deepcopy(cache), torch.tensor([asked.questions[n] for n in numbers])
+    own.batch_repeat_interleave(len(numbers))
     said, rows = [], []
-    with masked_for(len(questions)):
+    with masked_for(len(numbers)):
         for step in range(tokens):
-            positions = torch.arange(position, position + ids.shape[1]).expand(len(questions), -1)
+            positions = torch.arange(position, position + ids.shape[1]).expand(len(numbers), -1)
             inputs = {"input_ids": ids, "position_ids": positions, "past_key_values": own}
             rows.append(state["model"](**inputs, logits_to_keep=1).logits[:, -1])
             said.append(rows[-1].argmax(-1))
             position += ids.shape[1]
-            ids = said[-1][:, None] if forced is None else torch.tensor([[f[step]] for f in forced])
+            ids = torch.tensor([[asked.answers[n][step]] for n in numbers]) if forced else said[-1][:, None]
     return torch.stack(said, 1), torch.stack(rows, 1)
 
 
@@ -203,11 +207,11 @@ def attentions() -> list[Any]:
     return [layer.self_attn for layer in state["model"].model.layers]
 
 
-def alike(questions: list[list[int]]) -> list[list[int]]:
+def alike(questions: list[list[int]], numbers: Iterable[int]) -> list[list[int]]:
     """Numbers of questions, those of one length together."""
     found: dict[int, list[int]] = {}
-    for number, question in enumerate(questions):
-        found.setdefault(len(question), []).append(number)
+    for number in numbers:
+        found.setdefault(len(questions[number]), []).append(number)
     return list(found.values())
 
 
