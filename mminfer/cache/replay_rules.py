@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from mminfer.technique import CacheEntries, ReplayedStretch
 
@@ -41,7 +42,15 @@ def shared_choice(scores: Sequence[Tensor], total: int, sure: float) -> list[Ten
     return list(keep.split(lengths))
 
 
-def fitted_values(queries: Tensor, keys: Tensor, values: Tensor, keep: Tensor, movable: Tensor, scale: float) -> Tensor:
+def fitted_values(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    keep: Tensor,
+    movable: Tensor,
+    scale: float,
+    log_mass: Tensor | None = None,
+) -> Tensor:
     """Values of one head's entries that stay, such that queries read among these what they read among all.
 
     Least squares with a ridge that holds them to their own values.
@@ -53,6 +62,7 @@ def fitted_values(queries: Tensor, keys: Tensor, values: Tensor, keep: Tensor, m
         keep: [N] bool, those that stay.
         movable: [k] bool, of those that stay, whose values may change.
         scale: factor of the logits.
+        log_mass: [N] float32, added to them; None: 0.
 
     Returns:
         [k, D] float32.
@@ -63,6 +73,8 @@ def fitted_values(queries: Tensor, keys: Tensor, values: Tensor, keep: Tensor, m
     """
     places = keep.nonzero()[:, 0]
     logits = (queries @ keys.mT).float().mul_(scale)  # [R, N]
+    if log_mass is not None:
+        logits += log_mass
     logits = logits.sub_(logits.amax(-1, keepdim=True)).exp_()
     own, kept = values.float(), logits.index_select(1, places)
     kept /= kept.sum(-1, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny)
@@ -141,11 +153,12 @@ def fit_stretch(keys: Tensor, values: Tensor, keep: Tensor, stretch: ReplayedStr
     """
     heads = stretch.peaks.shape[0]
     queries = stretch.queries.unflatten(0, (heads, -1))[head].flatten(0, 1)
-    movable = keep.new_ones(int(keep.sum()))
-    own = values
-    if stretch.sink is not None:
-        keys, own = (torch.cat([sink[head], x]) for sink, x in zip(stretch.sink, (keys, values), strict=True))
-        keep, movable = (torch.cat([flags.new_ones(1), flags]) for flags in (keep, movable))
-        movable[0] = False
-    fitted = fitted_values(queries, keys, own, keep, movable, stretch.scale)
-    values[keep[-len(values) :]] = fitted[-int(keep[-len(values) :].sum()) :].to(values.dtype)
+    movable, earlier, count = keep.new_ones(int(keep.sum())), stretch.earlier, int(keep.sum())
+    own, log_mass = values, None
+    if earlier is not None:
+        ahead = earlier.keys.shape[1]
+        keys, own = (torch.cat([a[head], b]) for a, b in ((earlier.keys, keys), (earlier.values, values)))
+        keep, movable = (pad(flags, (ahead, 0), value=flag) for flags, flag in ((keep, True), (movable, False)))
+        log_mass = None if earlier.log_mass is None else pad(earlier.log_mass[head], (0, len(values)))
+    fitted = fitted_values(queries, keys, own, keep, movable, stretch.scale, log_mass)
+    values[keep[-len(values) :]] = fitted[len(fitted) - count :].to(values.dtype)

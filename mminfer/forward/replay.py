@@ -16,7 +16,8 @@ import torch
 from mminfer_kernels import prompt_attention_peak
 from mminfer_kernels.prompt_attention import shares_logits
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
+from torch.nn.functional import cosine_similarity, pad
+from torch.nn.utils.rnn import pad_sequence
 
 from mminfer.config import InferenceConfig
 from mminfer.forward.branches import ffn_branch
@@ -25,7 +26,7 @@ from mminfer.forward.rotary import Tables
 from mminfer.forward.rows import Rows, through_layer
 from mminfer.layout import TokenLayout
 from mminfer.metrics.flops import causal_pairs, layer_flops
-from mminfer.technique import CacheEntries, ReplayedStretch, ReplayPlan, only_rows
+from mminfer.technique import NOTHING, CacheEntries, EarlierEntries, ReplayedStretch, ReplayPlan, only_rows
 
 GROUP = 512  # rows that are replayed together: more would find each other
 
@@ -71,9 +72,11 @@ class Replay:
     Attributes:
         rows: [K] int64, those of them that go by again.
         layout: of these, at the positions that follow their stretch.
+        stretch: entries that each looks at.
     """
 
     def __init__(self, hidden: Tensor, layout: TokenLayout, plan: ReplayPlan) -> None:
+        self.stretch = plan.stretch
         wanted = _worth_replaying(hidden, layout, plan)
         parts = [
             (sequence, first, last)
@@ -142,10 +145,16 @@ class ReplayAttention:
 
     def _look(self, stretch: _Stretch, q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor) -> None:
         """One stretch's rows; what they read goes to `out`."""
-        first, held, sink = self._entries(stretch)
+        first, held, earlier = self._entries(stretch)
+        ahead = 0 if earlier is None else earlier.keys.shape[1]
+        if earlier is not None:
+            held = torch.cat([torch.stack([earlier.keys, earlier.values])[:, None], held], 3)
         counted, longest = held.shape[3], max(len(group.rows) for group in stretch.groups)
         keys_values = held.new_empty(*held.shape[:3], counted + longest, held.shape[4])
         keys_values[:, :, :, :counted] = held
+        log_mass = None
+        if earlier is not None and earlier.log_mass is not None:
+            log_mass = pad(earlier.log_mass, (0, counted + longest - ahead))[None]
         peaks = held.new_zeros(held.shape[2], counted, dtype=torch.float32)
         pairs = 0
         for group in stretch.groups:
@@ -153,22 +162,22 @@ class ReplayAttention:
             for place, own in zip(keys_values, (k, v), strict=True):
                 place[:, :, counted:stop] = own[:, :, group.rows]
             keys, values, asked = keys_values[0, :, :, :stop], keys_values[1, :, :, :stop], q[:, :, group.rows]
-            out[:, :, group.rows], peak = prompt_attention_peak(asked, keys, values, scale, None, counted)
-            peaks = peaks.maximum(peak[0])
+            mass = None if log_mass is None else log_mass[:, :, :stop]
+            out[:, :, group.rows], peak = prompt_attention_peak(asked, keys, values, scale, None, counted, mass)
+            peaks = peaks.maximum(peak[0].float())
             again = 0 if shares_logits(asked, keys, values) else len(group.rows) * counted
             pairs += 2 * causal_pairs(len(group.rows), counted) + again
         self.flops[stretch.sequence] += 2 * q.shape[1] * q.shape[3] * pairs
-        ahead = 0 if sink is None else 1
         self.found[stretch.sequence].append(
-            ReplayedStretch(first, peaks[:, ahead:], q[0, :, stretch.references], sink, scale)
+            ReplayedStretch(first, peaks[:, ahead:], q[0, :, stretch.references], earlier, scale)
         )
 
-    def _entries(self, stretch: _Stretch) -> tuple[int, Tensor, Tensor | None]:
+    def _entries(self, stretch: _Stretch) -> tuple[int, Tensor, EarlierEntries | None]:
         """What rows of a stretch look at.
 
         Returns:
-            The first of its entries among those of this pass; keys and values of them all, [2, 1, G, n, D], behind the
-            sequence's first entry; that, [2, G, 1, D], or None where it is one of them.
+            The first of its entries among those of this pass; keys and values of them all, [2, 1, G, n, D]; and which
+            others beside them.
         """
         attended, b = self._attended, stretch.sequence
         start, stop = attended.layout.spans[b]
@@ -179,14 +188,31 @@ class ReplayAttention:
         source = attended.layout.source[start:stop]
         first, last = torch.searchsorted(source, torch.tensor(stretch.sources, device=source.device)).tolist()
         held = torch.stack([fresh.keys[:, :, first:last], fresh.values[:, :, first:last]])
-        if first == 0 and entries.total == fresh.total:
-            return first, held, None
-        heads = entries.heads()
-        if min(entries.lengths) == 0:  # another technique may have left a head with nothing
-            return first, held, None
-        begin = [torch.cat([getattr(head, name)[:, :, :1] for head in heads], 1) for name in ("keys", "values")]
-        sink = torch.stack(begin)
-        return first, torch.cat([sink, held], 3), sink[:, 0]
+        if entries.total > fresh.total:
+            return first, held, _earlier(entries, len(fresh), max(self._replay.stretch - (last - first), 1))
+        sink = None if first == 0 else EarlierEntries(fresh.keys[0, :, :1], fresh.values[0, :, :1], None)
+        return first, held, sink
+
+
+def _earlier(entries: CacheEntries, fresh: int, most: int) -> EarlierEntries:
+    """Of the entries that were there before the last `fresh` ones, at most so many of each head.
+
+    The first, and those that were asked for most, or the last where nobody says.
+    """
+    chosen = []
+    for head in entries.heads():
+        count = len(head) - fresh
+        worth = torch.arange(count, device=head.keys.device) if head.score is None else head.score[0, 0, :count].clone()
+        worth[:1] = torch.finfo(torch.float32).max if worth.is_floating_point() else count
+        places = worth.topk(min(most, count)).indices.sort().values
+        chosen.append((head.keys[0, 0, places], head.values[0, 0, places]))
+    lengths = [len(keys) for keys, _ in chosen]
+    keys, values = (pad_sequence([pair[n] for pair in chosen], batch_first=True) for n in range(2))
+    if min(lengths) == max(lengths):
+        return EarlierEntries(keys, values, None)
+    place = torch.arange(max(lengths), device=keys.device)
+    missing = place >= torch.tensor(lengths, device=keys.device)[:, None]
+    return EarlierEntries(keys, values, torch.zeros_like(missing, dtype=torch.float32).masked_fill_(missing, NOTHING))
 
 
 class LayersAgain:

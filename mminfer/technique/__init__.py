@@ -4,7 +4,7 @@ from mminfer.technique.chance import draw_lot
 from mminfer.technique.checks import check_columns, check_declared, checked_entries, compressed_layers, kept_rows
 from mminfer.technique.entries import COLUMNS, CacheEntries, mean_length
 from mminfer.technique.registry import TechniqueRegistry, is_bundled
-from mminfer.technique.replayed import ReplayedStretch, ReplayPlan
+from mminfer.technique.replayed import NOTHING, EarlierEntries, ReplayedStretch, ReplayPlan
 from mminfer.technique.row_hooks import only_rows
 from mminfer.technique.settings import (
     CACHE_SHARES,
@@ -39,8 +39,10 @@ __all__ = [
     "MOST_COUNT",
     "MOST_FACTOR",
     "MOST_LAYERS",
+    "NOTHING",
     "CacheEntries",
     "CacheTechnique",
+    "EarlierEntries",
     "LayerRange",
     "LayerView",
     "LayerWork",

@@ -15,7 +15,8 @@ class ReplayPlan:
     the last token like its own would find it there, and never ask for the entry.
 
     Args:
-        stretch: entries that a row looks at: those of its own stretch of so many rows, and the first of all.
+        stretch: entries that a row looks at: those of its own stretch of so many rows and the first of all; where it is
+            shorter, others that were held before fill it up.
         references: rows of a stretch whose queries are handed over, evenly spread; 0: none.
         text: whether rows of text are replayed too where a stretch has visual ones.
         alike: visual rows whose embedding is as like the row's before them, by cosine, are left out; 1: none is.
@@ -30,6 +31,24 @@ class ReplayPlan:
 
 
 @dataclass(frozen=True, eq=False)
+class EarlierEntries:
+    """Entries that rows of a stretch look at beside the stretch's own, so that shares are of about as many everywhere.
+
+    Args:
+        keys: [G, m, D].
+        values: [G, m, D].
+        log_mass: [G, m] float32: 0, or `NOTHING` where a head has fewer; None: 0 for all.
+    """
+
+    keys: Tensor
+    values: Tensor
+    log_mass: Tensor | None
+
+
+NOTHING = -1e9  # added to a logit, it leaves nothing of the entry
+
+
+@dataclass(frozen=True, eq=False)
 class ReplayedStretch:
     """What one stretch of a sequence's entries in one layer was asked for.
 
@@ -37,14 +56,14 @@ class ReplayedStretch:
         first: the first of its entries, among those of this pass.
         peaks: [G, n] float32, the largest share of its attention that any replayed query gave to each.
         queries: [H, R, D], some of those queries, rotated, as they stood behind the stretch.
-        sink: [2, G, 1, D], key and value of the sequence's first entry, where that is none of the stretch.
+        earlier: what the queries looked at beside them; None: nothing.
         scale: factor of the attention's logits.
     """
 
     first: int
     peaks: Tensor
     queries: Tensor
-    sink: Tensor | None
+    earlier: EarlierEntries | None
     scale: float
 
     @property

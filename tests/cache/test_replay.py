@@ -22,10 +22,10 @@ def made(count, seed=0, visual=None):
     return CacheEntries(keys, values, is_visual=is_visual.expand(1, GROUPS, count), score=score)
 
 
-def looked(count, first=0, seed=1, rows=20, sink=None):
+def looked(count, first=0, seed=1, rows=20):
     generator = torch.Generator().manual_seed(seed)
     queries = torch.randn(GROUPS * REPEAT, rows, SIZE, generator=generator)
-    return ReplayedStretch(first, torch.rand(GROUPS, count, generator=generator), queries, sink, SIZE**-0.5)
+    return ReplayedStretch(first, torch.rand(GROUPS, count, generator=generator), queries, None, SIZE**-0.5)
 
 
 def read(queries, keys, values, scale=SIZE**-0.5):

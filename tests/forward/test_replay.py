@@ -13,6 +13,7 @@ from mminfer import (
     AIMPrune,
     ConfigError,
     Digest,
+    Engine,
     InferenceConfig,
     InputError,
     OperatorSkip,
@@ -22,6 +23,7 @@ from mminfer import (
 from mminfer.forward.kv_cache import CACHE_NAME
 from mminfer.forward.replay import Replay as Again
 from mminfer.models.registry import adapter_for
+from mminfer.nano import sample_messages
 from mminfer.technique import CacheTechnique, ReplayPlan
 from tests.tiny import IMAGE, MARKED_FAMILIES, VIDEO, fitting, tiny_inputs, tiny_model, tiny_rows
 
@@ -167,10 +169,10 @@ def test_long_prompts_are_judged_stretch_by_stretch():
         model.generate(**inputs, **GREEDY)
     layers, replayed = technique.seen[0]
     stretches = replayed[0]
-    assert len(stretches) > 2 and stretches[0].sink is None and all(s.sink is not None for s in stretches[1:])
+    assert len(stretches) > 2 and stretches[0].earlier is None and all(s.earlier is not None for s in stretches[1:])
     assert [s.first for s in stretches[1:]] == [s.last for s in stretches[:-1]]
     assert stretches[-1].last == len(layers[0])
-    torch.testing.assert_close(stretches[1].sink[0, :, 0], layers[0].keys[0, :, 0])
+    torch.testing.assert_close(stretches[1].earlier.keys[:, 0], layers[0].keys[0, :, 0])
 
 
 def test_chunks_and_turns_go_on_from_what_was_kept():
@@ -184,9 +186,41 @@ def test_chunks_and_turns_go_on_from_what_was_kept():
     (first, _), (second, replayed) = technique.seen
     assert second[0].is_packed
     for _entries, (stretch,) in zip(second, replayed, strict=True):
-        assert stretch.first == 0 and stretch.peaks.shape[1] == 24 and stretch.sink is not None
+        assert stretch.first == 0 and stretch.peaks.shape[1] == 24 and stretch.earlier is not None
     held = sum(sum(layer.head_lengths[0]) for layer in out[CACHE_NAME].layers)
     assert held == int(0.5 * (len(first[0]) + 24) * len(first) * len(first[0].lengths))
+
+
+def test_short_turns_do_not_push_the_context_out():
+    """Their rows look at what was held before, too: a share of a dozen entries says nothing beside one of hundreds."""
+    engine = Engine.from_pretrained("nano", InferenceConfig(cache=Replay(budget=120)))
+    chat = engine.chat()
+    chat.read(sample_messages()[0]["content"][:8])
+    held = []
+    for _ in range(5):
+        chat.send("Which image shows a blue 1?", max_new_tokens=2)
+        layers = chat.cache.layers
+        held.append(sum(int(head.is_visual.sum()) for layer in layers for head in layer.row(0).heads()))
+    assert held[-1] > 0.6 * held[0]
+
+
+def test_rows_of_a_turn_look_at_what_each_head_holds():
+    model = tiny_model("llava")
+    technique = Noted(0.5)
+    turn = torch.randint(10, 400, (1, 6), generator=torch.Generator().manual_seed(0))
+    with patched(model, InferenceConfig(cache=technique)):
+        out = model(**tiny_inputs("llava", [[5, IMAGE, 30]]), use_cache=True)
+        held = [layer.head_lengths[0] for layer in out[CACHE_NAME].layers]
+        model(input_ids=turn, **{CACHE_NAME: out[CACHE_NAME]})
+    for lengths, entries, (stretch,) in zip(held, *technique.seen[1], strict=True):
+        earlier = stretch.earlier
+        for head, (length, own) in enumerate(zip(lengths, entries.heads(), strict=True)):
+            assert torch.equal(earlier.keys[head, :length], own.keys[0, 0, :length])
+            assert earlier.log_mass is None or int((earlier.log_mass[head] == 0).sum()) == length
+        queries = stretch.queries.unflatten(0, (len(lengths), -1)).flatten(1, 2)
+        for head, own in enumerate(entries.heads()):  # no share of theirs is more than it is without their own rows
+            alone = (queries[head] @ own.keys[0, 0].mT * stretch.scale).softmax(-1).amax(0)
+            assert bool((stretch.peaks[head] <= alone[-6:] + 1e-5).all())
 
 
 def test_text_beside_pictures_may_be_left_out():
