@@ -15,7 +15,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from mminfer.errors import InputError
 from mminfer.forward.kv_layer import CompressedLayer
 from mminfer.forward.packed_layer import PackedLayer, layer_of
-from mminfer.technique import PositionTechnique
+from mminfer.technique import CacheTechnique, PositionTechnique
 
 HEADROOM = 64  # spare columns of a layer, for the tokens to come
 # What the host calls a cache, as an argument and in its outputs: it has changed the name.
@@ -63,24 +63,37 @@ class Origin:
     Args:
         model: a number of the language model.
         positions: the technique that placed and rotated them.
+        replayed: whether scores of entries are shares of a replay's attention; None: they have no scores.
     """
 
     model: int
     positions: PositionTechnique | None
+    replayed: bool | None = None
 
     @classmethod
-    def of(cls, language_model: nn.Module, positions: PositionTechnique | None) -> Origin:
+    def of(
+        cls, language_model: nn.Module, positions: PositionTechnique | None, cache: CacheTechnique | None = None
+    ) -> Origin:
         """Of what this language model makes."""
-        return cls(_model_numbers.setdefault(language_model, next(_numbers)), positions)
+        replayed = None if cache is None or "score" not in cache.columns else cache.replay is not None
+        return cls(_model_numbers.setdefault(language_model, next(_numbers)), positions, replayed)
 
     def check(self, cache: CompressedCache) -> None:
-        """Raises `InputError` if another model, or other positions, made a cache to go on from."""
-        if cache.origin is None or cache.origin == self:
+        """Raises `InputError` if another model, other positions or other scores made a cache to go on from."""
+        held = cache.origin
+        if held is None or held == self:
             return
-        if cache.origin.model != self.model:
+        if held.model != self.model:
             raise InputError(f"{CACHE_NAME} was filled by another model: go on with the one that made it")
+        if held.positions == self.positions:
+            if None in (held.replayed, self.replayed) or held.replayed == self.replayed:
+                return
+            raise InputError(
+                f"{CACHE_NAME} holds entries {'' if held.replayed else 'not '}scored by a replay, and the patch's cache "
+                "technique scores otherwise: go on with the settings that made it, or begin with an empty cache"
+            )
         raise InputError(
-            f"{CACHE_NAME} was filled with positions={cache.origin.positions}, the patch has {self.positions}: go on "
+            f"{CACHE_NAME} was filled with positions={held.positions}, the patch has {self.positions}: go on "
             "with the same positions"
         )
 

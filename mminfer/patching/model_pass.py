@@ -89,7 +89,7 @@ class ModelPass:
         self.records: list[PromptRecord] = []
         self.prompt_ms: list[float] = []
         self._decoder = Decoder(self.adapter, config, compile)
-        self._origin = Origin.of(self.adapter.language_model, config.positions)
+        self._origin = Origin.of(self.adapter.language_model, config.positions, config.cache)
 
     @property
     def first_token_at(self) -> float:

@@ -16,6 +16,7 @@ from mminfer import (
     Engine,
     InferenceConfig,
     InputError,
+    LookM,
     OperatorSkip,
     Replay,
     patched,
@@ -289,6 +290,17 @@ def test_entries_without_scores_are_refused_before_any_pass(before):
         with pytest.raises(InputError, match=r"does not say the .*score of its entries, by which Replay judges"):
             model(input_ids=turn, **{CACHE_NAME: cache})
         assert not handle.records and cache.head_lengths == held
+
+
+@pytest.mark.parametrize("techniques", [(LookM(0.5, 0.3), Replay(0.5)), (Replay(1.0), LookM(0.5, 0.3))], ids=str)
+def test_scores_of_another_kind_are_refused_before_any_pass(techniques):
+    """Sums of attention over a prompt are no shares of a replay's."""
+    model, inputs, turn = tiny_model("llava"), tiny_inputs("llava", [PROMPT]), tiny_inputs("llava", [[9]])["input_ids"]
+    first, second = techniques
+    with patched(model, InferenceConfig(cache=first)):
+        cache = model(**inputs, use_cache=True)[CACHE_NAME]
+    with patched(model, InferenceConfig(cache=second)), pytest.raises(InputError, match="scored by a replay"):
+        model(input_ids=turn, **{CACHE_NAME: cache})
 
 
 def test_models_whose_layers_slide_are_refused():
