@@ -89,8 +89,8 @@ class Origin:
             if None in (held.replayed, self.replayed) or held.replayed == self.replayed:
                 return
             raise InputError(
-                f"{CACHE_NAME} holds entries {'' if held.replayed else 'not '}scored by a replay, and the patch's cache "
-                "technique scores otherwise: go on with the settings that made it, or begin with an empty cache"
+                f"{CACHE_NAME} holds entries {'' if held.replayed else 'not '}scored by a replay, and the patch scores "
+                "otherwise: go on with the settings that made it, or begin with an empty cache"
             )
         raise InputError(
             f"{CACHE_NAME} was filled with positions={held.positions}, the patch has {self.positions}: go on "
