@@ -5,16 +5,22 @@
 
 namespace mminfer {
 
-// The slots of one group's queries, kLanes queries of one head each: heads in turn, then the next queries.
+// Slots of rows of one group, queries in turn: kLanes queries of one head each, heads in turn; or with `mixed` lanes
+// the rows of all heads one behind the other.
 template <int NV>
-Block<NV> block_at(const AttentionArgs& x, int64_t slot, int64_t heads, int64_t first_head, int64_t keys) {
+Block<NV> block_at(const AttentionArgs& x, bool mixed, int64_t slot, int64_t heads, int64_t first_head, int64_t keys) {
   Block<NV> block;
   block.keys = keys;
-  for (int n = 0; n < NV; ++n) {
-    const int64_t first = (slot + n) / heads * kLanes, left = x.queries - first;
-    block.first[n] = first;
-    block.count[n] = left < kLanes ? left : kLanes;
-    block.head[n] = first_head + (slot + n) % heads;
+  for (int n = 0; n < NV; ++n, ++slot) {
+    const int64_t row = mixed ? slot * kLanes : slot / heads * kLanes, rows = mixed ? x.queries * heads : x.queries;
+    block.count[n] = rows - row < kLanes ? (int)(rows - row) : kLanes;
+    int64_t query = mixed ? row / heads : row, head = mixed ? row % heads : slot % heads;
+    for (int i = 0; i < block.count[n]; ++i) {
+      block.query[n][i] = query;
+      block.head[n][i] = first_head + head;
+      if (!mixed) ++query;
+      else if (++head == heads) head = 0, ++query;
+    }
   }
   block.find_keys(x);
   return block;
@@ -26,9 +32,7 @@ void shares(const AttentionArgs& x, const Block<NV>& block, int64_t batch, const
   for (int n = 0; n < NV; ++n) {
     float votes[kLanes] = {};
     for (int i = 0; i < block.count[n]; ++i)
-      votes[i] = !x.weights ? 1.f
-                            : at(x.weights, x.weight_stride, batch, block.head[n])[(block.first[n] + i) *
-                                                                                         x.weight_stride.row];
+      votes[i] = x.weights ? *at(x.weights, x.weight_stride, batch, block.head[n][i], block.query[n][i]) : 1.f;
     share[n] = load(votes) / s.total[n];
   }
 }
@@ -47,15 +51,16 @@ void score(const AttentionArgs& x, const Block<NV>& block, int64_t batch, float*
     if (peak) fold_columns<Largest, NV>(p, R, count, factor, peak + start);
     else
       for (int n = 0; n < NV; ++n)
-        fold_columns<Sum, 1>(p + n * kLanes, R, count, factor + n, mass + block.head[n] * x.keys + start);
+        fold_columns<Sum, 1>(p + n * kLanes, R, count, factor + n, mass + block.head[n][0] * x.keys + start);
   }
 }
 
 template <int NV, class T, bool WithValues, bool WithScores>
-void run_block(const AttentionArgs& x, int64_t part, int64_t batch, int64_t group, int64_t slot, Scratch& s) {
+void run_block(const AttentionArgs& x, bool mixed, int64_t part, int64_t batch, int64_t group, int64_t slot,
+               Scratch& s) {
   const int64_t repeat = x.heads / x.groups;
   const KeyHead<T> head(x, batch, group);
-  const Block<NV> block = block_at<NV>(x, slot, repeat, group * repeat, head.count);
+  const Block<NV> block = block_at<NV>(x, mixed, slot, repeat, group * repeat, head.count);
   attend<NV, T, WithValues, WithScores>(x, block, at(static_cast<const T*>(x.q), x.q_stride, batch, 0), head, s);
   if (WithValues) {
     Vec factor[NV];
@@ -74,7 +79,10 @@ void run_block(const AttentionArgs& x, int64_t part, int64_t batch, int64_t grou
 // does not depend on who finishes when.
 template <class T, bool WithValues, bool WithScores>
 int attention(const AttentionArgs& x) {
-  const int64_t repeat = x.heads / x.groups, slots = (x.queries + kLanes - 1) / kLanes * repeat;
+  const int64_t repeat = x.heads / x.groups, apart = (x.queries + kLanes - 1) / kLanes * repeat;
+  const int64_t together = (x.queries * repeat + kLanes - 1) / kLanes;
+  const bool mixed = !x.mass && together * 8 <= apart * 7;  // else its ragged ends cost what it saves
+  const int64_t slots = mixed ? together : apart;
   const int64_t blocks = (slots + kSlots - 1) / kSlots;
   const auto scratch = [&] { return Scratch(x, WithScores); };
   const auto unit = [&](int64_t i, Scratch& s) {
@@ -82,9 +90,9 @@ int attention(const AttentionArgs& x) {
     const int64_t batch = owner / x.groups, group = owner % x.groups;
     for (int64_t block = blocks - 1 - part; block >= 0; block -= x.parts) {
       const int64_t slot = block * kSlots;
-      if (slots - slot >= 3) run_block<3, T, WithValues, WithScores>(x, part, batch, group, slot, s);
-      else if (slots - slot == 2) run_block<2, T, WithValues, WithScores>(x, part, batch, group, slot, s);
-      else run_block<1, T, WithValues, WithScores>(x, part, batch, group, slot, s);
+      if (slots - slot >= 3) run_block<3, T, WithValues, WithScores>(x, mixed, part, batch, group, slot, s);
+      else if (slots - slot == 2) run_block<2, T, WithValues, WithScores>(x, mixed, part, batch, group, slot, s);
+      else run_block<1, T, WithValues, WithScores>(x, mixed, part, batch, group, slot, s);
     }
   };
   return parallel_for(x.parts * x.batch * x.groups, x.threads, scratch, unit);
@@ -103,7 +111,7 @@ void settle(const AttentionArgs& x, const Block<NV>& block, const float* votes, 
     for (int n = 0; n < NV; ++n)
       for (int i = 0; i < kLanes; ++i) {
         if (i >= block.count[n]) { now[n * kLanes + i] = 0; continue; }
-        const int64_t key = block.place(x, block.first[n] + i), place = key - block.begin;
+        const int64_t key = block.place(x, block.query[n][i]), place = key - block.begin;
         Vec total = zero();
         for (int m = 0; m < NV; ++m) {
           const Vec factor = divided[m] * exp2(load(s.tile_max.data + place / kTileKeys * R + m * kLanes) - s.top[m]);
@@ -118,7 +126,7 @@ template <int NV, class T>
 void iterate_block(const AttentionArgs& x, int64_t batch, int64_t head, int64_t slot, float* votes, Scratch& s,
                    float* own) {
   constexpr int R = NV * kLanes;
-  const Block<NV> block = block_at<NV>(x, slot, 1, head, x.keys);
+  const Block<NV> block = block_at<NV>(x, false, slot, 1, head, x.keys);
   const KeyHead<T> keys(x, batch, head / (x.heads / x.groups));
   attend<NV, T, false, true>(x, block, at(static_cast<const T*>(x.q), x.q_stride, batch, 0), keys, s);
   Vec divided[NV];

@@ -79,6 +79,18 @@ def test_peaks_of_the_first_keys(size, counted):
         torch.testing.assert_close(peak.double(), dense_peak(matrix, 2, counted), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("queries", [1, 3, 10, 17, 20])
+@pytest.mark.parametrize(("heads", "groups"), [(9, 3), (28, 4)])
+def test_few_queries_of_many_heads(heads, groups, queries):
+    """Whose heads may share the lanes of a vector: each row is its own head's, whatever lies beside it."""
+    q, k, v = qkv(heads, groups, queries, 150)
+    wanted, matrix = dense(q, k, v)
+    torch.testing.assert_close(prompt_attention(q, k, v).double(), wanted, rtol=1e-5, atol=1e-6)
+    found, peak = prompt_attention_peak(q, k, v)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(peak.double(), dense_peak(matrix, groups), rtol=1e-5, atol=1e-6)
+
+
 def test_masses_are_those_of_column_mass():
     q, k, v = qkv(6, 2, 100, 100)
     weights = torch.rand(2, 100)

@@ -1,6 +1,7 @@
 // Causal attention by blocks of query rows, the softmax in float32, and the sums or maxima of its columns.
 //
-// Query rows are the lanes. A block holds NV "slots" of kLanes queries of one head each; the queries of a block lie
+// Query rows are the lanes. A block holds NV "slots" of kLanes rows, of one head each where columns are told of by
+// head, else of any heads that share the keys: then few queries fill the lanes as well. The queries of a block lie
 // transposed, [D][NV * kLanes], so keys and values are read in place, element by element, and every softmax
 // statistic is a vector: no reduction across lanes, no copy of keys.
 #pragma once
@@ -118,7 +119,8 @@ inline void multiply_rows(int64_t rows, const float* a, int64_t row, int64_t ste
 template <int NV>
 struct Block {
   static constexpr int R = NV * kLanes;
-  int64_t first[NV], count[NV], head[NV];  // first query, how many are real, which head
+  int64_t query[NV][kLanes], head[NV][kLanes];  // of each lane
+  int count[NV];                                // how many lanes are real
   IntVec last_key[NV], first_key[NV];      // that each lane sees
   int64_t keys;                            // that there are
   int64_t begin, end;                      // keys that any lane sees
@@ -133,8 +135,7 @@ struct Block {
     begin = keys, end = 0, all_begin = 0, all_end = keys;
     for (int n = 0; n < NV; ++n)
       for (int i = 0; i < kLanes; ++i) {
-        const int64_t query = first[n] + (i < count[n] ? i : count[n] - 1);
-        const int64_t last = x.causal ? place(x, query) : keys - 1;
+        const int64_t last = x.causal ? place(x, query[n][i < count[n] ? i : count[n] - 1]) : keys - 1;
         const int64_t from = x.window && last + 1 > x.window ? last + 1 - x.window : 0;
         last_key[n][i] = (int32_t)last;
         first_key[n][i] = (int32_t)from;
@@ -150,13 +151,13 @@ struct Block {
   void load_queries(const AttentionArgs& x, const T* q, float* to) const {
     const Vec scale = broadcast(x.scale * 1.44269504f);
     for (int n = 0; n < NV; ++n) {
-      const T* rows = q + head[n] * x.q_stride.head + first[n] * x.q_stride.row;
+      const T* rows[kLanes];
+      for (int i = 0; i < count[n]; ++i) rows[i] = q + head[n][i] * x.q_stride.head + query[n][i] * x.q_stride.row;
       for (int64_t d = 0; d < x.head_dim; d += kLanes) {
         const int width = x.head_dim - d < kLanes ? (int)(x.head_dim - d) : kLanes;
         Vec part[kLanes];
         for (int i = 0; i < kLanes; ++i) {
-          const T* row = rows + i * x.q_stride.row + d;
-          part[i] = i >= count[n] ? zero() : width == kLanes ? load(row) : load_some(row, width);
+          part[i] = i >= count[n] ? zero() : width == kLanes ? load(rows[i] + d) : load_some(rows[i] + d, width);
         }
         transpose(part);
         for (int i = 0; i < width; ++i) store(to + (d + i) * R + n * kLanes, part[i] * scale);
@@ -168,14 +169,16 @@ struct Block {
   template <class T>
   void store_rows(const AttentionArgs& x, const float* from, const Vec* factor, T* out) const {
     for (int n = 0; n < NV; ++n) {
-      T* rows = out + head[n] * x.out_stride.head + first[n] * x.out_stride.row;
+      T* rows[kLanes];
+      for (int i = 0; i < count[n]; ++i)
+        rows[i] = out + head[n][i] * x.out_stride.head + query[n][i] * x.out_stride.row;
       for (int64_t d = 0; d < x.head_dim; d += kLanes) {
         const int width = x.head_dim - d < kLanes ? (int)(x.head_dim - d) : kLanes;
         Vec part[kLanes];
         for (int i = 0; i < kLanes; ++i)
           part[i] = i < width ? load(from + (d + i) * R + n * kLanes) * factor[n] : zero();
         transpose(part);
-        for (int i = 0; i < count[n]; ++i) store_row(rows + i * x.out_stride.row + d, part[i], width);
+        for (int i = 0; i < count[n]; ++i) store_row(rows[i] + d, part[i], width);
       }
     }
   }
