@@ -49,7 +49,8 @@ class Replay(CacheTechnique):
         sure: of an even share, what every head is sure of, in [0, 1]; None: twice the part of all entries that stays, a
             half at most.
         fit: rows of a stretch whose queries values are fitted to; 0: values stay as they are.
-        stretch: entries that a row looks at: those of its own stretch of so many rows, and the first of all.
+        stretch: entries that a row looks at: those of its own stretch of so many rows and the first of all; in a
+            shorter turn those that were held before fill it up.
         text: whether rows of text go by again too where there are pictures beside them.
         alike: rows of a picture that are as like the one before them, by the cosine of what enters the layers, do not
             go by again; in [0, 1], 1: all do.
@@ -151,9 +152,10 @@ class Replay(CacheTechnique):
 
     def _fitted(self, entries: CacheEntries, looked: Sequence[ReplayedStretch], keep: Sequence[Tensor]) -> CacheEntries:
         """The entries, values of those that stay fitted to what the replayed queries read among all of a stretch."""
-        values = entries.values.clone()
+        if not looked:
+            return entries
+        values, count = entries.values.clone(), looked[-1].last
         parts = replace(entries, values=values).heads()  # views, so that what is written here is written there
-        count = looked[-1].last if looked else 0
         for head, (part, kept) in enumerate(zip(parts, keep, strict=True)):
             older = len(part) - count
             for stretch in looked:

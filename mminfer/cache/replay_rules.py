@@ -153,12 +153,12 @@ def fit_stretch(keys: Tensor, values: Tensor, keep: Tensor, stretch: ReplayedStr
     """
     heads = stretch.peaks.shape[0]
     queries = stretch.queries.unflatten(0, (heads, -1))[head].flatten(0, 1)
-    movable, earlier, count = keep.new_ones(int(keep.sum())), stretch.earlier, int(keep.sum())
-    own, log_mass = values, None
+    stays, earlier = keep, stretch.earlier
+    movable, own, log_mass = stays[stays], values, None
     if earlier is not None:
         ahead = earlier.keys.shape[1]
         keys, own = (torch.cat([a[head], b]) for a, b in ((earlier.keys, keys), (earlier.values, values)))
         keep, movable = (pad(flags, (ahead, 0), value=flag) for flags, flag in ((keep, True), (movable, False)))
         log_mass = None if earlier.log_mass is None else pad(earlier.log_mass[head], (0, len(values)))
     fitted = fitted_values(queries, keys, own, keep, movable, stretch.scale, log_mass)
-    values[keep[-len(values) :]] = fitted[len(fitted) - count :].to(values.dtype)
+    values[stays] = fitted[movable].to(values.dtype)

@@ -156,20 +156,20 @@ class PackedLayer(CompressedLayer):
         lengths = zip(self.head_lengths[sequence], new.lengths, strict=True)
         return CacheEntries.of(columns, tuple(a + b for a, b in lengths))
 
-    def _withroom_for(self) -> PackedStore:
+    def _with_room(self) -> PackedStore:
         """The entries, with room for one more in each head."""
         if self._new >= self._store.spare:
             self._store = self._store.grown(self._new)
         return self._store
 
     def step_cache(self) -> PackedLayerCache:
-        store = self._withroom_for()
+        store = self._with_room()
         keys, values = there(store.buffers["keys"]), there(store.buffers["values"])
         return PackedLayerCache(keys, values, store.segments, self._new, store.buffers["log_mass"])
 
     def step_segments(self) -> StepSegments:
         """The buffers with room for one new entry of each head, and where it goes; `advance` makes it count."""
-        store, ahead = self._withroom_for(), self._ahead
+        store, ahead = self._with_room(), self._ahead
         if ahead is None or ahead.store is not store or not 0 <= self._new - ahead.begin < STEPS_AHEAD:
             ahead = self._ahead = self._made_ahead()
         step = self._new - ahead.begin

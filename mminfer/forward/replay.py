@@ -100,9 +100,9 @@ class Replay:
             start += len(rows)
         self.layout = replace(self.layout, position=position, run_before=None)
 
-    def tables(self, hidden: Tensor, rows: Rows) -> Tables:
-        """Rotary tables of the rows that go by again ([K, C]), made as those of all rows are."""
-        return rows.rotate(hidden[None], self.layout.position[:, None])
+    def tables(self, rows: Rows) -> Tables:
+        """Rotary tables of those of the rows that go by again, made as those of all of them are."""
+        return rows.rotate(rows.hidden[None], self.layout.position[:, None])
 
 
 class ReplayAttention:
@@ -229,18 +229,18 @@ class LayersAgain:
         self._skip = config.skip
         self._plan = None if config.cache is None else config.cache.replay
         self.looked: list[ReplayAttention] = []
-        self._replay: tuple[TokenLayout, Replay] | None = None
+        self._replay: tuple[TokenLayout, Replay, Tables] | None = None
 
     def behind_layer(self, attend: LayerAttention, rows: Rows) -> None:
         """In the fast form, lets the rows as they entered a layer look at what it holds now."""
         if self._plan is None or not self._plan.fast:
             return
-        if self._replay is None or self._replay[0] is not rows.layout:  # rows have left
-            self._replay = rows.layout, Replay(rows.hidden, rows.layout, self._plan)
-        replay = self._replay[1]
-        hidden = rows.hidden[replay.rows]
+        if self._replay is None or self._replay[0] is not rows.layout:  # the first layer, or rows have left
+            replay = Replay(rows.hidden, rows.layout, self._plan)
+            self._replay = rows.layout, replay, replay.tables(rows)
+        _, replay, tables = self._replay
         look = ReplayAttention(replay, attend, None)
-        _look_only(look, hidden, replay.tables(hidden, rows)[attend.adapter.layer_kinds[attend.layer_idx]])
+        _look_only(look, rows.hidden[replay.rows], tables[attend.adapter.layer_kinds[attend.layer_idx]])
         self._note(look, attend, ffn=False)
 
     def behind_all(self, attended: Sequence[LayerAttention], rows: Rows) -> None:
@@ -249,7 +249,7 @@ class LayersAgain:
             return
         replay, depth = Replay(rows.hidden, rows.layout, self._plan), len(attended)
         hidden = rows.hidden[replay.rows]
-        tables = replay.tables(hidden, rows)
+        tables = replay.tables(rows)
         for i, attend in enumerate(attended):
             queries, ffn = (None, None) if self._skip is None else self._skip.apply(replay.layout, i, depth)
             look, table = ReplayAttention(replay, attend, queries), tables[attend.adapter.layer_kinds[i]]
@@ -268,8 +268,10 @@ class LayersAgain:
 
 
 def _look_only(look: ReplayAttention, hidden: Tensor, table: tuple[Tensor, Tensor]) -> None:
-    """Runs a layer for what its queries look at alone: without its output projection, and without its FFN wherever that
-    is known to stand by itself."""
+    """Runs a layer for what its queries look at alone.
+
+    Its output projection is spared, and its FFN wherever that is known to stand by itself.
+    """
     layer: Any = look.adapter.layers[look.layer_idx]
     idle = [(layer.self_attn.o_proj,) * 2] if hasattr(layer.self_attn, "o_proj") else []
     names = ffn_branch(layer)
