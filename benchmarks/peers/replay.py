@@ -78,7 +78,7 @@ class System(Protocol):
 
 
 def our_settings(budgets: Sequence[int]) -> dict[str, InferenceConfig]:
-    """Replay, its fast form, and without fitted values, by name."""
+    """Replay, its fast form, and with nothing fitted, by name."""
     forms: dict[str, Callable[[float], Replay]] = {
         "Replay": Replay,
         "Replay, fast": lambda ratio: Replay(ratio, fast=True),
