@@ -10,9 +10,10 @@ import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from benchmarks.peers import replay
-from benchmarks.peers.cases import Case, cases_of, chunk_lengths, exported
+from benchmarks.peers.cases import Case, Take, cases_of, chunk_lengths, exported
 from benchmarks.peers.exchange import COLUMNS, WORKERS, PeerError
 from benchmarks.peers.workers.wire import save_prompts
+from benchmarks.quality import smol_cells
 from benchmarks.tables import peers as tables
 from mminfer import Engine, InputError
 from mminfer.nano import checkpoint_path
@@ -92,6 +93,12 @@ def test_our_side_answers_and_holds_what_it_says(ours, case):
     assert not torch.equal(half.logits, full.logits)
     row = replay.counts([case], [full], [full]) | replay.sizes([full])
     assert (row["kept"], row["kl"], row["cache_kept"], row["attended"]) == (100.0, 0.0, 100.0, 100.0)
+
+
+def test_answers_are_forced_in_as_many_batches_as_it_takes(ours, engine, case, monkeypatch):
+    monkeypatch.setattr(smol_cells, "ROWS_OF_ANSWERS", max(len(case.forced) - 1, 1))
+    told = Take(engine, case.content, None).foretold(case)
+    torch.testing.assert_close(told, ours.tell("off", 0, False).logits, atol=1e-4, rtol=0)
 
 
 def test_the_workers_language_model_says_what_ours_says(engine, ours, case, worker, tmp_path):
