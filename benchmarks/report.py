@@ -70,7 +70,7 @@ SECTIONS: list[Section] = [
     ),
     (
         "What Replay is made of",
-        "Its budgets, the other rules at a fifth, and itself without a part: values as they were, every head alike (an "
+        "Its budgets, the other rules at a fifth, and itself without a part: nothing fitted, every head alike (an "
         "even budget), heads sure of nothing, text not replayed, rows like the one before them left out.",
         [needle.replayed],
     ),

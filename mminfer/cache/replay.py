@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
-from torch import Tensor
 
 from mminfer.cache.digest_rules import runs_of
-from mminfer.cache.replay_rules import BELOW, FOR_PICTURE, fit_stretch, one_for_each, shared_choice, with_scores
+from mminfer.cache.replay_fit import fitted_entries
+from mminfer.cache.replay_rules import BELOW, FOR_PICTURE, one_for_each, shared_choice, with_scores
 from mminfer.errors import ConfigError, InputError, shown
 from mminfer.technique import (
     CACHE_SHARES,
@@ -39,16 +39,17 @@ class Replay(CacheTechnique):
     share of its attention that any row gives to it: nothing of a question is needed, and what no row can find again no
     question will. One budget is shared by score over all layers and heads, so that a head keeps as many entries as it
     is asked for; each is sure of a part of an even share, and so are the first entry of each head and one entry in
-    each layer of every picture. The values of those that stay are then fitted, in closed form, so that the replayed
-    queries read among them what they read among all. Scores stay with the entries: later passes compete with earlier
-    ones. Generated tokens, which no replay has judged, take the others' scores by age.
+    each layer of every picture. Those that stay are then fitted so that the replayed queries read among them what they
+    read among all: how much each weighs (a log-mass that attention adds to its logit), and its value. Scores stay with
+    the entries: later passes compete with earlier ones. Generated tokens, which no replay has judged, take the others'
+    scores by age.
 
     Args:
         ratio: entries kept, as a fraction of the tokens that the layers took in, in (0, 1].
         budget: entries of the average head, in place of the ratio.
         sure: of an even share, what every head is sure of, in [0, 1]; None: twice the part of all entries that stays, a
             half at most.
-        fit: rows of a stretch whose queries values are fitted to; 0: values stay as they are.
+        fit: queries of a stretch, in each query head, to which entries are fitted; 0: they stay as they are.
         stretch: entries that a row looks at: those of its own stretch of so many rows and the first of all; in a
             shorter turn those that were held before fill it up.
         text: whether rows of text go by again too where there are pictures beside them.
@@ -61,7 +62,7 @@ class Replay(CacheTechnique):
 
     Reference:
         Scores by replaying: KVzip (arXiv 2505.23416) section 3, whose replay is one repetition of the whole context.
-        One threshold for all heads: AdaKV (arXiv 2407.11550). Values: Attention Matching (arXiv 2602.16284). Replaying
+        One threshold for all heads: AdaKV (arXiv 2407.11550). Fitting: Attention Matching (arXiv 2602.16284). Replaying
         by pictures, and the fast form, are ours.
     """
 
@@ -85,7 +86,7 @@ class Replay(CacheTechnique):
         if self.sure is not None and (not is_number(self.sure, most=1) or self.sure < 0):
             raise ConfigError(f"Replay.sure={shown(self.sure)}, wanted a part from 0 to 1, or None")
         if not is_whole(self.fit, least=0):
-            raise ConfigError(f"Replay.fit={shown(self.fit)}, wanted a number of rows, 0 or more")
+            raise ConfigError(f"Replay.fit={shown(self.fit)}, wanted a number of queries, 0 or more")
         if not is_whole(self.stretch, least=64):
             raise ConfigError(f"Replay.stretch={shown(self.stretch)}, wanted a number of rows, 64 or more")
         if not is_number(self.alike, most=1) or self.alike < 0:
@@ -131,7 +132,7 @@ class Replay(CacheTechnique):
         out = []
         for i, (entries, looked) in enumerate(zip(judged, replayed, strict=True)):
             own = keep[i * heads : (i + 1) * heads]
-            fitted = self._fitted(entries, looked, own) if self.fit else entries
+            fitted = fitted_entries(entries, looked, own) if self.fit else entries
             chosen = torch.cat(own)[None, None] if entries.is_packed else torch.stack(own)[None]
             out.append(fitted.select_heads(chosen))
         return out
@@ -150,20 +151,6 @@ class Replay(CacheTechnique):
             fresh[:, 0] += ALWAYS
         return with_scores(entries, fresh)
 
-    def _fitted(self, entries: CacheEntries, looked: Sequence[ReplayedStretch], keep: Sequence[Tensor]) -> CacheEntries:
-        """The entries, values of those that stay fitted to what the replayed queries read among all of a stretch."""
-        if not looked:
-            return entries
-        values, count = entries.values.clone(), looked[-1].last
-        parts = replace(entries, values=values).heads()  # views, so that what is written here is written there
-        for head, (part, kept) in enumerate(zip(parts, keep, strict=True)):
-            older = len(part) - count
-            for stretch in looked:
-                rows = slice(older + stretch.first, older + stretch.last)
-                if not bool(kept[rows].all()):
-                    fit_stretch(part.keys[0, 0, rows], part.values[0, 0, rows], kept[rows], stretch, head)
-        return replace(entries, values=values)
-
     def describe(self) -> str:
         entries = f"{100 * self.ratio:g} % of the entries" if self.budget is None else f"{self.budget:,} entries a head"
         how = "as every layer saw it" if self.fast else "a picture at a time"
@@ -173,7 +160,7 @@ class Replay(CacheTechnique):
         )
 
     def describe_evicted(self) -> str:
-        return "values of what stayed were fitted to make up for the rest" if self.fit else "the rest was dropped"
+        return "what stayed was fitted to make up for the rest" if self.fit else "the rest was dropped"
 
     @classmethod
     def presets(cls) -> dict[str, Self]:

@@ -6,103 +6,26 @@ a later question can look at (KVzip, arXiv 2505.23416). Their second keys and va
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from mminfer_kernels import prompt_attention_peak
 from mminfer_kernels.prompt_attention import shares_logits
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, pad
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from mminfer.config import InferenceConfig
 from mminfer.forward.branches import ffn_branch
 from mminfer.forward.layer_attention import LayerAttention
+from mminfer.forward.replayed_rows import ReplayedRows, Stretch
 from mminfer.forward.rotary import Tables
 from mminfer.forward.rows import Rows, through_layer
 from mminfer.layout import TokenLayout
 from mminfer.metrics.flops import causal_pairs, layer_flops
-from mminfer.technique import NOTHING, CacheEntries, EarlierEntries, ReplayedStretch, ReplayPlan, only_rows
-
-GROUP = 512  # rows that are replayed together: more would find each other
-
-
-@dataclass(frozen=True, eq=False)
-class _Group:
-    """Rows that go by together, a picture or a piece of text.
-
-    Args:
-        rows: [n] int64, among those replayed.
-        is_visual: whether they are a picture's.
-    """
-
-    rows: Tensor
-    is_visual: bool
-
-
-@dataclass(frozen=True, eq=False)
-class _Stretch:
-    """Entries that are judged together, and the rows that look at them.
-
-    Args:
-        sequence: whose.
-        sources: first and one past the last of the packed rows that made them.
-        groups: of the rows replayed.
-        references: [R] int64, among the rows replayed: whose queries are handed over.
-    """
-
-    sequence: int
-    sources: tuple[int, int]
-    groups: list[_Group]
-    references: Tensor
-
-
-class Replay:
-    """The rows of one pass as they go by a second time.
-
-    Args:
-        hidden: [T, C], the rows as they enter.
-        layout: of these, at the positions where they stand.
-        plan: how they are looked at.
-
-    Attributes:
-        rows: [K] int64, those of them that go by again.
-        layout: of these, at the positions that follow their stretch.
-        stretch: entries that each looks at.
-    """
-
-    def __init__(self, hidden: Tensor, layout: TokenLayout, plan: ReplayPlan) -> None:
-        self.stretch = plan.stretch
-        wanted = _worth_replaying(hidden, layout, plan)
-        parts = [
-            (sequence, first, last)
-            for sequence, (start, stop) in enumerate(layout.spans)
-            for first, last in _stretches(layout, start, stop, plan.stretch)
-        ]
-        chosen = [_replayed_rows(layout, wanted, first, last, plan.text) for _, first, last in parts]
-        self.rows = torch.cat(chosen)
-        self.layout = layout.select(self.rows)
-        position = self.layout.position.clone()
-        self.stretches: list[_Stretch] = []
-        start = 0
-        for (sequence, first, last), rows in zip(parts, chosen, strict=True):
-            groups = _groups(self.layout, start, start + len(rows))
-            behind = layout.position[:, first:last].amax().floor() + 1
-            for group in groups:
-                position[:, group.rows] = _placed(position[:, group.rows], group.is_visual) + behind
-            sources = (int(layout.source[first]), int(layout.source[last - 1]) + 1)
-            asking = [g.rows for g in groups if g.is_visual] or [g.rows for g in groups]
-            self.stretches.append(_Stretch(sequence, sources, groups, _some(torch.cat(asking), plan.references)))
-            start += len(rows)
-        self.layout = replace(self.layout, position=position, run_before=None)
-
-    def tables(self, rows: Rows) -> Tables:
-        """Rotary tables of those of the rows that go by again, made as those of all of them are."""
-        return rows.rotate(rows.hidden[None], self.layout.position[:, None])
+from mminfer.technique import NOTHING, CacheEntries, EarlierEntries, ReplayedStretch, only_rows
 
 
 class ReplayAttention:
@@ -121,7 +44,7 @@ class ReplayAttention:
         flops: of each sequence, what looking took.
     """
 
-    def __init__(self, replay: Replay, attended: LayerAttention, queries: Tensor | None) -> None:
+    def __init__(self, replay: ReplayedRows, attended: LayerAttention, queries: Tensor | None) -> None:
         self._replay, self._attended = replay, attended
         self.adapter, self.config, self.layer_idx = attended.adapter, attended.config, attended.layer_idx
         self.layout, self._asking = replay.layout, queries
@@ -143,7 +66,7 @@ class ReplayAttention:
         silent[self._asking] = False
         return out.masked_fill_(silent[None, None, :, None], 0)
 
-    def _look(self, stretch: _Stretch, q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor) -> None:
+    def _look(self, stretch: Stretch, q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor) -> None:
         """One stretch's rows; what they read goes to `out`."""
         first, held, earlier = self._entries(stretch)
         ahead = 0 if earlier is None else earlier.keys.shape[1]
@@ -169,10 +92,10 @@ class ReplayAttention:
             pairs += 2 * causal_pairs(len(group.rows), counted) + again
         self.flops[stretch.sequence] += 2 * q.shape[1] * q.shape[3] * pairs
         self.found[stretch.sequence].append(
-            ReplayedStretch(first, peaks[:, ahead:], q[0, :, stretch.references], earlier, scale)
+            ReplayedStretch(first, peaks[:, ahead:], _of_references(q[0], stretch.references), earlier, scale)
         )
 
-    def _entries(self, stretch: _Stretch) -> tuple[int, Tensor, EarlierEntries | None]:
+    def _entries(self, stretch: Stretch) -> tuple[int, Tensor, EarlierEntries | None]:
         """What rows of a stretch look at.
 
         Returns:
@@ -199,20 +122,20 @@ def _earlier(entries: CacheEntries, fresh: int, most: int) -> EarlierEntries:
 
     The first, and those that were asked for most, or the last where nobody says.
     """
-    chosen = []
-    for head in entries.heads():
+    chosen: list[tuple[Tensor, ...]] = []
+    for head in entries.weighed().heads():
         count = len(head) - fresh
         worth = torch.arange(count, device=head.keys.device) if head.score is None else head.score[0, 0, :count].clone()
         worth[:1] = torch.finfo(torch.float32).max if worth.is_floating_point() else count
         places = worth.topk(min(most, count)).indices.sort().values
-        chosen.append((head.keys[0, 0, places], head.values[0, 0, places]))
-    lengths = [len(keys) for keys, _ in chosen]
-    keys, values = (pad_sequence([pair[n] for pair in chosen], batch_first=True) for n in range(2))
-    if min(lengths) == max(lengths):
-        return EarlierEntries(keys, values, None)
-    place = torch.arange(max(lengths), device=keys.device)
-    missing = place >= torch.tensor(lengths, device=keys.device)[:, None]
-    return EarlierEntries(keys, values, torch.zeros_like(missing, dtype=torch.float32).masked_fill_(missing, NOTHING))
+        columns = (head.keys, head.values, head.log_mass)
+        chosen.append(tuple(column[0, 0, places] for column in columns if column is not None))
+    keys, values, mass = (
+        pad_sequence([columns[n] for columns in chosen], batch_first=True, padding_value=NOTHING if n == 2 else 0.0)
+        for n in range(3)
+    )
+    alike = len({len(columns[0]) for columns in chosen}) == 1
+    return EarlierEntries(keys, values, None if alike and entries.log_mass is None else mass)
 
 
 class LayersAgain:
@@ -229,14 +152,14 @@ class LayersAgain:
         self._skip = config.skip
         self._plan = None if config.cache is None else config.cache.replay
         self.looked: list[ReplayAttention] = []
-        self._replay: tuple[TokenLayout, Replay, Tables] | None = None
+        self._replay: tuple[TokenLayout, ReplayedRows, Tables] | None = None
 
     def behind_layer(self, attend: LayerAttention, rows: Rows) -> None:
         """In the fast form, lets the rows as they entered a layer look at what it holds now."""
         if self._plan is None or not self._plan.fast:
             return
         if self._replay is None or self._replay[0] is not rows.layout:  # the first layer, or rows have left
-            replay = Replay(rows.hidden, rows.layout, self._plan)
+            replay = ReplayedRows(rows.hidden, rows.layout, self._plan, _sharing(attend))
             self._replay = rows.layout, replay, replay.tables(rows)
         _, replay, tables = self._replay
         look = ReplayAttention(replay, attend, None)
@@ -247,7 +170,7 @@ class LayersAgain:
         """Runs rows, as they entered the first layer, through all layers again; skipping is done as it was."""
         if self._plan is None or self._plan.fast:
             return
-        replay, depth = Replay(rows.hidden, rows.layout, self._plan), len(attended)
+        replay, depth = ReplayedRows(rows.hidden, rows.layout, self._plan, _sharing(attended[0])), len(attended)
         hidden = rows.hidden[replay.rows]
         tables = replay.tables(rows)
         for i, attend in enumerate(attended):
@@ -267,6 +190,12 @@ class LayersAgain:
             attend.note_replay(sequence, own + look.flops[sequence])
 
 
+def _sharing(attend: LayerAttention) -> int:
+    """Query heads of a key/value head."""
+    spec = attend.adapter.spec
+    return spec.num_attention_heads // spec.num_key_value_heads
+
+
 def _look_only(look: ReplayAttention, hidden: Tensor, table: tuple[Tensor, Tensor]) -> None:
     """Runs a layer for what its queries look at alone.
 
@@ -283,55 +212,7 @@ def _look_only(look: ReplayAttention, hidden: Tensor, table: tuple[Tensor, Tenso
         through_layer(look, hidden[None], table, None)
 
 
-def _stretches(layout: TokenLayout, start: int, stop: int, size: int) -> list[tuple[int, int]]:
-    """First and one past the last row of about equal stretches, at most `size` long unless a picture is longer."""
-    if stop <= start:
-        return []
-    owner = layout.image_id[start:stop]
-    longest = max(owner[owner >= 0].bincount().tolist(), default=0)
-    even = -(-(stop - start) // -(-(stop - start) // size))
-    cuts = layout.cuts(start, stop, max(even, longest))
-    return list(itertools.pairwise(cuts))
-
-
-def _worth_replaying(hidden: Tensor, layout: TokenLayout, plan: ReplayPlan) -> Tensor:
-    """[T] bool: all but visual rows that are alike the one before them, of the same image."""
-    wanted = torch.ones_like(layout.is_visual)
-    if plan.alike < 1 and len(layout) > 1:
-        alike = cosine_similarity(hidden[1:].float(), hidden[:-1].float(), dim=-1) >= plan.alike
-        wanted[1:] = ~(alike & layout.is_visual[1:] & (layout.image_id[1:] == layout.image_id[:-1]))
-    return wanted
-
-
-def _replayed_rows(layout: TokenLayout, wanted: Tensor, first: int, last: int, text: bool) -> Tensor:
-    """[n] int64, ascending: the rows of a stretch that go by again."""
-    rows = torch.arange(first, last, device=layout.sequence.device)
-    visual = layout.is_visual[first:last]
-    return rows[wanted[first:last] if text or not bool(visual.any()) else wanted[first:last] & visual]
-
-
-def _groups(layout: TokenLayout, start: int, stop: int) -> list[_Group]:
-    """Rows start .. stop by pictures, and what is text, in pieces of `GROUP` at most."""
-    rows, visual = torch.arange(start, stop, device=layout.sequence.device), layout.is_visual[start:stop]
-    own = layout.image_id[start:stop]
-    gap = (layout.source[start + 1 : stop] - layout.source[start : stop - 1] > 1) & (own[1:] != own[:-1])
-    breaks = gap | (visual[1:] != visual[:-1])
-    ends = torch.cat([breaks.nonzero()[:, 0] + 1, breaks.new_tensor([stop - start], dtype=torch.int64)])
-    runs = rows.split(ends.diff(prepend=ends.new_zeros(1)).tolist())
-    groups = [_Group(piece, True) for run in runs if bool(visual[run[0] - start]) for piece in run.split(GROUP)]
-    text = rows[~visual]
-    return groups + [_Group(piece, False) for piece in text.split(GROUP) if len(piece)]
-
-
-def _placed(position: Tensor, is_visual: bool) -> Tensor:
-    """Positions ([A, n]) moved to the beginning; text, which may be of several runs, closes ranks."""
-    if is_visual:
-        return position - position[:, 0].amin()
-    return torch.arange(position.shape[1], dtype=position.dtype, device=position.device).expand_as(position)
-
-
-def _some(rows: Tensor, count: int) -> Tensor:
-    """At most `count` of these rows, evenly spread."""
-    if count >= len(rows):
-        return rows
-    return rows[(torch.arange(count, device=rows.device) + 0.5).mul(len(rows) / max(count, 1)).long()]
+def _of_references(q: Tensor, references: Tensor) -> Tensor:
+    """[H, R, D]: of queries [H, K, D], those of the references."""
+    own = references.repeat(len(q) // len(references), 1)
+    return q.gather(1, own[:, :, None].expand(*own.shape, q.shape[2]))

@@ -17,7 +17,8 @@ class ReplayPlan:
     Args:
         stretch: entries that a row looks at: those of its own stretch of so many rows and the first of all; where it is
             shorter, others that were held before fill it up.
-        references: rows of a stretch whose queries are handed over, evenly spread; 0: none.
+        references: queries of a stretch that are handed over, in each query head; of rows evenly spread, and of others
+            for each of the heads that share entries; 0: none.
         text: whether rows of text are replayed too where a stretch has visual ones.
         alike: visual rows whose embedding is as like the row's before them, by cosine, are left out; 1: none is.
         fast: whether every layer looks with the rows as they entered it the first time, so that no FFN runs again.

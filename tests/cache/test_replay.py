@@ -1,12 +1,15 @@
 """Replay's rules: what it chooses, what it fits, what it refuses."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mminfer import ConfigError, Replay
-from mminfer.cache.replay_rules import RIDGE, fit_stretch, fitted_values, one_for_each, shared_choice
+from mminfer.cache.replay_fit import MOST, RIDGE, fit_stretch, fitted, fitted_masses
+from mminfer.cache.replay_rules import one_for_each, shared_choice
 from mminfer.technique import CacheEntries, ReplayedStretch
 
 GROUPS, REPEAT, SIZE = 2, 3, 8
@@ -68,8 +71,8 @@ def test_values_are_the_least_squares_under_the_ridge(rows, held):
     keep = torch.arange(30) % 3 > 0
     movable = torch.ones(20, dtype=torch.bool)
     movable[0] = not held
-    found = fitted_values(queries, keys, values, keep, movable, SIZE**-0.5)
-    shares = (queries @ keys[keep].mT * SIZE**-0.5).softmax(-1)
+    found, mass = fitted(queries, keys, values, keep, movable, SIZE**-0.5)
+    shares = (queries @ keys[keep].mT * SIZE**-0.5 + mass).softmax(-1)
     missing = read(queries, keys, values) - shares @ values[keep]
     shares = shares * movable
     ridge = RIDGE * shares.square().sum() / 20
@@ -77,29 +80,53 @@ def test_values_are_the_least_squares_under_the_ridge(rows, held):
     change = torch.linalg.lstsq(stacked, torch.cat([missing, torch.zeros(20, SIZE)]).double()).solution
     torch.testing.assert_close(found.double(), values[keep] + change, atol=1e-4, rtol=1e-4)
     if held:
-        assert torch.equal(found[0], values[keep][0])
+        assert torch.equal(found[0], values[keep][0]) and float(mass[0]) == 0
+
+
+@pytest.mark.parametrize(("rows", "keep_one_in"), [(12, 2), (60, 2), (60, 5)])
+def test_masses_come_close_to_the_best_positive_ones(rows, keep_one_in):
+    generator = torch.Generator().manual_seed(4)
+    shares = (3 * torch.randn(rows, 30, generator=generator)).softmax(-1)[:, ::keep_one_in]
+    ridge = RIDGE * shares.square().sum() / shares.shape[1]
+
+    def loss(factor):
+        return float((shares @ factor - 1).square().sum() + ridge * (factor - 1).square().sum())
+
+    best = torch.ones(shares.shape[1])
+    for _ in range(20_000):  # plain projected gradients, until nothing moves
+        gradient = shares.mT @ (shares @ best - 1) + ridge * (best - 1)
+        best = (best - gradient / (shares.square().sum() + ridge)).clamp(1 / MOST, MOST)
+    found = fitted_masses(shares)
+    assert loss(found) <= loss(best) + 0.05 * (loss(torch.ones_like(best)) - loss(best))
+    assert loss(found) < 0.9 * loss(torch.ones_like(best))
 
 
 def test_fitting_brings_replayed_readings_closer_and_touches_nothing_else():
-    entries, stretch = made(24), looked(20, rows=40)
-    keys, values = entries.keys[0, 1, :20], entries.values[0, 1].clone()
+    entries, stretch = made(24).weighed().heads()[1], looked(20, rows=40)
+    keys, before = entries.keys[0, 0, :20], entries.values.clone()[0, 0]
     keep = torch.arange(20) % 2 == 0
-    before = values.clone()
-    fit_stretch(keys, values[:20], keep, stretch, 1)
+    fit_stretch(entries, slice(0, 20), keep, stretch, 1)
+    values, mass = entries.values[0, 0], entries.log_mass[0, 0]
     queries = stretch.queries.view(GROUPS, -1, SIZE)[1]
     want = read(queries, keys, before[:20])
-    errors = [float((read(queries, keys[keep], x[:20][keep]) - want).norm()) for x in (before, values)]
-    assert errors[1] < 0.7 * errors[0]
+    logits = queries @ keys[keep].mT * SIZE**-0.5
+    found = (logits + mass[:20][keep]).softmax(-1) @ values[:20][keep]
+    assert float((found - want).norm()) < 0.7 * float((read(queries, keys[keep], before[:20][keep]) - want).norm())
+    of_all = (queries @ keys.mT * SIZE**-0.5).logsumexp(-1)
+    missing = [float((kept.logsumexp(-1) - of_all).abs().mean()) for kept in (logits, logits + mass[:20][keep])]
+    assert missing[1] < 0.5 * missing[0]
     assert torch.equal(values[:20][~keep], before[:20][~keep]) and torch.equal(values[20:], before[20:])
+    assert not bool(mass[:20][~keep].any()) and not bool(mass[20:].any())
 
 
 def test_a_head_of_half_precision_keeps_its_type():
-    entries, stretch = made(20), looked(20)
-    values = entries.values[0, 0].bfloat16()
+    entries, stretch = made(20).weighed(), looked(20)
+    head = replace(entries, keys=entries.keys.bfloat16(), values=entries.values.bfloat16()).heads()[0]
     keep = torch.arange(20) % 2 == 0
-    half = ReplayedStretch(0, stretch.peaks, stretch.queries.bfloat16(), None, stretch.scale)
-    fit_stretch(entries.keys[0, 0].bfloat16(), values, keep, half, 0)
-    assert values.dtype == torch.bfloat16 and bool(values.isfinite().all())
+    half = replace(stretch, queries=stretch.queries.bfloat16())
+    fit_stretch(head, slice(0, 20), keep, half, 0)
+    assert head.values.dtype == torch.bfloat16 and bool(head.values.isfinite().all())
+    assert head.log_mass.dtype == torch.float32 and bool(head.log_mass.isfinite().all())
 
 
 def test_every_picture_leaves_an_entry_in_each_layer():

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
+from torch.nn.functional import pad
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mminfer import (
@@ -22,10 +23,10 @@ from mminfer import (
     patched,
 )
 from mminfer.forward.kv_cache import CACHE_NAME
-from mminfer.forward.replay import Replay as Again
+from mminfer.forward.replayed_rows import ReplayedRows
 from mminfer.models.registry import adapter_for
 from mminfer.nano import sample_messages
-from mminfer.technique import CacheTechnique, ReplayPlan
+from mminfer.technique import NOTHING, CacheTechnique, ReplayPlan
 from tests.tiny import IMAGE, MARKED_FAMILIES, VIDEO, fitting, tiny_inputs, tiny_model, tiny_rows
 
 FAMILIES = [family for family in MARKED_FAMILIES if family != "gemma3"]  # its layers slide
@@ -217,7 +218,8 @@ def test_rows_of_a_turn_look_at_what_each_head_holds():
         earlier = stretch.earlier
         for head, (length, own) in enumerate(zip(lengths, entries.heads(), strict=True)):
             assert torch.equal(earlier.keys[head, :length], own.keys[0, 0, :length])
-            assert earlier.log_mass is None or int((earlier.log_mass[head] == 0).sum()) == length
+            mass = own.weighed().log_mass[0, 0, :length]
+            assert torch.equal(earlier.log_mass[head], pad(mass, (0, max(lengths) - length), value=NOTHING))
         queries = stretch.queries.unflatten(0, (len(lengths), -1)).flatten(1, 2)
         for head, own in enumerate(entries.heads()):  # no share of theirs is more than it is without their own rows
             alone = (queries[head] @ own.keys[0, 0].mT * stretch.scale).softmax(-1).amax(0)
@@ -242,9 +244,9 @@ def test_rows_like_the_one_before_them_go_by_once():
     picture = layout.visual_rows[layout.image_id[layout.visual_rows] == 0]
     embeds = embeds.detach().clone()
     embeds[picture[1:]] = embeds[picture[0]].clone()
-    again = Again(embeds, layout, ReplayPlan(alike=0.99))
+    again = ReplayedRows(embeds, layout, ReplayPlan(alike=0.99), 1)
     assert sorted({*range(len(layout))} - {*again.rows.tolist()}) == picture[1:].tolist()
-    assert len(Again(embeds, layout, ReplayPlan()).rows) == len(layout)
+    assert len(ReplayedRows(embeds, layout, ReplayPlan(), 1).rows) == len(layout)
 
 
 @pytest.mark.parametrize("pictures", [1, 6])
