@@ -3,11 +3,131 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mminfer.layout import TokenLayout
+from mminfer.layout import Modality, TokenLayout
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """Where the P tokens that stand for patches stand, each in the grid of its view.
+
+    Args:
+        rows: [P] int64, ascending, of the layout.
+        view: [P] int64, ascending from 0.
+        y: [P] int64, from 0 in each view.
+        x: [P] int64.
+        first: [views] int64, the first of each view among the P.
+        width: [views] int64.
+        height: [views] int64.
+    """
+
+    rows: Tensor
+    view: Tensor
+    y: Tensor
+    x: Tensor
+    first: Tensor
+    width: Tensor
+    height: Tensor
+
+    def neighbours(self, layout: TokenLayout, across_frames: bool) -> Tensor:
+        """[2, E] int64, among the P: pairs left and right, above and below, and a frame later at the same place."""
+        place = self.y * self.width[self.view] + self.x + self.first[self.view]
+        at = torch.empty_like(place).scatter_(0, place, torch.arange(len(place), device=place.device))
+        beside = (self.x + 1 < self.width[self.view]).nonzero()[:, 0]
+        below = (self.y + 1 < self.height[self.view]).nonzero()[:, 0]
+        pairs = [
+            torch.stack([beside, at[place[beside] + 1]]),
+            torch.stack([below, at[(place + self.width[self.view])[below]]]),
+        ]
+        if across_frames:
+            follows = self._follows(layout)
+            later = torch.cat([follows[1:], follows.new_zeros(1)])[self.view].nonzero()[:, 0]
+            ahead = place[later] - self.first[self.view[later]] + self.first[self.view[later] + 1]
+            pairs.append(torch.stack([later, at[ahead]]))
+        return torch.cat(pairs, 1)
+
+    def _follows(self, layout: TokenLayout) -> Tensor:
+        """[views] bool: frames of a video of one shape with the one before them, and nothing between them."""
+        start = self.rows[self.first]
+        is_video = layout.modality[start] == Modality.VIDEO
+        last = torch.cat([self.first[1:], self.first.new_tensor([len(self.rows)])]) - 1
+        out = torch.zeros_like(is_video)
+        out[1:] = is_video[1:] & is_video[:-1] & (layout.sequence[start][1:] == layout.sequence[start][:-1])
+        out[1:] &= (self.width[1:] == self.width[:-1]) & (self.height[1:] == self.height[:-1])
+        out[1:] &= start[1:] - self.rows[last[:-1]] == 1
+        return out
+
+
+def grid_of(layout: TokenLayout) -> Grid:
+    """The grids of all pictures and frames of a prompt, before anything left it.
+
+    By the axes of M-RoPE where the model has them; else by the marks between lines (newlines, breaks), else as a
+    square; tokens that form no grid stand in one line. An image is one view; but where a small view of the whole
+    stands before the lines of a larger one, as in LLaVA-NeXT, these are two.
+    """
+    rows = ((layout.image_id >= 0) & (layout.size > 0)).nonzero()[:, 0]
+    if not len(rows):
+        return Grid(*(rows,) * 7)
+    owner = layout.image_id[rows]
+    begins = torch.ones_like(rows, dtype=torch.bool)
+    begins[1:] = owner[1:] != owner[:-1]
+    lines = begins.clone()
+    lines[1:] |= rows.diff() > 1
+    view = (begins | _second_views(begins, lines)).cumsum(0) - 1
+    first = torch.ones_like(view, dtype=torch.bool)
+    first[1:] = view[1:] != view[:-1]
+    starts, order = first.nonzero()[:, 0], torch.arange(len(view), device=view.device)
+    line = (lines | first).cumsum(0) - 1
+    order, line = order - starts[view], line - line[starts][view]
+    counts = view.bincount()
+    height = line.new_zeros(len(counts)).scatter_reduce_(0, view, line, "amax") + 1
+    side = counts.double().sqrt().round().long()
+    width = torch.where(height == 1, side, counts // height).clamp_min(1)
+    whole = torch.where(height == 1, side**2 == counts, counts % height == 0)
+    fits = whole & _all_in(view, (line == order // width[view]) | (height == 1)[view], len(counts))
+    width = torch.where(fits, width, counts)
+    y, x = order // width[view], order % width[view]
+    height = counts // width
+    if layout.position.shape[0] == 3:
+        y, x, height, width = _by_axes(layout.position[1:, rows], view, counts, (y, x, height, width))
+    return Grid(rows, view, y, x, starts, width, height)
+
+
+def _second_views(begins: Tensor, lines: Tensor) -> Tensor:
+    """[P] bool: the first token of the second view of an image, whose lines are as long as its last one."""
+    image, starts = begins.cumsum(0) - 1, lines.nonzero()[:, 0]
+    length = torch.cat([starts[1:], starts.new_tensor([len(begins)])]) - starts
+    of = image[starts]
+    count = of.bincount()
+    last = count.cumsum(0) - 1
+    first = last - count + 1
+    small = (length[first] - length[last]) * (count > 1)
+    out = torch.zeros_like(begins)
+    out[(starts[first] + small)[small > 0]] = True
+    return out
+
+
+def _by_axes(position: Tensor, view: Tensor, counts: Tensor, otherwise: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """y, x, height and width by M-RoPE's axes (position [2, P]), for views whose tokens fill a rectangle there."""
+    least = position.new_full((2, len(counts)), torch.inf).scatter_reduce_(1, view.expand(2, -1), position, "amin")
+    y, x = (position - least[:, view]).round().long()
+    shape = torch.stack([y, x]).new_zeros(2, len(counts)).scatter_reduce_(1, view.expand(2, -1), torch.stack([y, x]), "amax")
+    height, width = shape + 1
+    fits = height * width == counts
+    code = (y * width[view] + x + (counts.cumsum(0) - counts)[view]).where(fits[view], 0)
+    taken = torch.zeros(len(view), dtype=torch.int64, device=view.device).scatter_add_(0, code, fits[view].long())
+    fits &= _all_in(view, taken == 1, len(counts))
+    pairs = zip((y, x, height, width), otherwise, strict=True)
+    return tuple(torch.where(fits[view] if len(own) == len(view) else fits, own, other) for own, other in pairs)
+
+
+def _all_in(view: Tensor, flags: Tensor, count: int) -> Tensor:
+    """[count] bool: whether all of a view's flags are set."""
+    return torch.zeros(count, dtype=torch.int64, device=view.device).index_add_(0, view, (~flags).long()) == 0
 
 
 def image_views(layout: TokenLayout) -> list[Tensor]:
