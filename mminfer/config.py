@@ -28,7 +28,6 @@ from mminfer.technique import (
     is_bundled,
 )
 from mminfer.tokens.merge import AIMMerge
-from mminfer.tokens.regions import RegionMerge
 from mminfer.tokens.prune import AIMPrune
 
 if TYPE_CHECKING:

@@ -33,22 +33,31 @@ class Grid:
     width: Tensor
     height: Tensor
 
-    def neighbours(self, layout: TokenLayout, across_frames: bool) -> Tensor:
-        """[2, E] int64, among the P: pairs left and right, above and below, and a frame later at the same place."""
-        place = self.y * self.width[self.view] + self.x + self.first[self.view]
+    def beside(self) -> tuple[Tensor, Tensor]:
+        """Of each token the one to its right and the one below it, among the P: [P] int64 each, -1 where none is."""
+        place = self._places
         at = torch.empty_like(place).scatter_(0, place, torch.arange(len(place), device=place.device))
-        beside = (self.x + 1 < self.width[self.view]).nonzero()[:, 0]
-        below = (self.y + 1 < self.height[self.view]).nonzero()[:, 0]
-        pairs = [
-            torch.stack([beside, at[place[beside] + 1]]),
-            torch.stack([below, at[(place + self.width[self.view])[below]]]),
-        ]
-        if across_frames:
-            follows = self._follows(layout)
-            later = torch.cat([follows[1:], follows.new_zeros(1)])[self.view].nonzero()[:, 0]
-            ahead = place[later] - self.first[self.view[later]] + self.first[self.view[later] + 1]
-            pairs.append(torch.stack([later, at[ahead]]))
-        return torch.cat(pairs, 1)
+        width = self.width[self.view]
+        right = at[(place + 1).clamp_max(len(place) - 1)].where(self.x + 1 < width, -1)
+        below = at[(place + width).clamp_max(len(place) - 1)].where(self.y + 1 < self.height[self.view], -1)
+        return right, below
+
+    def later(self, layout: TokenLayout) -> Tensor:
+        """Of each token of a video the one at its place in the next frame: [P] int64, -1 where none is.
+
+        Only of frames of one shape with nothing between them in the prompt.
+        """
+        place = self._places
+        at = torch.empty_like(place).scatter_(0, place, torch.arange(len(place), device=place.device))
+        follows = self._follows(layout)
+        goes_on = torch.cat([follows[1:], follows.new_zeros(1)])[self.view]
+        step = torch.cat([self.first.diff(), self.first.new_zeros(1)])[self.view]
+        return at[(place + step).clamp_max(len(place) - 1)].where(goes_on, -1)
+
+    @property
+    def _places(self) -> Tensor:
+        """[P] int64: where each token would stand if those of a view were in order of line and column."""
+        return self.y * self.width[self.view] + self.x + self.first[self.view]
 
     def _follows(self, layout: TokenLayout) -> Tensor:
         """[views] bool: frames of a video of one shape with the one before them, and nothing between them."""
@@ -115,7 +124,11 @@ def _by_axes(position: Tensor, view: Tensor, counts: Tensor, otherwise: tuple[Te
     """y, x, height and width by M-RoPE's axes (position [2, P]), for views whose tokens fill a rectangle there."""
     least = position.new_full((2, len(counts)), torch.inf).scatter_reduce_(1, view.expand(2, -1), position, "amin")
     y, x = (position - least[:, view]).round().long()
-    shape = torch.stack([y, x]).new_zeros(2, len(counts)).scatter_reduce_(1, view.expand(2, -1), torch.stack([y, x]), "amax")
+    shape = (
+        torch.stack([y, x])
+        .new_zeros(2, len(counts))
+        .scatter_reduce_(1, view.expand(2, -1), torch.stack([y, x]), "amax")
+    )
     height, width = shape + 1
     fits = height * width == counts
     code = (y * width[view] + x + (counts.cumsum(0) - counts)[view]).where(fits[view], 0)
