@@ -28,6 +28,7 @@ __all__ = [
     "Message",
     "MminferError",
     "OperatorSkip",
+    "RegionMerge",
     "Replay",
     "TextPart",
     "UnsupportedModelError",
@@ -57,6 +58,7 @@ if TYPE_CHECKING:  # what type checkers and editors read; a test holds it to the
     from mminfer.technique import LayerRange
     from mminfer.tokens.merge import AIMMerge
     from mminfer.tokens.prune import AIMPrune
+    from mminfer.tokens.regions import RegionMerge
 else:  # hidden from type checkers, which would take any name for one of ours
     _NAMES = {
         "mminfer.cache": ("Digest", "LookM", "Replay"),
@@ -72,6 +74,7 @@ else:  # hidden from type checkers, which would take any name for one of ours
         "mminfer.technique": ("LayerRange",),
         "mminfer.tokens.merge": ("AIMMerge",),
         "mminfer.tokens.prune": ("AIMPrune",),
+        "mminfer.tokens.regions": ("RegionMerge",),
     }
     _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
 

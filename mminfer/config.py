@@ -47,7 +47,7 @@ class InferenceConfig:
 
     Args:
         positions: rotary positions of visual tokens (`V2PE`), or scaled frequencies (`LinearScaling`, `DynamicNTK`).
-        merge: merging of visual tokens before the language model (`AIMMerge`).
+        merge: merging of visual tokens before the language model (`AIMMerge`, `RegionMerge`).
         prune: pruning of visual tokens inside it (`AIMPrune`).
         skip: operators that visual tokens skip (`OperatorSkip`).
         cache: compression of the key/value cache (`Replay`, `LookM`, `Digest`).

@@ -25,7 +25,7 @@ from mminfer.models.registry import adapter_for
 from mminfer.models.spec import ModelSpec, attention_mask
 from mminfer.output import GenerationOutput
 from mminfer.running import Runner
-from mminfer.tokens.grid import image_views, patch_places
+from mminfer.tokens.grid import grid_of
 
 if TYPE_CHECKING:
     from mminfer.engine import Engine
@@ -180,9 +180,7 @@ def _images(layout: TokenLayout, kind: Modality) -> list[int]:
 
 def _image_facts(layout: TokenLayout, shown: dict[Modality, Pictures]) -> tuple[tuple[ImageFacts, ...], Rows]:
     """The images in the order of the prompt, and [T] the image of each token, -1 for text."""
-    grids: dict[int, list[Rows]] = {}
-    for view in image_views(layout):
-        grids.setdefault(int(layout.image_id[view[0]]), []).append(_grid(view, layout))
+    grids = _grids(layout)
     image_id, found = layout.image_id.cpu().numpy(), []
     for kind, pictures in shown.items():
         name = "image" if kind is Modality.IMAGE else "frame"
@@ -195,15 +193,19 @@ def _image_facts(layout: TokenLayout, shown: dict[Modality, Pictures]) -> tuple[
     return tuple(facts for _, facts in found), image_of
 
 
-def _grid(view: Tensor, layout: TokenLayout) -> Rows:
-    """[h, w]: the tokens of a view in their places; in one line where these leave holes."""
-    rows, (y, x) = view.cpu().numpy(), (places.cpu().numpy() for places in patch_places(view, layout))
-    height, width = int(y.max()) + 1, int(x.max()) + 1
-    if height * width != len(rows):
-        return rows[None]
-    grid = np.empty((height, width), np.int64)
-    grid[y, x] = rows
-    return grid
+def _grids(layout: TokenLayout) -> dict[int, list[Rows]]:
+    """The views of each image, by its id: the tokens of each in their places, [h, w]."""
+    grid, found = grid_of(layout), dict[int, list[Rows]]()
+    if not len(grid.rows):
+        return found
+    rows, y, x = (part.cpu().numpy() for part in (grid.rows, grid.y, grid.x))
+    shapes = zip(grid.height.tolist(), grid.width.tolist(), strict=True)
+    ids = layout.image_id[grid.rows[grid.first]].tolist()
+    for image, first, (height, width) in zip(ids, grid.first.tolist(), shapes, strict=True):
+        view, own = np.empty((height, width), np.int64), slice(first, first + height * width)
+        view[y[own], x[own]] = rows[own]
+        found.setdefault(image, []).append(view)
+    return found
 
 
 def _token_facts(

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
-from mminfer_kernels import merge_rows
 from torch import Tensor
 
 from mminfer.layout import TokenLayout
 from mminfer.technique import MERGE_SHARES, MergeTechnique, check_fraction
-from mminfer.tokens.grid import image_views, patch_places
+from mminfer.tokens.averaging import average
+from mminfer.tokens.grid import Grid, grid_of
 
 if TYPE_CHECKING:
     from mminfer.models.spec import ModelSpec
@@ -23,7 +23,7 @@ class Downsample(MergeTechnique):
     """Plain down-sampling: every view of an image, a grid of tokens, is averaged down to a smaller grid.
 
     A token stands where the middle one of those stood that it is the mean of. Where tokens form no grid (see
-    `patch_places`), runs of them are averaged.
+    `grid_of`), runs of them are averaged.
 
     Args:
         ratio: kept fraction of an image's tokens, in (0, 1]; at least one token stays, and no more than this.
@@ -43,25 +43,20 @@ class Downsample(MergeTechnique):
         """Any model will do."""
 
     def apply(self, inputs_embeds: Tensor, layout: TokenLayout) -> tuple[Tensor, TokenLayout]:
-        rows, views = torch.arange(len(layout), device=inputs_embeds.device), image_views(layout)
-        if self.ratio == 1 or not views:
+        grid = grid_of(layout)
+        if self.ratio == 1 or not len(grid.rows):
             return inputs_embeds, layout
-        owner = rows.clone()
-        for view in views:
-            owner[view] = view[self._owners(view, layout)]
-        stays = owner == rows
-        index, gone = stays.nonzero()[:, 0], (~stays).nonzero()[:, 0]
-        target, weight = torch.searchsorted(index, owner[gone]), layout.size.where(layout.size > 0, 1)
-        embeds, _ = merge_rows(inputs_embeds[index], inputs_embeds[gone], target, weight[index], weight[gone])
-        size = layout.size[index].index_add(0, target, layout.size[gone])
-        return embeds, layout.merge(index, size, owner)
+        owner = torch.arange(len(layout), device=inputs_embeds.device)
+        owner[grid.rows] = grid.rows[self._owners(grid)]
+        return average(inputs_embeds, layout, owner)
 
-    def _owners(self, rows: Tensor, layout: TokenLayout) -> Tensor:
-        """[n] int64: for each token of a view the one, among its n, that it becomes part of."""
-        y, x = patch_places(rows, layout)
-        height, width = int(y.max()) + 1, int(x.max()) + 1
-        tall, wide = _smaller_grid(height, width, max(1, int(self.ratio * len(rows) + 1e-9)))
-        cell = (y * tall // height) * wide + x * wide // width
+    def _owners(self, grid: Grid) -> Tensor:
+        """[P] int64: for each token the one, among the P, that it becomes part of."""
+        shapes = list(zip(grid.height.tolist(), grid.width.tolist(), strict=True))
+        smaller = {(h, w): _smaller_grid(h, w, max(1, int(self.ratio * h * w + 1e-9))) for h, w in set(shapes)}
+        tall, wide = torch.tensor([smaller[shape] for shape in shapes], device=grid.rows.device).T[:, grid.view]
+        cell = (grid.y * tall // grid.height[grid.view]) * wide + grid.x * wide // grid.width[grid.view]
+        cell += grid.first[grid.view]  # a view has no more cells than tokens
         _, cell, counts = cell.unique(return_inverse=True, return_counts=True)
         order = cell.argsort(stable=True)
         middle = counts.cumsum(0) - counts + counts // 2

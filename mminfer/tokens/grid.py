@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -122,70 +121,24 @@ def _second_views(begins: Tensor, lines: Tensor) -> Tensor:
 
 def _by_axes(position: Tensor, view: Tensor, counts: Tensor, otherwise: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """y, x, height and width by M-RoPE's axes (position [2, P]), for views whose tokens fill a rectangle there."""
-    least = position.new_full((2, len(counts)), torch.inf).scatter_reduce_(1, view.expand(2, -1), position, "amin")
-    y, x = (position - least[:, view]).round().long()
-    shape = (
-        torch.stack([y, x])
-        .new_zeros(2, len(counts))
-        .scatter_reduce_(1, view.expand(2, -1), torch.stack([y, x]), "amax")
-    )
-    height, width = shape + 1
+    (y, height), (x, width) = (_ranks(axis, view, len(counts)) for axis in position)
     fits = height * width == counts
     code = (y * width[view] + x + (counts.cumsum(0) - counts)[view]).where(fits[view], 0)
     taken = torch.zeros(len(view), dtype=torch.int64, device=view.device).scatter_add_(0, code, fits[view].long())
     fits &= _all_in(view, taken == 1, len(counts))
-    pairs = zip((y, x, height, width), otherwise, strict=True)
-    return tuple(torch.where(fits[view] if len(own) == len(view) else fits, own, other) for own, other in pairs)
+    flags = (fits[view], fits[view], fits, fits)
+    return tuple(torch.where(*three) for three in zip(flags, (y, x, height, width), otherwise, strict=True))
+
+
+def _ranks(position: Tensor, view: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """[P] int64: which of the places in its view each one has, whatever the step between them; and [count] how many."""
+    least = position.new_full((count,), torch.inf).scatter_reduce_(0, view, position, "amin")
+    offset = position - least[view]
+    places, rank = (view * (offset.amax() + 1) + offset).unique(return_inverse=True)
+    first = rank.new_full((count,), len(places)).scatter_reduce_(0, view, rank, "amin")
+    return rank - first[view], first.diff(append=first.new_tensor([len(places)]))
 
 
 def _all_in(view: Tensor, flags: Tensor, count: int) -> Tensor:
     """[count] bool: whether all of a view's flags are set."""
     return torch.zeros(count, dtype=torch.int64, device=view.device).index_add_(0, view, (~flags).long()) == 0
-
-
-def image_views(layout: TokenLayout) -> list[Tensor]:
-    """Rows ([n] int64, ascending) of the tokens that stand for patches, one tensor for each view of an image.
-
-    An image is one view; but where a small view of the whole stands before the lines of a larger one, as in
-    LLaVA-NeXT, these are two.
-    """
-    patches = ((layout.image_id >= 0) & (layout.size > 0)).nonzero()[:, 0]
-    if len(patches) == 0:
-        return []
-    _, counts = layout.image_id[patches].unique_consecutive(return_counts=True)
-    return [view for rows in patches.split(counts.tolist()) for view in _views(rows)]
-
-
-def _views(rows: Tensor) -> list[Tensor]:
-    """The rows of one image by view: the lines of the last one are as long as its last line."""
-    ends = [*((rows.diff() > 1).nonzero()[:, 0] + 1).tolist(), len(rows)]
-    if len(ends) == 1:
-        return [rows]
-    small = ends[0] - (ends[-1] - ends[-2])
-    return [rows[:small], rows[small:]] if small > 0 else [rows]
-
-
-def patch_places(rows: Tensor, layout: TokenLayout) -> tuple[Tensor, Tensor]:
-    """Line and column of each token of one view.
-
-    By the axes of M-RoPE where the model has them; else by the marks between lines (newlines, breaks), else as a
-    square; tokens that form no grid stand in one line.
-
-    Args:
-        rows: [n] int64, ascending, of `image_views`.
-        layout: the prompt, before anything left it.
-
-    Returns:
-        y and x, [n] int64 each, from 0.
-    """
-    count, order = len(rows), torch.arange(len(rows), device=rows.device)
-    if layout.position.shape[0] == 3:
-        y, x = (layout.position[axis, rows].unique(return_inverse=True)[1] for axis in (1, 2))
-        if torch.stack([y, x]).unique(dim=1).shape[1] == count:
-            return y, x
-    line = torch.cat([rows.new_zeros(1), (rows.diff() > 1).cumsum(0)])
-    lines = int(line[-1]) + 1
-    width = math.isqrt(count) if lines == 1 else count // lines
-    if count % width == 0 and ((lines == 1 and width**2 == count) or torch.equal(line, order // width)):
-        return order // width, order % width
-    return torch.zeros_like(order), order

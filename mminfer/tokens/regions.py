@@ -7,19 +7,18 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Self
 
 import torch
-from mminfer_kernels import merge_rows
+from mminfer_kernels import gather_rows
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from mminfer.errors import ConfigError, shown
 from mminfer.layout import TokenLayout
 from mminfer.technique import MERGE_SHARES, MergeTechnique, check_fraction, is_number, is_whole
+from mminfer.tokens.averaging import average
 from mminfer.tokens.grid import Grid, grid_of
+from mminfer.tokens.growing import ROUNDING, Bounds, products, regions
 
 if TYPE_CHECKING:
     from mminfer.models.spec import ModelSpec
-
-GATHERED = 1 << 24  # numbers gathered at a time while regions are compared
 
 
 @dataclass(frozen=True)
@@ -81,29 +80,34 @@ class RegionMerge(MergeTechnique):
         grid = grid_of(layout)
         if self.ratio == 1 or len(grid.rows) < 2:
             return inputs_embeds, layout
-        region = self._regions(inputs_embeds[grid.rows], grid, layout)
-        rows = torch.arange(len(layout), device=region.device)
-        owner = rows.clone()
-        owner[grid.rows] = grid.rows[_middles(grid, region)[region]]
-        stays = owner == rows
-        index, gone = stays.nonzero()[:, 0], (~stays).nonzero()[:, 0]
-        target, weight = torch.searchsorted(index, owner[gone]), layout.size.where(layout.size > 0, 1)
-        embeds, _ = merge_rows(inputs_embeds[index], inputs_embeds[gone], target, weight[index], weight[gone])
-        size = layout.size[index].index_add(0, target, layout.size[gone])
-        return embeds, layout.merge(index, size, owner)
+        region = self._regions(inputs_embeds, grid, layout)
+        owner = torch.arange(len(layout), device=region.device)
+        owner[grid.rows] = grid.rows[_middles(grid, region)]
+        return average(inputs_embeds, layout, owner)
 
     def _regions(self, x: Tensor, grid: Grid, layout: TokenLayout) -> Tensor:
-        """[P] int64: the first member of each patch's region; x: [P, C]."""
-        bounds = Bounds(self.threshold, self.largest)
-        units, sequence = normalize(x.float(), dim=-1), layout.sequence[grid.rows]
-        right, below = grid.beside()
-        pairs = _pairs(right, below) if self.threshold is None else _area_pairs(units, right, below, self.threshold)
-        if self.across_frames:
-            pairs = torch.cat([pairs, _both(grid.later(layout))], 1)
+        """[P] int64: the first member of each patch's region; x: [T, C]."""
+        if self.threshold is None:
+            right, below = grid.beside()
+        else:
+            right, below = _in_areas(x, grid, self.threshold - ROUNDING)
+        steps = (right, below, grid.later(layout)) if self.across_frames else (right, below)
+        pairs = torch.cat([_both(step) for step in steps], 1)
+        region = torch.arange(len(grid.rows), device=x.device)
+        touched = torch.zeros_like(region, dtype=torch.bool)
+        touched[pairs.flatten()] = True
+        some = touched.nonzero()[:, 0]
+        if not len(some):
+            return region
+        bounds, sequence = Bounds(self.threshold, self.largest), layout.sequence[grid.rows]
         if self.ratio is not None:
             count = sequence.bincount(minlength=layout.num_sequences)
-            bounds = replace(bounds, group=sequence, spare=count - (count * self.ratio).round().long().clamp_min(1))
-        return regions(units, layout.size[grid.rows], pairs, bounds)
+            least = (count.double() * self.ratio).round().long().clamp_min(1)
+            bounds = replace(bounds, group=sequence[some], spare=count - least)
+        tie = (grid.y % 2 + grid.x % 2)[some]  # equal tokens join into blocks of two by two
+        pairs, rows = (touched.cumsum(0) - 1)[pairs], grid.rows[some]
+        region[some] = some[regions(gather_rows(x, rows), layout.size[rows], pairs, bounds, tie)]
+        return region
 
     def cost(self, spec: ModelSpec, lengths: Sequence[int]) -> int:
         """Cosines of neighbours, and of the regions that grow from them: about twice as many in all."""
@@ -132,157 +136,37 @@ def _both(other: Tensor) -> Tensor:
     return torch.stack([one, other[one]])
 
 
-def _pairs(right: Tensor, below: Tensor) -> Tensor:
-    return torch.cat([_both(right), _both(below)], 1)
+def _in_areas(x: Tensor, grid: Grid, threshold: float) -> tuple[Tensor, Tensor]:
+    """`Grid.beside` of those pairs alone that lie in a square of two by two whose four sides are alike; x: [T, C]."""
+    right, below = grid.beside()
+    norms = products(x, grid.rows, grid.rows).sqrt().clamp_min(1e-12)
 
+    def alike(other: Tensor, asked: Tensor) -> Tensor:
+        """[P] bool: those asked for whose cosine with their other one reaches the threshold."""
+        first, out = asked.nonzero()[:, 0], torch.zeros_like(asked)
+        second = other[first]
+        dots = products(x, grid.rows[first], grid.rows[second])
+        out[first] = dots >= threshold * norms[first] * norms[second]
+        return out
 
-def _area_pairs(units: Tensor, right: Tensor, below: Tensor, threshold: float) -> Tensor:
-    """The pairs that lie in a square of two by two whose four sides are alike."""
-    alike = [_alike(units, other) >= threshold for other in (right, below)]  # -1 where there is none
-    corner = alike[0] & alike[1]
-    corner &= alike[0][below] & alike[1][right]
-    first = corner.nonzero()[:, 0]
-    beside, under = right[first], below[first]
-    last = right[under]
-    sides = [(first, beside), (under, last), (first, under), (beside, last)]
-    pairs = torch.cat([torch.stack(side) for side in sides], 1)
-    return pairs.unique(dim=1)
-
-
-def _alike(units: Tensor, other: Tensor) -> Tensor:
-    """[P]: cosines of each one with its other; -2 where there is none."""
-    step = max(1, GATHERED // units.shape[1])
-    parts = [(own * units[ids]).sum(-1) for own, ids in zip(units.split(step), other.split(step), strict=True)]
-    return torch.cat(parts).where(other >= 0, -2)
-
-
-@dataclass(frozen=True, eq=False)
-class Bounds:
-    """How far regions grow.
-
-    Args:
-        threshold: mean cosine of a region's members to each other, at least; None: any.
-        largest: patches of a region, at most; None: any number.
-        group: [P] int64: regions are counted by it, and no pair joins two.
-        spare: [groups] int64: how many regions each group has to lose; None: all.
-    """
-
-    threshold: float | None = None
-    largest: int | None = None
-    group: Tensor | None = None
-    spare: Tensor | None = None
-
-
-def regions(units: Tensor, sizes: Tensor, pairs: Tensor, bounds: Bounds) -> Tensor:
-    """Regions of alike neighbours.
-
-    In rounds: of the pairs of neighbouring regions that may join, those join that are each other's best. The best is
-    the one whose union scatters least beyond its parts (Ward).
-
-    Args:
-        units: [P, C] float32, unit vectors.
-        sizes: [P] float32, how many patches each stands for.
-        pairs: [2, E] int64, neighbours.
-        bounds: how far they grow.
-
-    Returns:
-        [P] int64: the first member of each one's region.
-    """
-    found, spare = _Regions(units, sizes), bounds.spare
-    first, second = pairs.amin(0), pairs.amax(0)
-    edges = torch.stack([first, second])
-    dots = found.dots(edges)
-    while edges.shape[1]:
-        cost, alike, size = found.judge(edges, dots)
-        may = torch.ones_like(alike, dtype=torch.bool)
-        if bounds.threshold is not None:
-            may &= alike >= bounds.threshold
-        if bounds.largest is not None:
-            may &= size <= bounds.largest
-        if spare is not None and bounds.group is not None:
-            may &= spare[bounds.group[edges[0]]] > 0
-        edges, dots, cost = edges[:, may], dots[may], cost[may]
-        if not edges.shape[1]:
-            break
-        joins = _mutual(edges, cost, len(units))
-        if spare is not None and bounds.group is not None:
-            joins = _cheapest(joins, cost, bounds.group[edges[0]], spare)
-            spare = spare - bounds.group[edges[0, joins]].bincount(minlength=len(spare))
-        edges, dots = found.join(edges, dots, joins)
-    return found.region
-
-
-class _Regions:
-    """Regions as they grow, and what is known of each: the sum of its members' unit vectors by size, and its patches.
-
-    Attributes:
-        region: [P] int64, the first member of each one's region.
-    """
-
-    def __init__(self, units: Tensor, sizes: Tensor) -> None:
-        self.region = torch.arange(len(units), device=units.device)
-        self._sums, self._sizes = units * sizes[:, None], sizes.clone()
-        self._norms, self._squares = self._sums.square().sum(-1), sizes.square()
-
-    def dots(self, edges: Tensor) -> Tensor:
-        """[E] float32: products of two regions' sums."""
-        step = max(1, GATHERED // self._sums.shape[1])
-        return torch.cat([(self._sums[a] * self._sums[b]).sum(-1) for a, b in edges.split(step, 1)])
-
-    def judge(self, edges: Tensor, dots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of unions: how much they scatter beyond their parts, the mean cosine of their members, their patches."""
-        a, b = edges
-        size, norm = self._sizes[a] + self._sizes[b], self._norms[a] + self._norms[b] + 2 * dots
-        scatter = self._norms[a] / self._sizes[a] + self._norms[b] / self._sizes[b] - norm / size
-        own = self._squares[a] + self._squares[b]
-        return scatter, (norm - own) / (size.square() - own), size
-
-    def join(self, edges: Tensor, dots: Tensor, joins: Tensor) -> tuple[Tensor, Tensor]:
-        """Joins the regions of some edges, no two of which touch; the edges that are left, and their products."""
-        into, gone = edges[:, joins]
-        self._norms[into] += self._norms[gone] + 2 * dots[joins]
-        for column in (self._sums, self._sizes, self._squares):
-            column[into] += column[gone]
-        label = torch.arange(len(self.region), device=edges.device)
-        label[gone] = into
-        self.region = label[self.region]
-        ends = label[edges].sort(0).values
-        apart = ends[0] != ends[1]
-        keys, origin = (ends[0] * len(label) + ends[1])[apart].unique(return_inverse=True)
-        place = torch.empty_like(keys).scatter_(0, origin, apart.nonzero()[:, 0])
-        ends, dots = ends[:, place], dots[place]
-        changed = torch.zeros_like(label, dtype=torch.bool)
-        changed[into] = True
-        stale = changed[ends].any(0)
-        if bool(stale.any()):
-            dots[stale] = self.dots(ends[:, stale])
-        return ends, dots
-
-
-def _mutual(edges: Tensor, cost: Tensor, count: int) -> Tensor:
-    """[n] int64: the edges that are the best of both their regions."""
-    rank = torch.empty_like(edges[0])
-    rank[cost.argsort(stable=True)] = torch.arange(len(rank), device=rank.device)
-    best = torch.full((count,), len(rank), device=rank.device)
-    for end in edges:
-        best.scatter_reduce_(0, end, rank, "amin")
-    return (best[edges] == rank).all(0).nonzero()[:, 0]
-
-
-def _cheapest(joins: Tensor, cost: Tensor, group: Tensor, spare: Tensor) -> Tensor:
-    """Of these edges, in each group the cheaper half, and no more than it has to spare; group: [E] int64."""
-    order = joins[cost[joins].argsort(stable=True)]
-    order = order[group[order].argsort(stable=True)]
-    own = group[order]
-    counts = own.bincount(minlength=len(spare))
-    place = torch.arange(len(order), device=own.device) - (counts.cumsum(0) - counts)[own]
-    return order[place < torch.minimum((counts + 1) // 2, spare)[own]]
+    beside = alike(right, right >= 0)
+    rows = beside & (below >= 0) & beside[below]  # both lines of the square
+    sides = rows.clone()
+    sides[right[rows]] = True
+    under = alike(below, sides)
+    corner = rows & under & under[right]
+    lines, columns = corner.clone(), corner.clone()
+    lines[below[corner]] = True
+    columns[right[corner]] = True
+    return right.where(lines, -1), below.where(columns, -1)
 
 
 def _middles(grid: Grid, region: Tensor) -> Tensor:
-    """[P] int64: for the first member of each region, the member nearest to its centre, the first of several."""
+    """[P] int64: for each one the member of its region that is nearest to its centre, the first of several."""
     place, size = torch.stack([grid.y, grid.x], 1).double(), region.bincount(minlength=len(region))
     centre = torch.zeros_like(place).index_add_(0, region, place) / size.clamp_min(1)[:, None]
-    order = (place - centre[region]).square().sum(-1).argsort(stable=True)
-    order = order[region[order].argsort(stable=True)]
-    return order[(size.cumsum(0) - size).clamp_max(len(region) - 1)]
+    far = (place - centre[region]).square().sum(-1)
+    least = far.new_full(region.shape, torch.inf).scatter_reduce_(0, region, far, "amin")
+    near = (far == least[region]).nonzero()[:, 0]
+    middle = torch.full_like(region, len(region)).scatter_reduce_(0, region[near], near, "amin")
+    return middle[region]
