@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mminfer import V2PE, AIMMerge, AIMPrune, ConfigError, InferenceConfig, LookM, OperatorSkip, Replay
+from mminfer import V2PE, AIMMerge, AIMPrune, ConfigError, InferenceConfig, LookM, OperatorSkip, RegionMerge, Replay
 from mminfer.cache.random_evict import RandomEvict
 from mminfer.config import PRESETS, TECHNIQUES
 from mminfer.models.spec import ModelSpec
@@ -61,7 +61,11 @@ configs = st.builds(
         st.builds(LinearScaling, st.just("auto") | st.floats(1, 64)),
         st.builds(DynamicNTK, st.floats(1, 64), st.none() | st.integers(1, 10**6)),
     ),
-    merge=st.none() | st.builds(AIMMerge, fractions),
+    merge=st.one_of(
+        st.none(),
+        st.builds(AIMMerge, fractions),
+        st.builds(RegionMerge, st.floats(-1, 1), st.none() | st.integers(2, 99), st.none() | fractions, st.booleans()),
+    ),
     prune=st.one_of(st.none(), st.builds(AIMPrune, **prunes), st.builds(RandomPrune, **prunes, seed=seeds)),
     skip=st.none() | st.builds(OperatorSkip, ffn=skipped, attention=skipped, block=skipped),
     cache=st.one_of(
@@ -180,7 +184,16 @@ def test_an_unknown_preset_is_refused_with_the_known_ones():
 
 @pytest.mark.parametrize("stage", list(Stage))
 def test_a_technique_in_another_stage_is_refused(stage):
-    for technique in (V2PE(), LinearScaling(), DynamicNTK(), AIMMerge(), AIMPrune(), OperatorSkip(), LookM()):
+    for technique in (
+        V2PE(),
+        LinearScaling(),
+        DynamicNTK(),
+        AIMMerge(),
+        RegionMerge(),
+        AIMPrune(),
+        OperatorSkip(),
+        LookM(),
+    ):
         if technique.stage is stage:
             assert InferenceConfig(**{stage.value: technique}).techniques == (technique,)
         else:

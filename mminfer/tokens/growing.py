@@ -38,7 +38,7 @@ def products(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
     return torch.cat([(x.index_select(0, a).float().mul_(x.index_select(0, b))).sum(-1) for a, b in pairs])
 
 
-def regions(x: Tensor, sizes: Tensor, pairs: Tensor, bounds: Bounds, tie: Tensor | None = None) -> Tensor:
+def regions(x: Tensor, sizes: Tensor, pairs: Tensor, bounds: Bounds, block: Tensor | None = None) -> Tensor:
     """Regions of alike neighbours.
 
     In rounds: of the pairs of neighbouring regions that may join, those join that are each other's best. The best is
@@ -50,7 +50,7 @@ def regions(x: Tensor, sizes: Tensor, pairs: Tensor, bounds: Bounds, tie: Tensor
         sizes: [P] float32, how many patches each stands for.
         pairs: [2, E] int64, neighbours; no pair twice.
         bounds: how far they grow.
-        tie: [P] int64: of equally good pairs those of the lowest number go first; None: in their order.
+        block: [P] int64: of equally good pairs those within a block go first; None: in their order.
 
     Returns:
         [P] int64: the first member of each one's region.
@@ -65,7 +65,7 @@ def regions(x: Tensor, sizes: Tensor, pairs: Tensor, bounds: Bounds, tie: Tensor
             may &= union.alike >= bounds.threshold - ROUNDING
         kept = may.nonzero()[:, 0]
         edges, dots, cost = edges[:, kept], dots[kept], union.cost[kept]
-        chosen = _mutual(edges, cost, len(x), tie)
+        chosen = _mutual(edges, cost, len(x), block)
         joins.note(edges[:, chosen], cost[chosen])
         edges, dots = found.join(edges, dots, chosen, union.facts[kept[chosen]])
     return joins.owners()
@@ -188,12 +188,13 @@ class _Joins:
         return order if self._group is None else order[self._group[self._edges[0, order]].argsort(stable=True)]
 
 
-def _mutual(edges: Tensor, cost: Tensor, count: int, tie: Tensor | None) -> Tensor:
+def _mutual(edges: Tensor, cost: Tensor, count: int, block: Tensor | None) -> Tensor:
     """[n] int64: the edges that are the best of both their regions, or the first of equally good ones."""
     best = _least(edges, cost, count, torch.inf)
     equal = (best[edges] == cost).all(0).nonzero()[:, 0]
-    turn = equal if tie is None else tie[edges[0, equal]] * edges.shape[1] + equal
-    ends = edges[:, equal]
+    ends, turn = edges[:, equal], equal
+    if block is not None:
+        turn = equal + (block[ends[0]] != block[ends[1]]) * edges.shape[1]
     return equal[(_least(ends, turn, count, torch.iinfo(turn.dtype).max)[ends] == turn).all(0)]
 
 

@@ -104,9 +104,9 @@ class RegionMerge(MergeTechnique):
             count = sequence.bincount(minlength=layout.num_sequences)
             least = (count.double() * self.ratio).round().long().clamp_min(1)
             bounds = replace(bounds, group=sequence[some], spare=count - least)
-        tie = (grid.y % 2 + grid.x % 2)[some]  # equal tokens join into blocks of two by two
+        block = (grid.y // 2 * grid.width.max() + grid.x // 2)[some]  # equal tokens join into squares
         pairs, rows = (touched.cumsum(0) - 1)[pairs], grid.rows[some]
-        region[some] = some[regions(gather_rows(x, rows), layout.size[rows], pairs, bounds, tie)]
+        region[some] = some[regions(gather_rows(x, rows), layout.size[rows], pairs, bounds, block)]
         return region
 
     def cost(self, spec: ModelSpec, lengths: Sequence[int]) -> int:

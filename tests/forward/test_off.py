@@ -16,6 +16,7 @@ from mminfer import (
     InputError,
     LookM,
     OperatorSkip,
+    RegionMerge,
     patch,
     patched,
 )
@@ -29,6 +30,7 @@ IDENTITIES = {
     "off": InferenceConfig(),
     "delta 1": InferenceConfig(positions=V2PE(delta=1)),
     "merge 1": InferenceConfig(merge=AIMMerge(ratio=1)),
+    "regions 1": InferenceConfig(merge=RegionMerge(ratio=1)),
     "budget 1": InferenceConfig(cache=LookM(important_ratio=1, recent_ratio=0.5)),
     "budget of all": InferenceConfig(cache=LookM(budget=10_000)),
     "no skip": InferenceConfig(skip=OperatorSkip()),

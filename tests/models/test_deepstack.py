@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mminfer import AIMMerge, AIMPrune, InferenceConfig
+from mminfer import AIMMerge, AIMPrune, InferenceConfig, RegionMerge
 from mminfer.forward.kv_cache import CompressedCache
 from mminfer.forward.prefill import PassOptions, prompt_pass
 from mminfer.layout import TokenLayout
@@ -21,11 +21,11 @@ def embedded() -> tuple[torch.Tensor, TokenLayout]:
         return adapter.embed(tiny_inputs("qwen3_vl", PROMPTS))
 
 
-@pytest.mark.parametrize("ratio", [0.6, 0.25, 0.1])
-def test_companions_are_averaged_like_their_tokens(ratio):
+@pytest.mark.parametrize("merge", [AIMMerge(0.6), AIMMerge(0.25), AIMMerge(0.1), RegionMerge(None, None, 0.3)])
+def test_companions_are_averaged_like_their_tokens(merge):
     embeds, layout = embedded()
     as_tokens = replace(layout, companions=embeds[layout.visual_rows][:, None])
-    merged, left = AIMMerge(ratio).apply(embeds, as_tokens)
+    merged, left = merge.apply(embeds, as_tokens)
     assert len(left.visual_rows) < len(layout.visual_rows)
     torch.testing.assert_close(left.companions[:, 0], merged[left.visual_rows], rtol=0, atol=1e-5)
 

@@ -58,7 +58,7 @@ def shapes_of(layout):
 def test_grids_that_marks_tell():
     assert shapes_of(layout_of("000n000n.1111.22222.3")) == [(2, 3), (2, 2), (1, 5), (1, 1)]
     assert shapes_of(layout_of("000000n00n00n")) == [(2, 2), (3, 2)]  # a small view of the whole stands before it
-    assert shapes_of(layout_of("00n000n0n")) == [(1, 6)]  # lines of different lengths are no grid
+    assert shapes_of(layout_of("0n000n00n")) == [(1, 6)]  # lines of different lengths are no grid
     assert shapes_of(layout_of("....")) == []
 
 

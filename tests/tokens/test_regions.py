@@ -1,6 +1,7 @@
 """Regions: the rule by hand on small grids, areas that collapse and text that stays, every family at both doors."""
 
 import math
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -49,14 +50,13 @@ def smooth(layout, seed=0):
     """Features that change slowly over each picture, so that regions of several sizes grow."""
     y, x = layout.position[1:].float()
     waves = drawn(4, seed)
-    angle = layout.image_id[:, None] + torch.stack([y, x, y + x, y * 0 + 1], 1) * 0.4
-    return torch.sin(angle) @ waves + 0.05 * drawn(len(layout), seed + 1)
+    angle = layout.image_id[:, None] + torch.stack([y, x, y + x, y * 0 + 1], 1) * 0.2
+    return torch.sin(angle) @ waves + 0.02 * drawn(len(layout), seed + 1)
 
 
-def told_apart(values, border=None):
+def told_apart(values):
     """Whether float32 orders these numbers as float64 does."""
-    near = sorted([*values, *([] if border is None else [border])])
-    return all(b - a > CLOSE for a, b in zip(near, near[1:], strict=False))
+    return all(b - a > CLOSE for a, b in pairwise(sorted(values)))
 
 
 class Slow:
@@ -141,7 +141,7 @@ class Slow:
         return n
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 @given(
     grids=st.lists(st.tuples(st.integers(1, 4), st.integers(1, 5)), min_size=1, max_size=3),
     threshold=st.sampled_from([None, -0.3, 0.0, 0.4]),
@@ -206,7 +206,7 @@ def members(merge, x, layout):
     return [(region == n).nonzero()[:, 0] for n in region.unique().tolist()]
 
 
-@pytest.mark.parametrize("threshold", [0.8, 0.95, 0.99])
+@pytest.mark.parametrize("threshold", [0.8, 0.9, 0.97])
 @pytest.mark.parametrize("largest", [2, 4, 9, None])
 def test_a_region_is_in_one_piece_alike_and_no_larger(threshold, largest):
     layout = pictures([(9, 7), (6, 6)], [(5, 8)])
