@@ -16,6 +16,7 @@ from mminfer.bench.protocols import Protocol
 from mminfer.needle.scores import wilson
 
 Row = dict[str, str]
+FIGURES = ("kept", "of", "same answer", "KL", "entries kept")
 Key = tuple[str, str, str, str, str]  # model, setting, protocol, kind of pages, kind of question
 NOTHING = "There is no column of the real model: it was not measured in this way."
 NO_ROWS = "No rows of the real model yet: `python -m benchmarks.quality.smol` makes them."
@@ -126,13 +127,13 @@ def rules(protocol: Protocol) -> str:
     if not own:
         return f"{protocol}: {NO_ROWS}"
     models = [model for model in MODELS if any(key[0] == model for key in own)]
-    header = ["setting", *(f"{what}, {m}" for m in models for what in ("kept", "same answer", "KL", "entries kept"))]
+    header = ["setting", *(f"{what}, {m}" for m in models for what in FIGURES)]
     table = []
     for setting in dict.fromkeys(key[1] for key in own):
         line = [f"`{setting}`"]
         for model in models:
             cell = own.get((model, setting, str(protocol), ALL, ALL))
-            line += ["", "", "", ""] if cell is None else _figures(cell)
+            line += [""] * len(FIGURES) if cell is None else _figures(cell)
         table.append(line)
     asked = ", ".join(_asked(own[model, "off", str(protocol), ALL, ALL], model) for model in models)
     return f"{markdown(header, table)}\n\n{protocol}: {asked}. {_origin(own)}."
@@ -159,7 +160,14 @@ def _pooled(parts: Iterable[Cell]) -> Cell:
 
 
 def _figures(cell: Cell) -> list[str]:
-    return [cell.kept_within, f"{cell.mean('same'):.1f}", f"{cell.mean('kl'):.3f}", f"{cell.mean('cache_kept'):.0f} %"]
+    of = str(cell.total("full_right"))
+    return [
+        cell.kept_within,
+        of,
+        f"{cell.mean('same'):.1f}",
+        f"{cell.mean('kl'):.3f}",
+        f"{cell.mean('cache_kept'):.0f} %",
+    ]
 
 
 def _asked(cell: Cell, model: str) -> str:
