@@ -30,6 +30,10 @@ class V2PE(PositionTechnique):
     Raises:
         ConfigError: `delta` or `window` is out of range.
 
+    Warns:
+        UntrainedWarning: a step below 1, or "auto", on a model whose configuration names no `rope_pos_id_version` that
+            begins with "v2pe"; once, where the model is patched or its engine made.
+
     Reference:
         V2PE (arXiv 2412.09616) section 3; scaling every axis of M-RoPE models is ours, and so is "auto".
     """
@@ -47,6 +51,16 @@ class V2PE(PositionTechnique):
 
     def check(self, spec: ModelSpec) -> None:
         """Any rotary model will do."""
+
+    def doubt(self, spec: ModelSpec) -> str | None:
+        """A step below 1 on a model whose configuration does not say that it was trained with such steps."""
+        if not self.fractional or spec.variable_positions:
+            return None
+        return (
+            f"V2PE(delta={self.delta!r}): nothing in the configuration of this {spec.family} model says that it was "
+            "trained with steps below 1 (rope_pos_id_version, as V2PE's authors write it), and they ruin the answers of "
+            "a model that was not; delta=1 leaves positions as they are"
+        )
 
     @property
     def needs_whole_prompt(self) -> str | None:

@@ -1,4 +1,6 @@
+import copy
 import math
+import warnings
 
 import pytest
 import torch
@@ -6,9 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from mminfer.errors import ConfigError
+from mminfer import Engine, InferenceConfig, patch
+from mminfer.errors import ConfigError, UntrainedWarning
 from mminfer.layout import TokenLayout
+from mminfer.models.registry import adapter_for
 from mminfer.positions import V2PE, v2pe_mrope_positions, v2pe_positions
+from tests.tiny import tiny_model
 
 DELTAS = st.sampled_from([1 / 2**n for n in range(9)])
 masks = st.lists(st.booleans(), min_size=1, max_size=60)
@@ -193,3 +198,38 @@ def test_auto_takes_the_largest_delta_that_fits(window, delta):
     assert torch.equal(auto.position[:, :163], fixed.position[:, :163])
     assert torch.equal(auto.position[:, 163:], layout.position[:, 163:])
     assert V2PE("auto").apply(layout, window).next_position.equal(auto.next_position)
+
+
+def untrained(caught):
+    return [str(w.message) for w in caught if issubclass(w.category, UntrainedWarning)]
+
+
+@pytest.mark.parametrize(("delta", "warned"), [(1, 0), (1 / 4, 1), ("auto", 1)])
+def test_a_step_below_one_on_a_model_not_known_to_be_trained_so_warns_once(delta, warned):
+    model = copy.deepcopy(tiny_model("llava"))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        handle = patch(model, InferenceConfig(positions=V2PE(delta)))
+        for _ in range(2):
+            model(input_ids=torch.full((1, 5), 20))
+        handle.undo()
+    assert len(untrained(caught)) == warned
+    assert all(f"V2PE(delta={delta!r})" in told and "rope_pos_id_version" in told for told in untrained(caught))
+
+
+@pytest.mark.parametrize("part", ["root", "language model"])
+def test_a_configuration_that_says_so_is_believed(part):
+    model = copy.deepcopy(tiny_model("internvl"))
+    config = model.config if part == "root" else model.config.get_text_config()
+    for version, trained in (("default", False), (7, False), ("v2pe_fix", True), ("v2pe_rnd", True)):
+        config.rope_pos_id_version = version
+        spec = adapter_for(model).spec
+        assert spec.variable_positions is trained
+        assert (V2PE(1 / 16).doubt(spec) is None) is trained
+
+
+def test_the_bundled_model_was_trained_so():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        engine = Engine.from_pretrained("nano", InferenceConfig(positions=V2PE(1 / 16)))
+    assert not untrained(caught) and engine.adapter.spec.variable_positions
