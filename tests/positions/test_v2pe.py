@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import math
 import warnings
 
@@ -198,6 +199,57 @@ def test_auto_takes_the_largest_delta_that_fits(window, delta):
     assert torch.equal(auto.position[:, :163], fixed.position[:, :163])
     assert torch.equal(auto.position[:, 163:], layout.position[:, 163:])
     assert V2PE("auto").apply(layout, window).next_position.equal(auto.next_position)
+
+
+def layout_of(visual):
+    """One sequence at plain positions."""
+    rows = torch.arange(len(visual))
+    kind = torch.tensor(visual).to(torch.int8)
+    return TokenLayout(
+        rows * 0, kind, kind.long() - 1, torch.ones(len(visual)), rows, rows.double()[None],
+        torch.tensor([len(visual)]).double(),
+    )  # fmt: skip
+
+
+def rest_of(layout, start, before):
+    """The rows from `start` on as a pass of their own, behind one that ended as `before` says."""
+    rest = layout.select(torch.arange(start, len(layout)))
+    moved = before.resume_position - rest.position[0, 0]
+    return dataclasses.replace(
+        rest, position=rest.position + moved, next_position=rest.next_position + moved, run_before=before.last_in_run
+    )
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    visual=st.lists(st.booleans(), min_size=2, max_size=40),
+    share=st.floats(0, 1),
+    delta=st.one_of(DELTAS, st.just(0.3)),
+)
+def test_stretches_stand_where_the_whole_prompt_does(visual, share, delta):
+    """Cut anywhere, also within a run of visual tokens or behind a leading one."""
+    start = 1 + int(share * (len(visual) - 2))
+    layout, technique = layout_of(visual), V2PE(delta)
+    whole = technique.apply(layout, 1 << 20)
+    head = layout.select(torch.arange(start))
+    first = technique.apply(dataclasses.replace(head, next_position=torch.tensor([start]).double()), 1 << 20)
+    second = technique.apply(rest_of(layout, start, first), 1 << 20)
+    torch.testing.assert_close(torch.cat([first.position, second.position], 1), whole.position, rtol=0, atol=1e-9)
+    torch.testing.assert_close(second.next_position, whole.next_position, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("delta", [0.3, 1 / 3, 1 / 256])
+def test_long_runs_keep_their_digits(delta):
+    """A run of 300,000 visual tokens, on one axis and on three, to 1e-9 of the exact products."""
+    count = 300_000
+    visual = torch.tensor([False] + [True] * count)
+    exact = torch.arange(1, count + 1, dtype=torch.float64) * delta
+    torch.testing.assert_close(v2pe_positions(visual[None], delta)[0, 1:], exact, rtol=0, atol=1e-9)
+    leading = v2pe_positions(visual[None, 1:], delta)[0]
+    torch.testing.assert_close(leading, exact - delta, rtol=0, atol=1e-9)
+    axes = torch.arange(count + 1).double().expand(3, -1)
+    found = v2pe_mrope_positions(axes, visual, visual.long() - 1, delta)
+    torch.testing.assert_close(found[:, 1:], (1 + exact - delta).expand(3, -1), rtol=0, atol=1e-9)
 
 
 def untrained(caught):
