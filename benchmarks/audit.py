@@ -1,7 +1,7 @@
 """Whether the report can be trusted: `python -m benchmarks.report --check`.
 
-A table is what one function of `benchmarks.tables` writes into the report. Its rows come from one run of one commit, which
-stands below it; columns that quote another table name that one's commit beside them. Rows are stale where code that
+A table is what one function of `benchmarks.tables` writes into the report. Its rows come from one run of one commit,
+which stands below it; columns that quote another table name that one's commit beside them. Rows are stale where code that
 changes them is another one now than at their commit: comments, docstrings, imports and layout do not count.
 """
 
@@ -22,7 +22,15 @@ PASS = (
     *(f"mminfer/models/{name}.py" for name in ("entry", "internvl", "packing")),
     *(
         f"mminfer/forward/{name}.py"
-        for name in ("attention", "branches", "layer_attention", "packed_attention", "packed_layer", "prefill", "replay")
+        for name in (
+            "attention",
+            "branches",
+            "layer_attention",
+            "packed_attention",
+            "packed_layer",
+            "prefill",
+            "replay",
+        )
     ),
     *(f"mminfer/forward/{name}.py" for name in ("replayed_rows", "rotary", "rows", "kv_layer")),
 )

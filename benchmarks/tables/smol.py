@@ -159,8 +159,8 @@ def by_kind(protocol: Protocol, model: str = PIXELS) -> str:
         sums = [_pooled(cell for key, cell in mine.items() if name in key).kept for name in (*pages, *kinds)]
         table.append([f"`{setting}`", *sums])
     return (
-        f"{markdown(['setting', *pages, *kinds], table)}\n\nKept, by kind of page and of question; {model}, {protocol}. "
-        f"{_origin(own)}."
+        f"{markdown(['setting', *pages, *kinds], table)}\n\nKept, by kind of page and of question; {model}, {protocol}."
+        f" {_origin(own)}."
     )
 
 

@@ -59,7 +59,7 @@ def rescaled(inv_freq: Tensor, factors: Tensor | None) -> Tensor:
 
 
 def says_variable_positions(*configs: Any) -> bool:
-    """Whether one of a model's configurations says, as V2PE's authors write it, that visual steps varied in training."""
+    """Whether one of a model's configurations says, as V2PE's authors do, that visual steps varied in training."""
     versions = (getattr(config, "rope_pos_id_version", None) for config in configs)
     return any(isinstance(version, str) and version.startswith("v2pe") for version in versions)
 

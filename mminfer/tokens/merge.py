@@ -29,9 +29,9 @@ class AIMMerge(MergeTechnique):
         across_frames: whether tokens of a video may also merge with those of the neighbouring frame: the first with
             the second, the third with the fourth, and so on. Only of frames with nothing between them in the prompt;
             models that put text there merge within frames all the same.
-        reference_order: the authors' order and mean: within an image what did not merge comes first, most similar first,
-            then the destinations, and each round takes the plain mean. The tokens stand in that order in the places, and
-            at the positions, that stay. Not on models whose positions have several axes, of which an order is no place.
+        reference_order: the authors' order and mean: within an image what did not merge comes first, most similar
+            first, then the destinations, and each round takes the plain mean. The tokens stand in that order in the
+            places, and at the positions, that stay. Not on models whose positions have several axes, of which an order is no place.
 
     Raises:
         ConfigError: a setting is out of range, or the authors' order is asked for across frames, or of images with
@@ -39,8 +39,8 @@ class AIMMerge(MergeTechnique):
 
     Reference:
         AIM (arXiv 2412.03248) section 3.2, which keeps 0.25 in two rounds; merging across frames is ours. The authors'
-        code gives merged tokens an order of their own, which `reference_order` follows, forgets sizes between rounds, and
-        closes the gaps that merged tokens leave in the positions, which we never do: text stands where it stood.
+        code gives merged tokens an order of their own, which `reference_order` follows, forgets sizes between rounds,
+        and closes the gaps that merged tokens leave in the positions, which we never do: text stands where it stood.
     """
 
     ratio: float = 0.25
@@ -61,8 +61,8 @@ class AIMMerge(MergeTechnique):
     def check(self, spec: ModelSpec) -> None:
         if self.reference_order and spec.position_axes > 1:
             raise ConfigError(
-                f"AIMMerge.reference_order=True: positions of this {spec.family} model have {spec.position_axes} axes, on "
-                "which a token keeps the place of its patch, and the authors' order has no place: leave it at False"
+                f"AIMMerge.reference_order=True: positions of this {spec.family} model have {spec.position_axes} axes, "
+                "on which a token keeps the place of its patch, and the authors' order has no place: leave it at False"
             )
 
     def apply(self, inputs_embeds: torch.Tensor, layout: TokenLayout) -> tuple[torch.Tensor, TokenLayout]:
@@ -138,7 +138,7 @@ def _in_their_order(rows: torch.Tensor, owner: torch.Tensor) -> tuple[torch.Tens
 
 
 def _check_for_their_order(rows: torch.Tensor, layout: TokenLayout) -> None:
-    """Raises `ConfigError` where other rows stand among an image's patches ([images, T]), or companions go with them."""
+    """Raises `ConfigError` where other rows stand among images' patches ([images, T]), or companions go with them."""
     if layout.companions is not None or bool((rows.diff(dim=1) != 1).any()):
         raise ConfigError(
             "AIMMerge.reference_order=True: the images of this prompt have rows among their patches that are none, or "

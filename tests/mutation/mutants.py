@@ -9,7 +9,7 @@ import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-PROSE = {"describe", "describe_evicted", "_amount", "presets", "sweeps", "__repr__", "_warn_of_overflow"}
+PROSE = {"describe", "describe_evicted", "_amount", "presets", "sweeps", "variants", "__repr__", "_warn_of_overflow"}
 COMPARISONS: dict[type[ast.cmpop], tuple[type[ast.cmpop], ...]] = {
     ast.Lt: (ast.LtE, ast.GtE),
     ast.LtE: (ast.Lt, ast.Gt),
@@ -169,9 +169,10 @@ def _sliced(node: ast.Slice) -> Iterator[Fault]:
 
 
 def _called(node: ast.Call) -> Iterator[Fault]:
+    commutes = isinstance(node.func, ast.Name) and node.func.id in EXTREMES
     for i in range(len(node.args) - 1):
         first, second = node.args[i : i + 2]
-        if not isinstance(first, ast.Starred) and not isinstance(second, ast.Starred):
+        if not (commutes or isinstance(first, ast.Starred) or isinstance(second, ast.Starred)):
             yield "arguments", _with(node, args=[*node.args[:i], second, first, *node.args[i + 2 :]])
     if isinstance(node.func, ast.Attribute) and node.func.attr in EXTREMES:
         yield "extreme", _with(node, func=_with(node.func, attr=EXTREMES[node.func.attr])())

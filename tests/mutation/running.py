@@ -4,8 +4,8 @@
     python -m tests.mutation --rooms tokens,cache --each 40 --seed 7
     python -m tests.mutation --at tokens/prune.py:92
 
-A mutant is killed by a test of its room that fails, or that takes far longer than before. The same numbers and seed draw
-the same mutants. One process at a time: what is heavy is loaded once, each mutant lives in a fork.
+A mutant is killed by a test of its room that fails, or that takes far longer than before. The same numbers and seed
+draw the same mutants. One process at a time: what is heavy is loaded once, each mutant lives in a fork.
 """
 
 import argparse
@@ -31,10 +31,10 @@ from tests.mutation.mutants import Mutant, mutants_of
 ROOT = Path(__file__).parents[2]
 # The tests of each room, those that fail soonest first.
 ROOMS = {
-    "tokens": ("tokens", "technique", "test_golden.py", "forward/test_physical.py"),
-    "cache": ("cache", "technique", "test_golden.py", "forward/test_physical.py"),
-    "positions": ("positions", "test_golden.py", "models/test_families.py"),
-    "operators": ("operators", "technique", "forward/test_physical.py", "metrics"),
+    "tokens": ("tokens", "test_layout.py", "technique", "test_golden.py"),
+    "cache": ("cache", "technique", "test_golden.py"),
+    "positions": ("positions", "test_golden.py"),
+    "operators": ("operators", "technique/test_bounds.py"),
     "forward": ("forward",),
 }
 OURS = ("mminfer", "mminfer_kernels", "tests", "conftest", "benchmarks", "_pytest", "__main__")

@@ -20,6 +20,7 @@ from tests.mutation.running import ROOMS, ROOT, drawn
         ("x = a[:n]", {"slice: n:", "slice: :-n"}),
         ("x = f(a, b, c)", {"arguments: f(b, a, c)", "arguments: f(a, c, b)"}),
         ("x = f(a, a)", set()),
+        ("x = min(a, b)", {"extreme: max(a, b)"}),
         ("x = a.amax(n)", {"extreme: a.amin(n)"}),
         ("x = a * b", {"arithmetic: a / b"}),
         ("x = a & ~b", {"logic: a | ~b", "logic: b"}),

@@ -128,7 +128,7 @@ def prompt(*images, newline=False):
 
 
 def test_the_authors_order_stands_in_the_places_that_stay():
-    """Several pictures of two sizes, two rounds each: tokens in the order of the authors' calls, everything else as is."""
+    """Several pictures of two sizes, two rounds each: tokens in the order of the authors' calls, all else as it was."""
     layout = prompt(64, 20, 64)
     x = torch.randn(len(layout), 16)
     before = x.clone()
@@ -184,3 +184,18 @@ def test_the_authors_order_is_refused_where_it_has_no_place():
         AIMMerge(0.5, across_frames=True, reference_order=True)
     with pytest.raises(ConfigError, match="reference_order='yes', wanted True or False"):
         AIMMerge(0.5, reference_order="yes")
+
+
+@pytest.mark.parametrize("ratio", [0.01, 0.1, 0.25, 0.5, 0.75, 1.0])
+def test_the_cost_is_every_rounds_cosines(ratio):
+    """Counted on the rounds themselves: sources times destinations, a multiplication and an addition each channel."""
+    spec = adapter_for(tiny_model("llava")).spec
+    for lengths in ([1], [2], [3], [7], [64], [9, 64, 1]):
+        wanted = 0
+        for tokens in lengths:
+            x, sizes = torch.randn(1, tokens, 4), torch.ones(1, tokens)
+            target = max(1, round(tokens * ratio))
+            while x.shape[1] > target:
+                wanted += 2 * spec.hidden_size * x[:, ::2].shape[1] * x[:, 1::2].shape[1]
+                _, x, sizes = merge_round(x, sizes, min(x.shape[1] // 2, x.shape[1] - target))
+        assert AIMMerge(ratio).cost(spec, lengths) == wanted
