@@ -1,8 +1,8 @@
 """Whether the report can be trusted: `python -m benchmarks.report --check`.
 
 A table is what one function of `benchmarks.tables` writes into the report. Its rows come from one run of one commit,
-which stands below it; columns that quote another table name that one's commit beside them. Rows are stale where code that
-changes them is another one now than at their commit: comments, docstrings, imports and layout do not count.
+which stands below it; columns that quote another table name that one's commit beside them. Rows are stale where code
+that changes them is another one now than at their commit: comments, docstrings, imports and layout do not count.
 """
 
 import ast

@@ -1,8 +1,8 @@
 """Writes benchmarks/REPORT.md and its plots from the stored rows alone: python -m benchmarks.report
 
 Every figure comes from a row in benchmarks/results, which says what made it: commit, machine, versions, seed. With
---check nothing is written: it fails where a table mixes commits, where code that changes rows is newer than they are, and
-where the report is not what the rows say.
+--check nothing is written: it fails where a table mixes commits, where code that changes rows is newer than they are,
+and where the report is not what the rows say.
 """
 
 import argparse

@@ -31,7 +31,8 @@ class AIMMerge(MergeTechnique):
             models that put text there merge within frames all the same.
         reference_order: the authors' order and mean: within an image what did not merge comes first, most similar
             first, then the destinations, and each round takes the plain mean. The tokens stand in that order in the
-            places, and at the positions, that stay. Not on models whose positions have several axes, of which an order is no place.
+            places, and at the positions, that stay. Not on models whose positions have several axes, of which an order
+            is no place.
 
     Raises:
         ConfigError: a setting is out of range, or the authors' order is asked for across frames, or of images with
