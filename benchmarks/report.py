@@ -51,6 +51,12 @@ SECTIONS: list[Section] = [
         [cost.answers],
     ),
     ("The prompt pass", "The language model alone, visual features ready made.", [cost.prompt_pass]),
+    (
+        "What replaying costs",
+        "A context read with `Replay`, with values fitted and without (`fit=0`), beside the plain pass: what it may "
+        "take beyond that is 1.1 of it, and 0.5 in the fast form.",
+        [cost.replay_cost],
+    ),
     ("Decoding, batches, turns", "", [cost.decode, cost.batch_decode, cost.turns]),
     (
         "A real language model",

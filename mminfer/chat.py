@@ -135,6 +135,7 @@ class Chat:
             start += prepare_kernels(self._reader.device)
             (output,) = self._runner.answer([reading], [self.cache], start, self._options.run, settings)
             self._transcript = reading.transcript.answered(output.token_ids)
+            self.cache.settle()
         return output
 
     def fork(self) -> Chat:

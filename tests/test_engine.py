@@ -87,6 +87,8 @@ def test_the_figures_are_those_of_the_run(engine):
     assert stats.layer_entries == (150, 150, 150, 150, 128, 64)
     assert stats.cache_bytes == sum(stats.layer_entries) * 2 * 2 * 32 * 4
     assert stats.full_cache_bytes == 6 * 576 * 2 * 2 * 32 * 4
+    per_entry = 2 * 32 * 4 + 4 + 1  # keys and values, score, whether it is visual
+    assert stats.allocated_bytes == sum(2 * (n + 64) * per_entry for n in stats.layer_entries)
     assert 0 < stats.prompt_flops < 0.3 * stats.full_prompt_flops
     assert 0 < stats.prompt_ms < stats.ttft_ms
     assert stats.new_tokens == len(output.token_ids) == 2

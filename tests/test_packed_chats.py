@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from mminfer import V2PE, AIMMerge, AIMPrune, Engine, InferenceConfig, InputError, LookM, nano
+from mminfer import V2PE, AIMMerge, AIMPrune, Engine, InferenceConfig, InputError, LookM, Replay, nano
 from mminfer.chat_files.chat_file import CHAT, CHECKSUM, checksum
 from mminfer.inspection import inspect_chat, page_html
 from mminfer.inspection.words import sentences
@@ -54,6 +54,42 @@ def test_turns_forks_and_files(engine, tmp_path):
     for other in (fork, loaded):
         assert_same(asked(other), want)
     assert_same(asked(fork), asked(chat))
+
+
+def tensors_in(thing):
+    """All tensors that an object holds, but for those of the cache that a layer belongs to."""
+    if isinstance(thing, torch.Tensor):
+        return [thing]
+    if isinstance(thing, dict):
+        return [x for name, part in thing.items() if name != "cache" for x in tensors_in(part)]
+    parts = thing if isinstance(thing, list | tuple) else [vars(thing)] if hasattr(thing, "__dict__") else []
+    return [x for part in parts for x in tensors_in(part)]
+
+
+@pytest.mark.parametrize("technique", [Replay(0.2), Replay(0.5), LookM(0.5), None])
+def test_a_chat_at_rest_takes_what_its_entries_need(technique, tmp_path):
+    """Within 3 %, whatever happened to it, and whatever room the answer was given."""
+    plain = Engine.from_pretrained("nano")
+    engine = Engine(plain.model, plain.processor, InferenceConfig(cache=technique))
+    chat = engine.chat()
+
+    def check(chat):
+        storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors_in(chat.cache.layers)}
+        of_columns = sum(
+            x.numel() * x.element_size()
+            for layer in chat.cache.layers for x in layer.row(0).columns.values() if x is not None
+        )  # fmt: skip
+        assert of_columns <= chat.cache.allocated_bytes <= sum(storages.values()) <= 1.03 * of_columns
+        assert chat.cache.allocated_bytes <= 1.03 * chat.cache.nbytes or isinstance(technique, LookM)
+
+    chat.read(CONTENT[:-1])
+    check(chat)
+    output = chat.send(QUESTION, 100)
+    check(chat)
+    assert output.stats.allocated_bytes > 1.05 * chat.cache.allocated_bytes
+    check(chat.fork())
+    chat.save(tmp_path / "chat")
+    check(engine.load_chat(tmp_path / "chat"))
 
 
 def test_chunks_and_streams(engine):

@@ -231,12 +231,16 @@ def decode_attention(like: Tensor, keys: int, heads: int, groups: int, batch: in
 
 
 def packed_decode_attention(like: Tensor, keys: int, heads: int, groups: int) -> Call:
-    """One query of one sequence, whose heads have a half of the keys, a quarter and so on; two have the same."""
+    """One query of one sequence, whose heads have a half of the keys, a quarter and so on; two have the same.
+
+    Beside it, the attention over as many entries that every head has as many of.
+    """
     lengths = [keys >> min(g + 1, groups - 1) for g in range(groups)]
     lengths[-1] = keys - sum(lengths[:-1])
     counts = torch.tensor([lengths], device=like.device)
     q, k, v = _normal(like, 1, heads, 1, SIZE), _normal(like, keys, SIZE), _normal(like, keys, SIZE)
     first = counts.cumsum(1) - counts
+    alike = [x.view(1, groups, keys // groups, SIZE) for x in (k, v)]
     return Call(
         "packed_decode_attention",
         ops.packed_decode_attention,
@@ -245,14 +249,24 @@ def packed_decode_attention(like: Tensor, keys: int, heads: int, groups: int) ->
         moved=bytes_of(q, k, v, first, counts) + q.nbytes,
         settings={"longest": max(lengths)},
         rest=(None, None, None),
+        beside={"heads alike": lambda: ops.decode_attention(q, *alike)},
     )
 
 
 def packed_prompt_attention(like: Tensor, tokens: int, keys: int, heads: int, groups: int) -> Call:
-    """Queries behind keys of which the heads have a half, a quarter and so on beside their own."""
+    """Queries behind keys of which the heads have a half, a quarter and so on beside their own.
+
+    Beside it, one call a head, as where nothing takes packed keys.
+    """
     counts = torch.tensor([tokens + (keys >> (g + 1)) for g in range(groups)], device=like.device)
     q, k, v = _normal(like, 1, heads, tokens, SIZE), *(_normal(like, int(counts.sum()), SIZE) for _ in range(2))
     inputs = (q, k, v, counts.cumsum(0) - counts, counts)
+    parts = [x[None, None].split(counts.tolist(), 2) for x in (k, v)]
+
+    def one_by_one() -> None:
+        for of_head in zip(q.chunk(groups, 1), *parts, strict=True):
+            ops.prompt_attention(*of_head)
+
     return Call(
         "packed_prompt_attention",
         ops.packed_prompt_attention,
@@ -260,6 +274,7 @@ def packed_prompt_attention(like: Tensor, tokens: int, keys: int, heads: int, gr
         flops=_counted("packed_prompt_attention", *inputs),
         moved=bytes_of(*inputs) + q.nbytes,
         rest=(SIZE**-0.5, None),
+        beside={"head by head": one_by_one},
     )
 
 

@@ -106,7 +106,10 @@ class Take:
 
     def foretold(self, case: Case) -> Tensor:
         """Logits [answers, tokens, vocabulary] where the forced answers are foretold."""
-        told = forced_all(self.ask_all, case.questions[: len(case.forced)], case.forced)
+        told: list[GenerationOutput] = []
+        for first in range(0, len(case.forced), smol_cells.ROWS_OF_ANSWERS):
+            some = slice(first, min(first + smol_cells.ROWS_OF_ANSWERS, len(case.forced)))
+            told += forced_all(self.ask_all, case.questions[some], case.forced[some])
         return torch.stack([logits_of(output) for output in told])
 
 

@@ -5,7 +5,8 @@
 Books read by a real language model (the yardstick's, as embeddings or as pixels) and the bundled model's pictures are
 taken in and compressed, at once (next-turn) or in chunks (streamed); then every question is asked. kvpress gets the
 same token ids in a process of its own, and the whole caches' logits must agree. Its budgets by head are masks: every
-entry is held, and a share of them is read. Time is that of compressing, as a share of the side's own prompt pass.
+entry is held, and a share of them is read; streamed, what was masked behind one chunk stays so. Time is the processor's
+for compressing, as a share of the side's own prompt pass.
 """
 
 import argparse
@@ -51,8 +52,8 @@ class Told:
         tokens: of the context.
         entries: held a head, mean over layers and heads.
         masked: of these, how many nothing reads.
-        pass_s: of the prompt pass alone; 0: it was not timed.
-        read_s: of the prompt pass and compressing.
+        pass_s: the processor's, of the prompt pass alone; 0: it was not timed.
+        read_s: the processor's, of the prompt pass and compressing.
     """
 
     said: list[list[int]]
@@ -115,8 +116,8 @@ class Ours:
         return Told(after.said(case), after.foretold(case), after.tokens, entries, 0.0, pass_s, read_s)
 
     def _timed(self, engine: Engine, case: Case, chunk: int | None) -> tuple[Take, float]:
-        start = time.perf_counter()
-        return Take(engine, case.content, chunk), time.perf_counter() - start
+        start = time.process_time()
+        return Take(engine, case.content, chunk), time.process_time() - start
 
 
 def their_settings(budgets: Sequence[int]) -> dict[str, tuple[str | None, dict[str, Any]]]:

@@ -1,6 +1,6 @@
 """What answers take: work, time, memory."""
 
-from benchmarks.common import read_rows
+from benchmarks.common import RESULTS, read_rows
 from benchmarks.tables.markdown import markdown, origin
 
 MIB = 2**20
@@ -49,6 +49,22 @@ def prompt_pass() -> str:
         tokens = f"{int(r['tokens']):,}"
         table.append([r["model"], tokens, f"`{r['setting']}`", f"{float(r['gflops']):,.1f}", span, *ratios])
     return f"{markdown(header, table)}\n\n{origin(rows)}; medians of runs interleaved in one process."
+
+
+def replay_cost() -> str:
+    """What reading with a replay takes beyond the plain pass, or a sentence that nobody has measured it."""
+    if not (RESULTS / "replay_cost.csv").exists():
+        return "No rows of what replaying costs yet: `python -m benchmarks.models.replay_cost` makes them."
+    rows = read_rows("replay_cost")
+    header = ["model", "tokens", "setting", "CPU, s", "at least", "clock, s", "beyond the plain pass", "of the fastest"]
+    table = []
+    for r in rows:
+        seconds = [f"{float(r[name]):,.3f}" for name in ("cpu_s_median", "cpu_s_min", "wall_s_median")]
+        shares = [f"{float(r[name]):.2f}" if r["setting"] != "off" else "" for name in ("extra_median", "extra_of_min")]
+        table.append([r["model"], f"{int(r['tokens']):,}", f"`{r['setting']}`", *seconds, *shares])
+    told = "Beyond the plain pass over the same rows, as a share of it: median over rounds, and fastest by fastest."
+    rounds = " or ".join(dict.fromkeys(r["repeats"] for r in rows))
+    return f"{markdown(header, table)}\n\n{told} {origin(rows)}; {rounds} rounds, interleaved in one process."
 
 
 def decode() -> str:

@@ -53,9 +53,10 @@ def kept() -> str:
     worst = max((float(r["logits_differ"]) for r in rows if r["logits_differ"]), default=0.0)
     told = "Percent of the questions that the same side answers right uncompressed; KL in nats over forced answers; "
     told += (
-        "compressing: its time as a share of the side's own prompt pass, median over contexts. kvpress masks what a "
+        "compressing: its processor time as a share of the side's own prompt pass, median over contexts. kvpress masks "
     )
-    told += "head loses and holds it. Streamed, its KVzip goes behind each chunk through all that came so far. "
+    told += "what a head loses and holds it. Streamed, its KVzip goes behind each chunk through all that came so far, "
+    told += "and what it masked stays masked. "
     told += f"The peer: {versions}, in its own environment; its whole cache's logits differ from ours by {worst:.1g} "
     told += "at most."
     return f"{markdown(header, table)}\n\n{told} {origin(rows)}."

@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 
 from mminfer.technique import CacheEntries, ReplayedStretch
 
-RIDGE = 0.1  # how strongly what is fitted is held to what it was, beside the mean attention that an entry receives
+RIDGE = 0.3  # how strongly what is fitted is held to what it was, beside the mean attention that an entry receives
 STEPS = 10  # in which masses are fitted
 MOST = 20.0  # the largest mass, of one
 TINY = torch.finfo(torch.float32).tiny

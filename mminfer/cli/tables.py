@@ -32,6 +32,7 @@ def stats_table(stats: GenerationStats) -> Table:
         show_bytes(stats.full_cache_bytes),
         _share(stats.cache_bytes, stats.full_cache_bytes),
     )
+    table.add_row("  as allocated", show_bytes(stats.allocated_bytes), "", "")
     table.add_row(
         "prompt FLOPs (language model)",
         _flops(stats.prompt_flops),

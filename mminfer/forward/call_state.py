@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mminfer.errors import ConfigError
-from mminfer.forward.kv_cache import HEADROOM, CompressedCache
+from mminfer.forward.kv_cache import CompressedCache
 from mminfer.layout import GivenRows
 from mminfer.technique import is_whole
 
@@ -28,7 +28,7 @@ class CallState:
         chunk_size: tokens of each chat that go through the layers at a time; None: all.
         end_ids: tokens that end a turn; rows of a batch that got one are computed no further. Empty by default, since
             only the caller knows that generation stops there; not for beams.
-        headroom: how many tokens to come the cache has room for from the start.
+        headroom: how many tokens to come the cache has room for from the start; None: nobody knows.
         progress: told after each chunk how many tokens of the prompt it was.
         given_embeddings: rows of the next prompt whose embeddings are given; that prompt takes them.
 
@@ -42,7 +42,7 @@ class CallState:
 
     chunk_size: int | None = None
     end_ids: Collection[int] = ()
-    headroom: int = HEADROOM
+    headroom: int | None = None
     progress: Callable[[int], object] | None = None
     given_embeddings: GivenRows | None = None
     first_token_at: float = field(default=0.0, init=False)

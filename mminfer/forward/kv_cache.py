@@ -17,7 +17,6 @@ from mminfer.forward.kv_layer import CompressedLayer
 from mminfer.forward.packed_layer import PackedLayer, layer_of
 from mminfer.technique import CacheTechnique, PositionTechnique
 
-HEADROOM = 64  # spare columns of a layer, for the tokens to come
 # What the host calls a cache, as an argument and in its outputs: it has changed the name.
 CACHE_NAME = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
 
@@ -114,7 +113,8 @@ class CompressedCache(Cache):
         continuation: at which positions the sequences go on.
         rotary_length: positions that the first pass into it reached; 0.0 before. Techniques that scale rotary
             frequencies by the length keep to it, since the keys held were rotated so.
-        headroom: spare columns that a prompt pass leaves behind its entries, for the tokens to come.
+        headroom: how many tokens are to come, so that a prompt pass leaves room for them behind its entries; 0: none
+            for now; None: nobody says.
         origin: by what it was filled; None: nobody knows.
         ends_in_padding: whether a row's last column is padding, from which the host would go on.
     """
@@ -127,7 +127,7 @@ class CompressedCache(Cache):
         self.tokens: tuple[int, ...] = ()
         self.continuation = Continuation.behind_text(torch.empty(0, dtype=torch.float64))
         self.rotary_length = 0.0
-        self.headroom = HEADROOM
+        self.headroom: int | None = None
         self.origin: Origin | None = None
         self.ends_in_padding = False
 
@@ -207,10 +207,21 @@ class CompressedCache(Cache):
         """Bytes of all keys and values held, and of log-masses."""
         return sum(layer.nbytes for layer in self.layers)
 
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of all that lies in memory: what cache techniques note of each entry, padding and spare room too."""
+        return sum(layer.allocated_bytes for layer in self.layers)
+
+    def settle(self) -> None:
+        """No more tokens are to come for now: gives most of the room for them back."""
+        self.headroom = 0
+        for layer in self.layers:
+            layer.settle()
+
     def clone(self) -> CompressedCache:
-        """An independent copy: several questions can go on from one context."""
+        """An independent copy, at rest: several questions can go on from one context."""
         out = CompressedCache()
-        out.headroom, out.origin, out.ends_in_padding = self.headroom, self.origin, self.ends_in_padding
+        out.headroom, out.origin, out.ends_in_padding = 0, self.origin, self.ends_in_padding
         layers = [
             layer_of([layer.row(b) for b in range(layer.batch_size)], layer.tokens_seen, out) for layer in self.layers
         ]

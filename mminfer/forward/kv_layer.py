@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from mminfer.errors import InputError
+from mminfer.forward.room import HEADROOM, at_rest, growth
 from mminfer.technique import CacheEntries
 
 if TYPE_CHECKING:
@@ -61,6 +62,20 @@ class CompressedLayer(CacheLayerMixin):
     @abstractmethod
     def nbytes(self) -> int:
         """Bytes of keys and values held, and of log-masses; padding and spare room are not counted."""
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of all columns as they lie in memory, padding and spare room included."""
+        return sum(x.untyped_storage().nbytes() for x in self.buffers.values() if x is not None)
+
+    @property
+    @abstractmethod
+    def buffers(self) -> Mapping[str, Tensor | None]:
+        """Every column as it lies in memory."""
+
+    @abstractmethod
+    def settle(self) -> None:
+        """Gives room for entries to come back, beyond what a layer at rest has."""
 
     @abstractmethod
     def row(self, sequence: int) -> CacheEntries:
@@ -142,11 +157,18 @@ class PaddedLayer(CompressedLayer):
         if len(set(lengths)) > 1:
             self.left_padding = torch.tensor([self.num_columns - n for n in lengths], device=keys.device)
         columns = [e.columns for e in entries]
+        headroom = HEADROOM if cache.headroom is None else cache.headroom
+        capacity = self.num_columns + (headroom or at_rest(self.num_columns))
         self._buffers = {
-            name: self._padded([of_one[name] for of_one in columns], NEW.get(name, 0)) for name in columns[0]
+            name: self._padded([of_one[name] for of_one in columns], capacity, NEW.get(name, 0)) for name in columns[0]
         }
 
-    def _padded(self, sequences: Sequence[Tensor | None], spare: int) -> Tensor | None:
+    @property
+    def buffers(self) -> Mapping[str, Tensor | None]:
+        """[B, G, capacity, ...] each."""
+        return self._buffers
+
+    def _padded(self, sequences: Sequence[Tensor | None], capacity: int, spare: int) -> Tensor | None:
         """[1, G, S_b, ...] each -> [B, G, columns in use and spare ones, ...], padded on the left.
 
         This is always one copy: what attention hands over lies in the order of its projection, and with the spare
@@ -155,7 +177,7 @@ class PaddedLayer(CompressedLayer):
         tensors = [x for x in sequences if x is not None]
         if len(tensors) < len(sequences):
             return None
-        first, capacity = tensors[0], self.num_columns + self.cache.headroom
+        first = tensors[0]
         out = first.new_empty(len(tensors), first.shape[1], capacity, *first.shape[3:])
         out[:, :, self.num_columns :] = spare
         for row, own in zip(out, tensors, strict=True):
@@ -216,22 +238,28 @@ class PaddedLayer(CompressedLayer):
         if keys is None or values is None:
             raise ValueError("a layer without keys or values")
         if self.num_columns + spare_columns > keys.shape[2]:
-            self._grow(self.num_columns + spare_columns)
+            needed = self.num_columns + spare_columns
+            self._resize(needed + growth(needed, self.cache.headroom or HEADROOM))
             return self.reserve(spare_columns)
         return keys, values
 
     def step_cache(self) -> LayerCache:
         return LayerCache(*self.reserve(1), self.left_padding, self.num_columns)
 
-    def _grow(self, num_columns: int) -> None:
-        capacity, used, grown = num_columns + max(self.cache.headroom, num_columns // 8), self.num_columns, {}
+    def settle(self) -> None:
+        capacity = self.num_columns + at_rest(self.num_columns)
+        if self.reserve(0)[0].shape[2] > capacity:
+            self._resize(capacity)
+
+    def _resize(self, capacity: int) -> None:
+        used, resized = self.num_columns, {}
         for name, old in self._buffers.items():
             if old is not None:
                 new = old.new_empty(*old.shape[:2], capacity, *old.shape[3:])
                 new[:, :, :used] = old[:, :, :used]
                 new[:, :, used:] = NEW.get(name, 0)
-                grown[name] = new
-        self._buffers = {**self._buffers, **grown}  # all at once, so that an interrupt leaves none behind the others
+                resized[name] = new
+        self._buffers = {**self._buffers, **resized}  # all at once, so that an interrupt leaves none behind the others
 
     def select_rows(self, rows: Tensor) -> None:
         if rows.tolist() == list(range(self.batch_size)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -10,7 +10,8 @@ from mminfer_kernels import PackedLayerCache
 from torch import Tensor
 
 from mminfer.forward.kv_layer import CompressedLayer, PaddedLayer
-from mminfer.forward.packed_store import PackedStore, laid_out, room_for, there
+from mminfer.forward.packed_store import PackedStore, laid_out, mean_of, room_for, there
+from mminfer.forward.room import LEAST_GROWTH, at_rest, growth
 from mminfer.technique import CacheEntries, mean_length
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ class PackedLayer(CompressedLayer):
     def __init__(self, entries: Sequence[CacheEntries], tokens_seen: Sequence[int], cache: CompressedCache) -> None:
         super().__init__(tokens_seen, cache, entries[0].keys)
         lengths = tuple(e.lengths for e in entries)
-        spare = min(cache.headroom, room_for([n for of_one in lengths for n in of_one]))
+        spare = room_for(lengths, cache.headroom)
         packed = [e.packed() for e in entries]
         if any(e.log_mass is not None for e in packed):
             packed = [e.weighed() for e in packed]
@@ -101,6 +102,11 @@ class PackedLayer(CompressedLayer):
     def largest_segment(self) -> int:
         """Rows of the longest head, spare ones included."""
         return self._store.longest + self._store.spare
+
+    @property
+    def buffers(self) -> Mapping[str, Tensor | None]:
+        """[R, ...] each."""
+        return self._store.buffers
 
     @property
     def keys(self) -> Tensor:  # type: ignore[override]
@@ -159,8 +165,17 @@ class PackedLayer(CompressedLayer):
     def _with_room(self) -> PackedStore:
         """The entries, with room for one more in each head."""
         if self._new >= self._store.spare:
-            self._store = self._store.grown(self._new)
+            self._store = self._store.resized(self._new, growth(self._mean, LEAST_GROWTH))
         return self._store
+
+    @property
+    def _mean(self) -> int:
+        return mean_of(self._store.lengths) + self._new
+
+    def settle(self) -> None:
+        room, self._ahead = at_rest(self._mean), None
+        if self._store.spare - self._new > room:
+            self._store = self._store.resized(self._new, room)
 
     def step_cache(self) -> PackedLayerCache:
         store = self._with_room()

@@ -12,8 +12,7 @@ from mminfer_kernels import Segments
 from torch import Tensor
 
 from mminfer.forward.kv_layer import NEW
-
-LEAST_SPARE = 32  # spare rows of a head, where an eighth of its entries is less
+from mminfer.forward.room import LEAST_GROWTH, at_rest, growth
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,9 +62,8 @@ class PackedStore:
         of_heads = zip(self.starts[sequence], self.lengths[sequence], strict=False)
         return [column[start : start + length + new] for start, length in of_heads]
 
-    def grown(self, new: int) -> PackedStore:
-        """The same entries, `new` of each segment made since, with more spare rows behind them."""
-        more = room_for([n + new for lengths in self.lengths for n in lengths])
+    def resized(self, new: int, more: int) -> PackedStore:
+        """The same entries, `new` of each segment made since, with `more` spare rows behind them."""
         sequences = range(len(self.lengths))
         buffers = {
             name: None if x is None else joined([p for b in sequences for p in self.stretches(x, b, new)], more, name)
@@ -83,9 +81,15 @@ class PackedStore:
         return PackedStore(tuple(self.lengths[b] for b in rows), self.spare, buffers, self.device)
 
 
-def room_for(lengths: Sequence[int]) -> int:
-    """Spare rows that suit segments of these lengths."""
-    return max(LEAST_SPARE, sum(lengths) // len(lengths) // 8)
+def mean_of(lengths: Sequence[Sequence[int]]) -> int:
+    """Entries of a segment, on average, rounded down."""
+    return sum(map(sum, lengths)) // sum(map(len, lengths))
+
+
+def room_for(lengths: Sequence[Sequence[int]], headroom: int | None) -> int:
+    """Spare rows of new segments of these lengths; headroom: as of `CompressedCache`."""
+    mean = mean_of(lengths)
+    return min(headroom, growth(mean, LEAST_GROWTH)) if headroom else at_rest(mean)
 
 
 def laid_out(
@@ -101,6 +105,8 @@ def laid_out(
 
 def joined(parts: Sequence[Tensor], spare: int, name: str) -> Tensor:
     """Segments of one column behind each other, each with so many spare rows behind it."""
+    if not spare:
+        return torch.cat(list(parts))
     block = parts[0].new_full((spare, *parts[0].shape[1:]), NEW.get(name, 0))
     return torch.cat([piece for part in parts for piece in (part, block)])
 

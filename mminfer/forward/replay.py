@@ -56,7 +56,7 @@ class ReplayAttention:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
         k, v = k.to(q.dtype), v.to(q.dtype)
-        out = q.new_zeros(1, q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)
+        out = q.new_empty(1, q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)  # each row is in a group
         for stretch in self._replay.stretches:
             self._look(stretch, q, k, v, scale, out)
         self._new = None
@@ -70,23 +70,24 @@ class ReplayAttention:
         """One stretch's rows; what they read goes to `out`."""
         first, held, earlier = self._entries(stretch)
         ahead = 0 if earlier is None else earlier.keys.shape[1]
+        counted, longest = ahead + len(held), max(len(group.rows) for group in stretch.groups)
+        shape = (2, *held.keys.shape[:2], counted + longest, held.keys.shape[3])
+        keys_values = self._replay.scratch(shape, held.keys)
+        keys_values[0, :, :, ahead:counted], keys_values[1, :, :, ahead:counted] = held.keys, held.values
         if earlier is not None:
-            held = torch.cat([torch.stack([earlier.keys, earlier.values])[:, None], held], 3)
-        counted, longest = held.shape[3], max(len(group.rows) for group in stretch.groups)
-        keys_values = held.new_empty(*held.shape[:3], counted + longest, held.shape[4])
-        keys_values[:, :, :, :counted] = held
+            keys_values[0, 0, :, :ahead], keys_values[1, 0, :, :ahead] = earlier.keys, earlier.values
         log_mass = None
         if earlier is not None and earlier.log_mass is not None:
             log_mass = pad(earlier.log_mass, (0, counted + longest - ahead))[None]
-        peaks = held.new_zeros(held.shape[2], counted, dtype=torch.float32)
+        peaks = q.new_zeros(held.keys.shape[1], counted, dtype=torch.float32)
         pairs = 0
         for group in stretch.groups:
             stop = counted + len(group.rows)
             for place, own in zip(keys_values, (k, v), strict=True):
-                place[:, :, counted:stop] = own[:, :, group.rows]
-            keys, values, asked = keys_values[0, :, :, :stop], keys_values[1, :, :, :stop], q[:, :, group.rows]
+                place[:, :, counted:stop] = own[:, :, group.place]
+            keys, values, asked = keys_values[0, :, :, :stop], keys_values[1, :, :, :stop], q[:, :, group.place]
             mass = None if log_mass is None else log_mass[:, :, :stop]
-            out[:, :, group.rows], peak = prompt_attention_peak(asked, keys, values, scale, None, counted, mass)
+            out[:, :, group.place], peak = prompt_attention_peak(asked, keys, values, scale, None, counted, mass)
             peaks = peaks.maximum(peak[0].float())
             again = 0 if shares_logits(asked, keys, values) else len(group.rows) * counted
             pairs += 2 * causal_pairs(len(group.rows), counted) + again
@@ -95,12 +96,11 @@ class ReplayAttention:
             ReplayedStretch(first, peaks[:, ahead:], _of_references(q[0], stretch.references), earlier, scale)
         )
 
-    def _entries(self, stretch: Stretch) -> tuple[int, Tensor, EarlierEntries | None]:
+    def _entries(self, stretch: Stretch) -> tuple[int, CacheEntries, EarlierEntries | None]:
         """What rows of a stretch look at.
 
         Returns:
-            The first of its entries among those of this pass; keys and values of them all, [2, 1, G, n, D]; and which
-            others beside them.
+            The first of its entries among those of this pass; all of them; and which others beside them.
         """
         attended, b = self._attended, stretch.sequence
         start, stop = attended.layout.spans[b]
@@ -110,7 +110,7 @@ class ReplayAttention:
         fresh = self._new[1]
         source = attended.layout.source[start:stop]
         first, last = torch.searchsorted(source, torch.tensor(stretch.sources, device=source.device)).tolist()
-        held = torch.stack([fresh.keys[:, :, first:last], fresh.values[:, :, first:last]])
+        held = CacheEntries(fresh.keys[:, :, first:last], fresh.values[:, :, first:last])
         if entries.total > fresh.total:
             return first, held, _earlier(entries, len(fresh), max(self._replay.stretch - (last - first), 1))
         sink = None if first == 0 else EarlierEntries(fresh.keys[0, :, :1], fresh.values[0, :, :1], None)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from math import prod
 
 import torch
 from torch import Tensor
@@ -28,6 +31,12 @@ class Group:
 
     rows: Tensor
     is_visual: bool
+
+    @cached_property
+    def place(self) -> slice | Tensor:
+        """The rows as an index: a slice where they stand side by side, so that what is taken there is not copied."""
+        first, last = self.rows[0].item(), self.rows[-1].item()
+        return slice(first, last + 1) if last - first + 1 == len(self.rows) else self.rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +74,7 @@ class ReplayedRows:
 
     def __init__(self, hidden: Tensor, layout: TokenLayout, plan: ReplayPlan, sharing: int) -> None:
         self.stretch = plan.stretch
+        self._scratch: Tensor | None = None
         wanted = _worth_replaying(hidden, layout, plan)
         parts = [
             (sequence, first, last)
@@ -89,6 +99,13 @@ class ReplayedRows:
             )
             start += len(rows)
         self.layout = replace(self.layout, position=position, run_before=None)
+
+    def scratch(self, shape: Sequence[int], like: Tensor) -> Tensor:
+        """Memory of this shape that each layer and stretch writes anew: fresh one costs more than what is written."""
+        size, held = prod(shape), self._scratch
+        if held is None or len(held) < size or (held.dtype, held.device) != (like.dtype, like.device):
+            held = self._scratch = like.new_empty(size)
+        return held[:size].view(*shape)
 
     def tables(self, rows: Rows) -> Tables:
         """Rotary tables of those of the rows that go by again, made as those of all of them are."""

@@ -47,6 +47,7 @@ def restore_cache(tensors: dict[str, Tensor], facts: dict[str, Any], device: tor
         KeyError: a tensor is missing.
     """
     cache = CompressedCache()
+    cache.headroom = 0
     here = {name: tensor.to(device) for name, tensor in tensors.items()}
     layers = []
     for i, (tokens_seen, lengths) in enumerate(zip(facts["seen"], facts["head_lengths"], strict=True)):

@@ -33,6 +33,8 @@ class GenerationStats:
         full_prompt_flops: the same of the uncompressed model.
         vision_flops: the vision tower's and projector's work on the images; 0 where features came ready made.
         new_tokens: tokens generated.
+        allocated_bytes: memory that the cache of the whole call, all its rows together, took at the end: generated
+            tokens, what the cache technique notes of each entry, padding and room for tokens to come.
         ttft_ms: from the call to the first token: preprocessing, vision tower and prompt pass.
         prompt_ms: the prompt pass alone.
         tpot_ms: mean time per token after the first, compiling left out; None with one token.
@@ -54,6 +56,7 @@ class GenerationStats:
     full_prompt_flops: int
     vision_flops: int
     new_tokens: int
+    allocated_bytes: int
     ttft_ms: float
     prompt_ms: float
     tpot_ms: float | None
@@ -70,6 +73,7 @@ class GenerationStats:
 class CallTimes:
     """Times and memory that a whole call shares; see `GenerationStats`."""
 
+    allocated_bytes: int
     ttft_ms: float
     prompt_ms: float
     tpot_ms: float | None

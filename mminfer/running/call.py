@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mminfer.errors import UnsupportedModelError
 from mminfer.forward.call_state import CallState
+from mminfer.forward.kv_cache import CACHE_NAME
 from mminfer.metrics.memory import Peak
 from mminfer.metrics.stats import CallTimes
 from mminfer.patching import ModelPass
@@ -43,7 +44,7 @@ class GenerationCall:
         peak: Peak,
     ) -> None:
         self.handle, self.state, self.settings = handle, state, settings
-        self._backends, self._peak, self._end = backends, peak, 0.0
+        self._backends, self._peak, self._end, self._allocated = backends, peak, 0.0, 0
         self.new_ids = torch.empty(0, 0, dtype=torch.int64)
         self.lengths: list[int] = []
         self.logits: Tensor | None = None
@@ -70,6 +71,7 @@ class GenerationCall:
                 f"{type(self.handle.model).__name__}.generate did not call the model it belongs to, so that the "
                 "settings had no effect: take away what has replaced it on this model"
             )
+        self._allocated = result[CACHE_NAME].allocated_bytes
         self.new_ids = result.sequences[:, columns:]
         stopped = ends.columns() or [0] * len(self.new_ids)
         if beams:
@@ -90,8 +92,8 @@ class GenerationCall:
         """Of the whole call; start: `time.perf_counter()` when the request came in."""
         new_tokens, first, compile_ms = self.new_ids.shape[1], self.state.first_token_at, self.handle.compile_ms
         tpot = (1e3 * (self._end - first) - compile_ms) / (new_tokens - 1) if new_tokens > 1 else None
-        prompt_ms = sum(self.handle.prompt_ms)
-        return CallTimes(1e3 * (first - start), prompt_ms, tpot, compile_ms, self._peak.bytes, self._backends)
+        own = (1e3 * (first - start), sum(self.handle.prompt_ms), tpot, compile_ms)
+        return CallTimes(self._allocated, *own, self._peak.bytes, self._backends)
 
     def answer(self, row: int) -> tuple[list[int], Tensor | None]:
         """One row's answer, and its logits."""

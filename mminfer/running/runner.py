@@ -100,7 +100,7 @@ class Runner:
         If anything raises, what some pieces left in a cache stays there: it is the caller's to put it back.
         """
         self._check_model()
-        state = CallState(options.chunk_size)
+        state = CallState(options.chunk_size, headroom=0)
         with self._lock.reading():
             handle = StandIn(self._model, self._config, verify=self._verify)
             with handle.begin(state):

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import EosTokenCriteria, StopStringCriteria, TextStreamer
 
 from mminfer.errors import InputError, shown
-from mminfer.forward.kv_cache import HEADROOM
+from mminfer.forward.room import HEADROOM
 from mminfer.running.arguments import REPEATING, check_model_settings, check_names, check_values, token_ids
 from mminfer.running.merging import asked_settings, host_arguments, setting
 from mminfer.running.rehearsal import Prepared, prepare

@@ -7,11 +7,13 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from benchmarks.peers import replay
-from benchmarks.peers.cases import Case, cases_of, chunk_lengths, exported
+from benchmarks.peers.cases import Case, Take, cases_of, chunk_lengths, exported
 from benchmarks.peers.exchange import COLUMNS, WORKERS, PeerError
 from benchmarks.peers.workers.wire import save_prompts
+from benchmarks.quality import smol_cells
 from benchmarks.tables import peers as tables
 from mminfer import Engine, InputError
 from mminfer.nano import checkpoint_path
@@ -33,16 +35,33 @@ def ours(engine, case):
     return replay.Ours(engine, [case], [50])
 
 
+class FakePress:
+    """What the worker's press takes from kvpress's: weights of queries at a chunk, and what goes by the scores."""
+
+    n_sink, start_idx, end_idx = 1, 2, 5
+
+    def _compute_cross_attention(self, module, weights):
+        self._mask_causal(weights, 0)
+        return weights
+
+    def _mask_causal(self, attn_weights, window_size):
+        attn_weights += 1
+
+    def compress_post(self, model):
+        self.scores = self.score_val.clone()
+
+
 @pytest.fixture
 def worker(monkeypatch):
     """The worker's module beside a kvpress that does nothing."""
     kvpress, presses = ModuleType("kvpress"), ModuleType("kvpress.presses")
     presses.kvzip_press = SimpleNamespace(AutoTokenizer=None)
-    kvpress.presses, kvpress.KVzipPress = presses, type("KVzipPress", (), {})
+    kvpress.presses, kvpress.KVzipPress = presses, FakePress
     kvpress.Other = type("Other", (), {"__init__": lambda self, **arguments: vars(self).update(arguments)})
     for name, module in (("kvpress", kvpress), ("kvpress.presses", presses)):
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.syspath_prepend(str(WORKERS))
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", ALL_ATTENTION_FUNCTIONS["sdpa"])  # as it was, afterwards
     for name in ("kvzip_worker", "kvpress_worker", "wire"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     module = importlib.import_module("kvzip_worker")
@@ -76,8 +95,14 @@ def test_our_side_answers_and_holds_what_it_says(ours, case):
     assert (row["kept"], row["kl"], row["cache_kept"], row["attended"]) == (100.0, 0.0, 100.0, 100.0)
 
 
+def test_answers_are_forced_in_as_many_batches_as_it_takes(ours, engine, case, monkeypatch):
+    monkeypatch.setattr(smol_cells, "ROWS_OF_ANSWERS", max(len(case.forced) - 1, 1))
+    told = Take(engine, case.content, None).foretold(case)
+    torch.testing.assert_close(told, ours.tell("off", 0, False).logits, atol=1e-4, rtol=0)
+
+
 def test_the_workers_language_model_says_what_ours_says(engine, ours, case, worker, tmp_path):
-    """Pictures as more words of the table give the same logits as pixels, by groups of equally long questions."""
+    """Pictures as more words of the table give the same logits as pixels, behind questions of different lengths."""
     save_prompts([exported(engine, case)], tmp_path)
     worker.load(str(checkpoint_path()), str(tmp_path), 1, True)
     process = SimpleNamespace(ask=lambda command, **arguments: getattr(worker, command)(**arguments))
@@ -96,6 +121,48 @@ def test_the_workers_language_model_says_what_ours_says(engine, ours, case, work
     with worker.masked_for(3):
         assert [x.tolist() for x in module.masked_key_indices] == [[0, 0, 1, 1, 2, 2], [1] * 6, [5, 7] * 3]
     assert len(module.masked_key_indices[0]) == 2
+
+
+def test_what_is_masked_is_as_if_it_were_not_there(engine, case, worker, tmp_path):
+    """Of two questions in one batch, in which the shorter has places before it, and of a chunk of many queries."""
+    save_prompts([exported(engine, case)], tmp_path)
+    worker.load(str(checkpoint_path()), str(tmp_path), 1, True)
+    questions, gone = [[7, 8, 9], [7, 8, 9, 10, 11]], torch.tensor([3, 20, 21])
+    with torch.no_grad(), worker.known(0) as ids:
+        cache = worker.read(ids, [ids.shape[1]], None)
+        whole = worker.answer(cache, ids.shape[1], questions, 2, None)[1]
+        less, heads = worker.copy.deepcopy(cache), worker.state["model"].config.num_key_value_heads
+        held = [n for n in range(ids.shape[1]) if n not in gone]
+        for layer in less.layers:
+            layer.keys, layer.values = layer.keys[:, :, held], layer.values[:, :, held]
+        expected = []
+        for question in questions:
+            positions = ids.shape[1] + torch.arange(len(question))[None]
+            inputs = {"input_ids": torch.tensor([question]), "position_ids": positions}
+            told = worker.state["model"](**inputs, past_key_values=worker.copy.deepcopy(less))
+            expected.append(told.logits[0, -1])
+        places = (torch.arange(heads).repeat_interleave(len(gone)), gone.repeat(heads))
+        for module in worker.attentions():
+            module.masked_key_indices = (torch.zeros(heads * len(gone), dtype=torch.long), *places)
+        batch = worker.answer(cache, ids.shape[1], questions, 2, None)[1]
+        torch.testing.assert_close(batch[:, 0], torch.stack(expected), atol=1e-3, rtol=0)
+        assert (batch[:, 0] - whole[:, 0]).abs().amax(-1).min() > 0.01
+        worker.read(ids, [ids.shape[1]], None)
+    assert all(module.masked_key_indices is None for module in worker.attentions())
+
+
+def test_what_is_masked_stays_masked_where_a_press_compresses_again(worker):
+    module = SimpleNamespace(masked_key_indices=tuple(torch.tensor(x) for x in ([0, 0, 0], [0, 1, 1], [3, 1, 4])))
+    worker.state["model"] = SimpleNamespace(model=SimpleNamespace(layers=[SimpleNamespace(self_attn=module)]))
+    press = worker.made_press("KVzipPress", {})
+    weights = press._compute_cross_attention(module, torch.zeros(1, 2, 1, 1, 6))  # a sink, places 2 to 4, queries
+    low = torch.finfo(weights.dtype).min
+    assert weights[0, :, 0, 0].tolist() == [[1, 1, low, 1, 1, 1], [1, 1, 1, low, 1, 1]]
+    press.score_val = torch.zeros(1, 1, 2, 6)
+    press.compress_post(None)
+    assert press.scores[0, 0].tolist() == [[0, 0, 0, -1, 0, 0], [0, -1, 0, 0, -1, 0]]
+    module.masked_key_indices = None
+    assert press._compute_cross_attention(module, torch.zeros(1, 2, 1, 1, 6)).unique().tolist() == [1]
 
 
 class Stub:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from mminfer import AIMPrune, InferenceConfig, InputError, LookM, patched
 from mminfer.forward.kv_cache import CompressedCache, Continuation
-from mminfer.forward.kv_layer import PaddedLayer
+from mminfer.forward.kv_layer import CompressedLayer, PaddedLayer
 from mminfer.forward.packed_layer import PackedLayer
 from mminfer.technique import CacheEntries
 from tests.tiny import IMAGE, tiny_inputs, tiny_model
@@ -20,8 +20,9 @@ def entries(length: int, tracked: bool = True) -> CacheEntries:
     return CacheEntries(k, v, torch.rand(1, 2, length) > 0.5, torch.rand(1, 2, length))
 
 
-def layer_of(rows: list[CacheEntries]) -> PaddedLayer:
+def layer_of(rows: list[CacheEntries], headroom: int | None = None) -> PaddedLayer:
     cache = CompressedCache()
+    cache.headroom = headroom
     layer = PaddedLayer(rows, [len(r) for r in rows], cache)
     ends = torch.tensor([float(len(r)) for r in rows])
     cache.commit([layer], max(map(len, rows)), [len(r) for r in rows], Continuation.behind_text(ends))
@@ -56,7 +57,7 @@ def uneven(lengths: list[int], weighed: bool) -> CacheEntries:
     return CacheEntries(k, v, size=torch.rand(1, 1, sum(lengths)), log_mass=mass, head_lengths=tuple(lengths))
 
 
-def packed_layer_of(rows: list[CacheEntries], headroom: int = 64) -> PackedLayer:
+def packed_layer_of(rows: list[CacheEntries], headroom: int | None = 64) -> PackedLayer:
     cache = CompressedCache()
     cache.headroom = headroom
     layer = PackedLayer(rows, [99] * len(rows), cache)
@@ -110,6 +111,53 @@ def test_growing_copies_rarely():
         layer.advance(1)
         addresses.add(keys.data_ptr())
     assert len(addresses) <= 3
+
+
+def used_bytes(layer: CompressedLayer) -> int:
+    """Of every column of the entries that count, without padding."""
+    columns = [x for b in range(layer.batch_size) for x in layer.row(b).columns.values() if x is not None]
+    return sum(x.numel() * x.element_size() for x in columns)
+
+
+@given(st.lists(st.integers(0, 900), min_size=2, max_size=4).filter(any), st.booleans(), st.integers(1, 200))
+def test_a_layer_at_rest_has_hardly_any_spare_room(lengths, weighed, steps):
+    """Made for no token to come, or settled behind some, however much room it was given for them."""
+    for headroom in (None, 0, 300):
+        layer = packed_layer_of([uneven(lengths, weighed)], headroom)
+        assert headroom or used_bytes(layer) <= layer.allocated_bytes <= 1.01 * used_bytes(layer)
+        for _ in range(steps):
+            layer.write_ahead(*torch.randn(2, 1, len(lengths), 1, 8))
+            layer.cache.advance(1)
+        before = layer.row(0)
+        layer.cache.settle()
+        assert used_bytes(layer) <= layer.allocated_bytes <= 1.01 * used_bytes(layer)
+        assert torch.equal(layer.row(0).keys, before.keys) and torch.equal(layer.row(0).size, before.size)
+
+
+@pytest.mark.parametrize("length", [1, 100, 1000])
+def test_a_layer_of_like_heads_at_rest_has_hardly_any_spare_room(length):
+    layer = layer_of([entries(length)], 0)
+    assert used_bytes(layer) <= layer.allocated_bytes <= 1.01 * used_bytes(layer)
+    for _ in range(20):
+        layer.write_ahead(*torch.randn(2, 1, 2, 1, 8))
+        layer.advance(1)
+    assert layer.allocated_bytes > 1.04 * used_bytes(layer)  # it grew, and will not have to soon
+    before = layer.row(0).keys.clone()
+    layer.settle()
+    assert used_bytes(layer) <= layer.allocated_bytes <= 1.01 * used_bytes(layer)
+    assert torch.equal(layer.row(0).keys, before)
+
+
+@pytest.mark.parametrize("lengths", [[1, 3], [40, 200], [3000, 100]])
+def test_decoding_from_rest_copies_each_entry_a_few_times(lengths):
+    """So that a token costs no more the longer the answer gets."""
+    layer, copied, address, steps = packed_layer_of([uneven(lengths, False)], None), 0, None, 1000
+    for step in range(steps):
+        keys = layer.write_ahead(*torch.zeros(2, 1, 2, 1, 8)).keys
+        layer.cache.advance(1)
+        copied += (sum(lengths) + 2 * step) * (keys.data_ptr() != address)
+        address = keys.data_ptr()
+    assert copied < 9 * (sum(lengths) + 2 * steps) + sum(lengths)
 
 
 def test_columns_written_ahead_count_only_after_the_advance():

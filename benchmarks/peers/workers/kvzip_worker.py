@@ -2,13 +2,14 @@
 
 kvpress's KVzip takes contexts as text, so pictures come to it as more words of the embedding table: what a model's own
 tower makes of them. Everything else is as kvpress's pipeline does it, save that the tokenizer is not loaded anew for
-each context, which would be counted as work of the press.
+each context, which would be counted as work of the press, and that what a head loses is masked by attention's own mask:
+kvpress looks for a key that no query sees, and finds none for a chunk of queries.
 """
 
 import copy
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from importlib import metadata
 from pathlib import Path
@@ -23,6 +24,8 @@ from kvpress_worker import entries, older
 from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from wire import Prompt, read_prompts, serve
 
 state: dict[str, Any] = {}  # "model", "table", "image_token", "prompts", "ids", "pictures"
@@ -38,6 +41,7 @@ def load(checkpoint: str, prompts: str, threads: int, template: bool) -> dict[st
         template: whether contexts stand in the checkpoint's chat template; otherwise they are plain text.
     """
     torch.set_num_threads(threads)
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = attend
     transformers.utils.logging.disable_progress_bar()
     new = int(transformers.__version__.split(".")[0]) >= 5
     with tempfile.TemporaryDirectory() as folder:
@@ -75,12 +79,73 @@ def as_words(whole: Any, prompt: Prompt) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, rows
 
 
+def attend(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> Any:
+    """The host's attention, which does not see what a press masked; a first forward begins a context without masks.
+
+    Args:
+        module: attention of a layer, on which presses leave what they mask.
+        query: [B, H, Q, D].
+        key: [B, G, K, D].
+        value: [B, G, K, D].
+        attention_mask: [B, 1, Q, K], true or 0 where it may look; None: one query, which sees all.
+        dropout: of the weights.
+        kwargs: of the host.
+    """
+    if query.shape[2] == key.shape[2]:
+        module.masked_key_indices = None
+    masked = getattr(module, "masked_key_indices", None)
+    if masked is not None:
+        seen = torch.ones(key.shape[:3], dtype=torch.bool)
+        seen[masked] = False
+        seen = seen.repeat_interleave(query.shape[1] // key.shape[1], dim=1)[:, :, None]
+        if attention_mask is None:
+            attention_mask = seen
+        elif attention_mask.dtype == torch.bool:
+            attention_mask = attention_mask & seen
+        else:
+            attention_mask = attention_mask.masked_fill(~seen, torch.finfo(attention_mask.dtype).min)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, **kwargs)
+
+
+class KVzip(kvpress.KVzipPress):
+    """kvpress's own where it compresses once; where it compresses again, what is masked stays masked and takes no
+    weight while the rest is scored."""
+
+    def _compute_cross_attention(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+        self._masked = getattr(module, "masked_key_indices", None)
+        return super()._compute_cross_attention(module, *args, **kwargs)
+
+    def _mask_causal(self, attn_weights: torch.Tensor, window_size: int) -> None:
+        super()._mask_causal(attn_weights, window_size)
+        if self._masked is not None:
+            _, heads, places = self._masked
+            scored = (places >= self.start_idx) & (places < self.end_idx)
+            columns = min(self.n_sink, self.start_idx) + places[scored] - self.start_idx
+            attn_weights[0, heads[scored], :, :, columns] = torch.finfo(attn_weights.dtype).min
+
+    def compress_post(self, model: Any) -> None:
+        for layer, module in enumerate(attentions()):
+            masked = getattr(module, "masked_key_indices", None)
+            if masked is not None:
+                _, heads, places = masked
+                self.score_val[layer, 0, heads, places] = -1.0  # below every other
+        super().compress_post(model)
+
+
 def made_press(name: str | None, arguments: dict[str, Any]) -> Any:
     """A press of kvpress; an argument that is itself a press is [its name, its arguments]."""
     if name is None:
         return None
     own = {key: made_press(*value) if isinstance(value, list) else value for key, value in arguments.items()}
-    return getattr(kvpress, name)(**own)
+    return KVzip(**own) if name == "KVzipPress" else getattr(kvpress, name)(**own)
 
 
 @torch.no_grad()
@@ -101,27 +166,22 @@ def tell(
     """
     asked, made = state["prompts"][prompt], made_press(press, arguments)
     forced = [n for n, tokens_of in enumerate(asked.answers) if tokens_of]
-    logits: dict[int, torch.Tensor] = {}
-    said: dict[int, list[int]] = {}
     with known(prompt) as ids:
         pass_s = took(lambda: read(ids, chunks, None))[1] if timed else 0.0
         cache, read_s = took(lambda: read(ids, chunks, made))
         figures = {"tokens": ids.shape[1], "entries": entries(cache), "masked": masked_share()}
-        for numbers in alike(asked.questions, forced):
-            rows = answer(cache, ids.shape[1], asked, numbers, len(asked.answers[numbers[0]]), forced=True)[1]
-            logits |= dict(zip(numbers, rows, strict=True))
-        for numbers in alike(asked.questions, range(len(asked.questions))):
-            own = answer(cache, ids.shape[1], asked, numbers, tokens, forced=False)[0]
-            said |= dict(zip(numbers, own.tolist(), strict=True))
-    save_file({"logits": torch.stack([logits[n] for n in forced])}, out)
-    return {**figures, "pass_s": pass_s, "read_s": read_s, "said": [said[n] for n in sorted(said)]}
+        answers = [asked.answers[n] for n in forced]
+        logits = answer(cache, ids.shape[1], [asked.questions[n] for n in forced], len(answers[0]), answers)[1]
+        said = answer(cache, ids.shape[1], asked.questions, tokens, None)[0]
+    save_file({"logits": logits}, out)
+    return {**figures, "pass_s": pass_s, "read_s": read_s, "said": said.tolist()}
 
 
 def took(run: Callable[[], Any]) -> tuple[Any, float]:
-    """What it gives, and its seconds."""
-    start = time.perf_counter()
+    """What it gives, and the processor's seconds."""
+    start = time.process_time()
     made = run()
-    return made, time.perf_counter() - start
+    return made, time.process_time() - start
 
 
 @contextmanager
@@ -154,29 +214,33 @@ def read(ids: torch.Tensor, chunks: list[int], press: Any) -> Any:
 
 
 def answer(
-    cache: Any, position: int, asked: Prompt, numbers: list[int], tokens: int, *, forced: bool
+    cache: Any, position: int, questions: list[list[int]], tokens: int, forced: list[list[int]] | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens [B, tokens] that are likeliest behind equally long questions, and their logits [B, tokens, vocabulary].
+    """Tokens [B, tokens] that are likeliest behind questions, and their logits [B, tokens, vocabulary].
 
     Args:
         cache: of the context; a copy goes on.
         position: of the questions' first token.
-        asked: has the questions.
-        numbers: of these, B.
+        questions: token ids of each, B; shorter ones have masked places before them.
         tokens: of an answer.
-        forced: go on with the prompt's answers, in place of the likeliest tokens.
+        forced: token ids of answers to go on with; None: with the likeliest tokens.
     """
-    own, ids = copy.deepcopy(cache), torch.tensor([asked.questions[n] for n in numbers])
-    own.batch_repeat_interleave(len(numbers))
-    said, rows = [], []
-    with masked_for(len(numbers)):
+    own, count, longest = copy.deepcopy(cache), len(questions), max(map(len, questions))
+    own.batch_repeat_interleave(count)
+    before = torch.tensor([[longest - len(question)] for question in questions])
+    ids = torch.tensor([[0] * (longest - len(question)) + question for question in questions])
+    real = torch.cat([torch.ones(count, position, dtype=torch.long), (torch.arange(longest) >= before).long()], dim=1)
+    positions = position + (torch.arange(longest) - before).clamp(min=0)
+    said: list[torch.Tensor] = []
+    rows: list[torch.Tensor] = []
+    with masked_for(count):
         for step in range(tokens):
-            positions = torch.arange(position, position + ids.shape[1]).expand(len(numbers), -1)
-            inputs = {"input_ids": ids, "position_ids": positions, "past_key_values": own}
+            inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": real, "past_key_values": own}
             rows.append(state["model"](**inputs, logits_to_keep=1).logits[:, -1])
             said.append(rows[-1].argmax(-1))
-            position += ids.shape[1]
-            ids = torch.tensor([[asked.answers[n][step]] for n in numbers]) if forced else said[-1][:, None]
+            ids = said[-1][:, None] if forced is None else torch.tensor([[answer[step]] for answer in forced])
+            positions = positions[:, -1:] + 1
+            real = torch.cat([real, real.new_ones(count, 1)], dim=1)
     return torch.stack(said, 1), torch.stack(rows, 1)
 
 
@@ -205,14 +269,6 @@ def masked_share() -> float:
 
 def attentions() -> list[Any]:
     return [layer.self_attn for layer in state["model"].model.layers]
-
-
-def alike(questions: list[list[int]], numbers: Iterable[int]) -> list[list[int]]:
-    """Numbers of questions, those of one length together."""
-    found: dict[int, list[int]] = {}
-    for number in numbers:
-        found.setdefault(len(questions[number]), []).append(number)
-    return list(found.values())
 
 
 if __name__ == "__main__":
