@@ -50,6 +50,7 @@ BEHIND: dict[str, tuple[str, ...]] = {
     "peers": (*FIDELITY, "benchmarks/peers"),
     "prompt_pass": (*SPEED, "benchmarks/models/prompt_pass.py"),
     "replay": (*FIDELITY, "benchmarks/quality/needle.py", "benchmarks/quality/settings.py"),
+    "replay_cost": (*SPEED, "benchmarks/models/replay_cost.py"),
     "scores": ("mminfer/cache", *PASS, "benchmarks/quality/scores.py"),
     "smol": (*TECHNIQUES, *PASS, "benchmarks/reader", "benchmarks/quality/smol.py", "benchmarks/quality/smol_cells.py"),
     "streamed": (*FIDELITY, "benchmarks/quality/streamed.py"),

@@ -85,7 +85,7 @@ def test_without_a_history_it_says_so(checkout, tmp_path_factory):
 
 
 def test_every_file_of_rows_says_what_makes_it_stale():
-    assert {path.stem for path in audit.RESULTS.glob("*.csv")} == audit.BEHIND.keys()
+    assert {path.stem for path in audit.RESULTS.glob("*.csv")} <= audit.BEHIND.keys()
     for paths in audit.BEHIND.values():
         assert [path for path in paths if not (audit.ROOT / path).exists()] == []
 

@@ -70,7 +70,7 @@ def _options() -> argparse.ArgumentParser:
     parser.add_argument("--rooms", default=",".join(ROOMS), help="The folders of mminfer to break, with commas.")
     parser.add_argument("--each", type=int, default=10, help="How many mutants are drawn of each room.")
     parser.add_argument("--seed", type=int, default=0, help="Another one draws other mutants.")
-    parser.add_argument("--at", default="", help="All mutants of one line or file instead, such as tokens/prune.py:92.")
+    parser.add_argument("--at", default="", help="All mutants of these lines or files of one room instead.")
     return parser
 
 
@@ -79,7 +79,8 @@ def drawn(room: str, count: int, seed: int, at: str = "") -> list[Mutant]:
     files = [path for path in sorted((ROOT / "mminfer" / room).rglob("*.py")) if path.name != "__init__.py"]
     found = [m for f in files for m in mutants_of(f.read_text("utf-8"), f"{room}/{f.relative_to(f.parents[0])}")]
     if at:
-        return [mutant for mutant in found if f"{mutant.place}:".startswith(f"{at}:")]
+        places = tuple(f"{place}:" for place in at.split(","))
+        return [mutant for mutant in found if f"{mutant.place}:".startswith(places)]
     places = sorted(random.Random(f"{seed} {room}").sample(range(len(found)), min(count, len(found))))
     return [found[i] for i in places]
 
