@@ -44,14 +44,25 @@ class Mutant:
         kind: of the fault.
         was: source of the node that it replaces.
         now: what stands there.
-        tree: of the whole module.
+        source: of the whole module, without the fault.
+        path: from the module to the node.
+        make: gives what stands there.
     """
 
     place: str
     kind: str
     was: str
     now: str
-    tree: ast.Module
+    source: str
+    path: "Path"
+    make: Callable[[], ast.AST]
+
+    @property
+    def tree(self) -> ast.Module:
+        """The whole module, with the fault."""
+        tree = ast.parse(self.source)
+        _put(tree, self.path, self.make())
+        return ast.fix_missing_locations(tree)
 
     def __str__(self) -> str:
         return f"{self.place} {self.kind}: {self.was} -> {self.now}"
@@ -67,14 +78,10 @@ def mutants_of(source: str, name: str) -> list[Mutant]:
     tree, found = ast.parse(source), []
     for path, node in _code(tree):
         for kind, make in _faults(node):
-            broken = copy.deepcopy(tree)
-            new = ast.copy_location(make(), node)
-            _put(broken, path, new)
-            ast.fix_missing_locations(broken)
-            was, now = (_line(x) for x in (node, new))
+            was, now = (_line(x) for x in (node, make()))
             if was != now:
                 place = f"{name}:{getattr(node, 'lineno', 0)}:{getattr(node, 'col_offset', 0)}"
-                found.append(Mutant(place, kind, was, now, broken))
+                found.append(Mutant(place, kind, was, now, source, path, make))
     return sorted(found, key=lambda mutant: (*map(int, mutant.place.split(":")[1:]), mutant.kind, mutant.now))
 
 
@@ -115,6 +122,8 @@ def _put(tree: ast.AST, path: Path, new: ast.AST) -> None:
         value = getattr(tree, field)
         tree = value if i is None else value[i]
     field, i = path[-1]
+    old = getattr(tree, field)
+    ast.copy_location(new, old if i is None else old[i])
     if i is None:
         setattr(tree, field, new)
     else:
