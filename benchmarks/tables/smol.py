@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 from benchmarks.common import RESULTS, read_rows
 from benchmarks.quality.smol_cells import ALL, EMBEDDINGS, MODELS, PIXELS
-from benchmarks.tables.markdown import markdown, origin
+from benchmarks.tables.markdown import commits, markdown, origin
 from mminfer.bench.protocols import Protocol
 from mminfer.needle.scores import wilson
 
@@ -99,8 +100,16 @@ def beside(
     if not columns:
         return header, table, NOTHING
     lines = [[*line, *own] for line, *own in zip(table, *columns.values(), strict=True)]
+    shown = {"off", *(setting for own in settings.values() for setting in own)}
+    rows = [
+        row
+        for (model, setting, *key), cell in cells().items()
+        if model == PIXELS and setting in shown and key == [str(protocol), ALL, ALL]
+        for row in cell.rows
+    ]
     asked = cells()[PIXELS, "off", str(protocol), ALL, ALL]
-    told = f"Real model: percent of {asked.total('full_right')} right answers that stay right, by pixels."
+    told = f"Real model: percent of {asked.total('full_right')} right answers that stay right, by pixels, of its own "
+    told += f"table, {commits(rows)}."
     return [*header, *columns], lines, told
 
 
@@ -152,6 +161,7 @@ def by_kind(protocol: Protocol, model: str = PIXELS) -> str:
         table.append([f"`{setting}`", *sums])
     return (
         f"{markdown(['setting', *pages, *kinds], table)}\n\nKept, by kind of page and of question; {model}, {protocol}."
+        f" {_origin(own)}."
     )
 
 
@@ -175,5 +185,5 @@ def _asked(cell: Cell, model: str) -> str:
     return f"{cell.total('questions')} questions, of which the full model gets {cell.total('full_right')} {how}"
 
 
-def _origin(found: Mapping[Key, Cell]) -> str:
+def _origin(found: Mapping[Any, Cell]) -> str:
     return origin([row for cell in found.values() for row in cell.rows])

@@ -168,6 +168,7 @@ def build_model(
         image_seq_length=TOKENS_PER_IMAGE,
         downsample_ratio=DOWNSAMPLE,
         tie_word_embeddings=True,
+        rope_pos_id_version="v2pe_rnd",  # visual steps are drawn in training
     )
     model = InternVLForConditionalGeneration(config).float()
     model.generation_config = GenerationConfig(
