@@ -1,13 +1,17 @@
 """Writes benchmarks/REPORT.md and its plots from the stored rows alone: python -m benchmarks.report
 
-Every figure comes from a row in benchmarks/results, which says what made it: commit, machine, versions, seed.
+Every figure comes from a row in benchmarks/results, which says what made it: commit, machine, versions, seed. With
+--check nothing is written: it fails where a table mixes commits, where code that changes rows is newer than they are,
+and where the report is not what the rows say.
 """
 
 import argparse
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from benchmarks import audit
 from benchmarks.quality.smol_cells import MODELS
 from benchmarks.tables import cost, kernels, needle, paper, peers, quality, smol
 from mminfer.bench.protocols import Protocol
@@ -78,7 +82,7 @@ SECTIONS: list[Section] = [
         "What Replay is made of",
         "Its budgets, the other rules at a fifth, and itself without a part: nothing fitted, every head alike (an "
         "even budget), heads sure of nothing, text not replayed, rows like the one before them left out.",
-        [needle.replayed],
+        [needle.replayed_by_seed, needle.replayed],
     ),
     (
         "What fewer tokens lose",
@@ -131,8 +135,33 @@ def render() -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def mixed() -> list[str]:
+    """Which tables' rows do not come from one commit."""
+    return [
+        finding
+        for heading, _, tables in SECTIONS
+        for number, table in enumerate(tables, 1)
+        for finding in audit.mixed(f"{heading}, table {number}", table())
+    ]
+
+
+def check() -> bool:
+    """Prints what is wrong with the report; whether nothing is."""
+    stale, notes = audit.stale()
+    findings = [*mixed(), *stale]
+    if render() != REPORT.read_text("utf-8"):
+        findings.append(f"{REPORT.name} is not what the rows say: run python -m benchmarks.report")
+    for line in [*findings, *notes]:
+        print(line)
+    print(f"{len(findings)} findings" if findings else "every table is of one commit, and as its rows say")
+    return not findings
+
+
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="Look at the report instead of writing it.")
+    if parser.parse_args().check:
+        sys.exit(not check())
     from benchmarks.quality import plots
 
     plots.main()

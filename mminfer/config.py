@@ -6,12 +6,13 @@ import dataclasses
 import importlib
 import json
 import pkgutil
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mminfer import cache, operators, positions, tokens
-from mminfer.errors import ConfigError, shown
+from mminfer.errors import ConfigError, UntrainedWarning, shown
 from mminfer.operators.skip import OperatorSkip
 from mminfer.technique import (
     CacheTechnique,
@@ -89,6 +90,13 @@ class InferenceConfig:
         """Raises `ConfigError` if any setting does not fit the model."""
         for technique in self.techniques:
             technique.check(spec)
+
+    def warn_of_doubts(self, spec: ModelSpec) -> None:
+        """Warns of what runs on this model but is likely to ruin its answers; for the doors, once each."""
+        for technique in self.techniques:
+            doubt = technique.doubt(spec)
+            if doubt is not None:
+                warnings.warn(doubt, UntrainedWarning, stacklevel=3)
 
     @classmethod
     def of(cls, *techniques: Technique) -> InferenceConfig:

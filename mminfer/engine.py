@@ -79,6 +79,7 @@ class Engine:
         check_loaded(self.model)
         self.config.check(self.adapter.spec)
         check_host(self.adapter, self.config, verify and not is_patched(self.model))  # else before the first call
+        self.config.warn_of_doubts(self.adapter.spec)
         self.runner = Runner(self.model, processor, self.adapter, self.config, compile, verify)
         self.reader = RequestReader(self.model, processor, self.adapter)
         self._made_with = compile, verify

@@ -1,4 +1,4 @@
-"""Every error a user can cause: each says what was found, what was wanted and the way out.
+"""Every error a user can cause, and what they are warned of: each says what was found, what was wanted and the way out.
 
 Of a value it says no more than a line: `shown` writes one as Python does, `shortened` takes a text as it is.
 """
@@ -29,6 +29,10 @@ class UnsupportedModelError(MminferError):
 
 class InputError(MminferError, ValueError):
     """The request itself is wrong: messages, images, videos, prompt or arguments."""
+
+
+class UntrainedWarning(UserWarning):
+    """A setting asks of the model what its configuration does not say that it was trained for."""
 
 
 def shown(value: Any) -> str:

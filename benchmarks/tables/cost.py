@@ -108,7 +108,7 @@ def turns() -> str:
     for setting in dict.fromkeys(r["setting"] for r in rows):
         own = {r["turn"]: r for r in rows if r["setting"] == setting}
         table.append([f"`{setting}`", *(f"{int(own[t]['cache_bytes']) / 1024:,.0f}" for t in chosen)])
-    return markdown(["KiB of cache after", *(f"turn {t}" for t in chosen)], table)
+    return f"{markdown(['KiB of cache after', *(f'turn {t}' for t in chosen)], table)}\n\n{origin(rows)}."
 
 
 def long_context() -> str:

@@ -17,6 +17,7 @@ from mminfer.technique import CACHE_SHARES
 
 Row = dict[str, str]
 LENGTH = 16  # pictures, where one length must do
+REPLAYED = (8, 16)  # pictures that Replay was taken apart with
 REAL, REAL_SHARES = "real model, kept", sorted({*BUDGETS, *CACHE_SHARES}, reverse=True)
 TOLD = {
     Protocol.IN_PROMPT: "in-prompt (the question stands in the prompt)",
@@ -92,7 +93,9 @@ def replayed() -> str:
     """Replay's budgets beside the other rules', and what each of its parts adds; next-turn, 8 and 16 pictures."""
     if not (RESULTS / "replay.csv").exists():
         return "No rows of Replay on the bundled model yet."
-    found, protocol, lengths = cells("replay"), Protocol.NEXT_TURN, (8, 16)
+    protocol, lengths, rows = Protocol.NEXT_TURN, REPLAYED, read_rows("replay")
+    seed = min(_seeds_of_all(rows))
+    found = {(r["setting"], r["protocol"], int(r["images"])): r for r in rows if r["seed"] == seed}
     table, told = [], []
     for name in dict.fromkeys(name for name, _, _ in found):
         own = [found[name, protocol, n] for n in lengths]
@@ -111,6 +114,42 @@ def replayed() -> str:
     asked = ", ".join(f"{found['off', protocol, n]['questions']} over {n}" for n in lengths)
     header, table, beside_it = beside(header, table, {REAL: [line[0] for line in table]}, protocol)
     return f"{markdown(header, table)}\n\n{_note(protocol, told, asked)} {beside_it}"
+
+
+def replayed_by_seed() -> str:
+    """Of what the uncompressed model gets right, how much each setting measured with several seeds gets right."""
+    rows = read_rows("replay") if (RESULTS / "replay.csv").exists() else []
+    seeds = sorted({r["seed"] for r in rows})
+    if len(seeds) < 2:
+        return "Only one seed was measured yet."
+    by_key = {(r["setting"], r["seed"], int(r["images"])): r for r in rows}
+    names = [n for n in dict.fromkeys(r["setting"] for r in rows) if all((n, s, REPLAYED[0]) in by_key for s in seeds)]
+    table, told = [], []
+    for name in names:
+        line = [name]
+        for images in REPLAYED:
+            own = [(by_key[name, seed, images], by_key["off", seed, images]) for seed in seeds]
+            told += [row for row, _ in own]
+            shares = [100 * float(row["accuracy"]) / float(off["accuracy"]) for row, off in own]
+            pooled = 100 * sum(_right(row) for row, _ in own) / sum(_right(off) for _, off in own)
+            line += [f"{pooled:.1f}", f"{min(shares):.1f} to {max(shares):.1f}"]
+        table.append(line)
+    header = ["setting", *(f"{what}, {n}" for n in REPLAYED for what in ("of the uncompressed", "by seed"))]
+    asked = ", ".join(f"{sum(int(by_key['off', s, n]['questions']) for s in seeds)} over {n}" for n in REPLAYED)
+    about = "Right answers in percent of the uncompressed model's, all seeds together, and the seeds' range."
+    return f"{markdown(header, table)}\n\n{about} {_note(Protocol.NEXT_TURN, told, asked)}"
+
+
+def _right(row: Row) -> float:
+    return float(row["accuracy"]) * int(row["questions"])
+
+
+def _seeds_of_all(rows: Sequence[Row]) -> set[str]:
+    """The seeds that every setting was measured with."""
+    by_setting: dict[str, set[str]] = {}
+    for row in rows:
+        by_setting.setdefault(row["setting"], set()).add(row["seed"])
+    return set.intersection(*by_setting.values())
 
 
 def by_length(group: str, protocol: Protocol) -> str:

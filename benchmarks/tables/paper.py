@@ -1,7 +1,7 @@
 """Published counts beside ours."""
 
 from benchmarks.common import read_rows
-from benchmarks.tables.markdown import markdown
+from benchmarks.tables.markdown import commits, markdown
 
 
 def paper() -> str:
@@ -20,5 +20,5 @@ def paper() -> str:
     ]
     notes = "\n".join(f"{n}. {reason}" for n, reason in enumerate(reasons, 1))
     sources = ", ".join(dict.fromkeys(r["paper"] for r in rows))
-    told = f"Counted, not timed; published figures from {sources}. Commit `{rows[0]['commit']}`."
+    told = f"Counted, not timed; published figures from {sources}; {commits(rows)}."
     return f"{markdown(header, table)}\n\n{notes}\n\n{told}"

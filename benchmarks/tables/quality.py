@@ -48,4 +48,4 @@ def scores() -> str:
     header = ["queries"]
     header += [f"{n} pictures, {float(b):.0%}{'' if prior == 'True' else ', no text prior'}" for n, b, prior in columns]
     table = [[name, *(cells[name, *c] for c in columns)] for name in dict.fromkeys(key[0] for key in cells)]
-    return f"{markdown(header, table)}\n\nOverlap on the bundled model. {NOTHING}"
+    return f"{markdown(header, table)}\n\nOverlap on the bundled model. {origin(rows)}. {NOTHING}"

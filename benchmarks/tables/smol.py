@@ -8,14 +8,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 from benchmarks.common import RESULTS, read_rows
 from benchmarks.quality.smol_cells import ALL, EMBEDDINGS, MODELS, PIXELS
-from benchmarks.tables.markdown import markdown, origin
+from benchmarks.tables.markdown import commits, markdown, origin
 from mminfer.bench.protocols import Protocol
 from mminfer.needle.scores import wilson
 
 Row = dict[str, str]
+FIGURES = ("kept", "of", "same answer", "KL", "entries kept")
 Key = tuple[str, str, str, str, str]  # model, setting, protocol, kind of pages, kind of question
 NOTHING = "There is no column of the real model: it was not measured in this way."
 NO_ROWS = "No rows of the real model yet: `python -m benchmarks.quality.smol` makes them."
@@ -98,8 +100,16 @@ def beside(
     if not columns:
         return header, table, NOTHING
     lines = [[*line, *own] for line, *own in zip(table, *columns.values(), strict=True)]
+    shown = {"off", *(setting for own in settings.values() for setting in own)}
+    rows = [
+        row
+        for (model, setting, *key), cell in cells().items()
+        if model == PIXELS and setting in shown and key == [str(protocol), ALL, ALL]
+        for row in cell.rows
+    ]
     asked = cells()[PIXELS, "off", str(protocol), ALL, ALL]
-    told = f"Real model: percent of {asked.total('full_right')} right answers that stay right, by pixels."
+    told = f"Real model: percent of {asked.total('full_right')} right answers that stay right, by pixels, of its own "
+    told += f"table, {commits(rows)}."
     return [*header, *columns], lines, told
 
 
@@ -126,13 +136,13 @@ def rules(protocol: Protocol) -> str:
     if not own:
         return f"{protocol}: {NO_ROWS}"
     models = [model for model in MODELS if any(key[0] == model for key in own)]
-    header = ["setting", *(f"{what}, {m}" for m in models for what in ("kept", "same answer", "KL", "entries kept"))]
+    header = ["setting", *(f"{what}, {m}" for m in models for what in FIGURES)]
     table = []
     for setting in dict.fromkeys(key[1] for key in own):
         line = [f"`{setting}`"]
         for model in models:
             cell = own.get((model, setting, str(protocol), ALL, ALL))
-            line += ["", "", "", ""] if cell is None else _figures(cell)
+            line += [""] * len(FIGURES) if cell is None else _figures(cell)
         table.append(line)
     asked = ", ".join(_asked(own[model, "off", str(protocol), ALL, ALL], model) for model in models)
     return f"{markdown(header, table)}\n\n{protocol}: {asked}. {_origin(own)}."
@@ -151,6 +161,7 @@ def by_kind(protocol: Protocol, model: str = PIXELS) -> str:
         table.append([f"`{setting}`", *sums])
     return (
         f"{markdown(['setting', *pages, *kinds], table)}\n\nKept, by kind of page and of question; {model}, {protocol}."
+        f" {_origin(own)}."
     )
 
 
@@ -159,7 +170,14 @@ def _pooled(parts: Iterable[Cell]) -> Cell:
 
 
 def _figures(cell: Cell) -> list[str]:
-    return [cell.kept_within, f"{cell.mean('same'):.1f}", f"{cell.mean('kl'):.3f}", f"{cell.mean('cache_kept'):.0f} %"]
+    of = str(cell.total("full_right"))
+    return [
+        cell.kept_within,
+        of,
+        f"{cell.mean('same'):.1f}",
+        f"{cell.mean('kl'):.3f}",
+        f"{cell.mean('cache_kept'):.0f} %",
+    ]
 
 
 def _asked(cell: Cell, model: str) -> str:
@@ -167,5 +185,5 @@ def _asked(cell: Cell, model: str) -> str:
     return f"{cell.total('questions')} questions, of which the full model gets {cell.total('full_right')} {how}"
 
 
-def _origin(found: Mapping[Key, Cell]) -> str:
+def _origin(found: Mapping[Any, Cell]) -> str:
     return origin([row for cell in found.values() for row in cell.rows])

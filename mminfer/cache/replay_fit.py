@@ -58,7 +58,8 @@ def fit_stretch(part: CacheEntries, rows: slice, keep: Tensor, stretch: Replayed
         keys, own = (torch.cat([a[head], b]) for a, b in ((earlier.keys, keys), (earlier.values, values)))
         flags, movable = pad(keep, (ahead, 0), value=True), pad(movable, (ahead, 0), value=False)
         log_mass = None if earlier.log_mass is None else pad(earlier.log_mass[head], (0, len(values)))
-    fitted_values, mass = fitted(queries, keys, own, flags, movable, stretch.scale, log_mass)
+    with torch.autocast(keys.device.type, enabled=False):
+        fitted_values, mass = fitted(queries, keys, own, flags, movable, stretch.scale, log_mass)
     values[keep] = fitted_values[movable].to(values.dtype)
     if part.log_mass is not None:
         part.log_mass[0, 0, rows][keep] = mass[movable]
@@ -99,7 +100,7 @@ def fitted(
         Attention Matching (arXiv 2602.16284) section 3: masses and values for chosen keys. The ridge is ours.
     """
     places = keep.nonzero()[:, 0]
-    logits = (queries @ keys.mT).float().mul_(scale)  # [R, N]
+    logits = (queries.float() * scale) @ keys.float().mT  # [R, N]: in half precision they would overflow, or round
     if log_mass is not None:
         logits += log_mass
     weights = logits.sub_(logits.amax(-1, keepdim=True)).exp_()
@@ -117,7 +118,7 @@ def fitted(
     else:
         change = _solved(kept.mT @ kept, ridge, kept.mT @ missing)
     mass = factor.log() if log_mass is None else factor.log() + log_mass.index_select(0, places)
-    return still + change, mass
+    return still + change.nan_to_num_(0.0, 0.0, 0.0), mass  # of a model that gives nan
 
 
 def fitted_masses(shares: Tensor) -> Tensor:

@@ -193,7 +193,9 @@ def _compress_together(
     """Each sequence's entries in all layers together; looked: what was asked for, where rows were replayed."""
     if config.cache is None:
         return
-    for b in range(layers[0].layout.num_sequences):
+    for b, (start, stop) in enumerate(layers[0].layout.spans):
+        if start == stop:  # it comes in with a later chunk, and stays as it is until then
+            continue
         held, demands, seen = ([getattr(a, name)[b] for a in layers] for name in ("entries", "demands", "tokens_seen"))
         asked = [look.found[b] for look in looked] or demands
         for attend, entries in zip(layers, compressed_layers(config.cache, held, asked, seen), strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +15,14 @@ from mminfer.errors import InputError, UnsupportedModelError
 from mminfer.layout import GivenRows, Modality, TokenLayout
 from mminfer.models.entry import embedding_scale
 from mminfer.models.packing import PackedRows
-from mminfer.models.spec import ModelSpec, VisualUnit, attention_mask, layer_kinds, rescaled
+from mminfer.models.spec import (
+    ModelSpec,
+    VisualUnit,
+    attention_mask,
+    layer_kinds,
+    rescaled,
+    says_variable_positions,
+)
 from mminfer.models.structure import check_structure, parameters_of, wants_positions
 from mminfer.models.vision import PIXEL_INPUTS, VisionTower, VisionWork
 
@@ -53,7 +61,10 @@ class ModelAdapter:
         self.layer_kinds = layer_kinds(self.text_config)
         self._positions_wanted = wants_positions(self.layers[0].self_attn)
         self._rotary_by_kind = "layer_type" in parameters_of(self.language_model.rotary_emb)
-        self.spec = self.spec_of(model.config.model_type, self.text_config)
+        self.spec = replace(
+            self.spec_of(model.config.model_type, self.text_config),
+            variable_positions=says_variable_positions(model.config, self.text_config),
+        )
 
     @classmethod
     def spec_of(cls, family: str, config: Any) -> ModelSpec:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,6 +29,8 @@ class ModelSpec:
     sliding_layers: tuple[int, ...] = ()
     sliding_window: int | None = None
     bidirectional_images: bool = False
+    # Whether its configuration says that it was trained with visual tokens closer together; saved chats go by the rest.
+    variable_positions: bool = field(default=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,12 @@ class VisualUnit:
 def rescaled(inv_freq: Tensor, factors: Tensor | None) -> Tensor:
     """[D / 2]: frequencies times factors, multiplied in float64; None: as they are."""
     return inv_freq if factors is None else (inv_freq.double() * factors.to(inv_freq.device)).to(inv_freq.dtype)
+
+
+def says_variable_positions(*configs: Any) -> bool:
+    """Whether one of a model's configurations says, as V2PE's authors do, that visual steps varied in training."""
+    versions = (getattr(config, "rope_pos_id_version", None) for config in configs)
+    return any(isinstance(version, str) and version.startswith("v2pe") for version in versions)
 
 
 def layer_kinds(config: Any) -> list[str]:

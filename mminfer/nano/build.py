@@ -6,6 +6,8 @@ Everything is a stock Hugging Face class, so the saved directory loads with `Aut
 
 from __future__ import annotations
 
+from typing import Any
+
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import (
     GenerationConfig,
@@ -161,6 +163,7 @@ def build_model(
         eos_token_id=vocab[END],
         pad_token_id=vocab[PAD],
     )
+    drawn: dict[str, Any] = {"rope_pos_id_version": "v2pe_rnd"}  # visual steps are drawn in training
     config = InternVLConfig(
         vision_config=vision,
         text_config=text,
@@ -168,6 +171,7 @@ def build_model(
         image_seq_length=TOKENS_PER_IMAGE,
         downsample_ratio=DOWNSAMPLE,
         tie_word_embeddings=True,
+        **drawn,
     )
     model = InternVLForConditionalGeneration(config).float()
     model.generation_config = GenerationConfig(

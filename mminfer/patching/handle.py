@@ -43,6 +43,7 @@ class PatchHandle(ModelPass):
         super().__init__(model, config, compile, prefill_chunk_size, verify)
         check_loaded(model)
         check_host(self.adapter, config, verify)
+        config.warn_of_doubts(self.adapter.spec)
         self._host_state = {name: getattr(self.adapter.base, name) for name in self.adapter.host_state}
         self._turns = TurnLock()
         # A compiler that the caller has put around the model is not to look into the pass.

@@ -30,6 +30,10 @@ class V2PE(PositionTechnique):
     Raises:
         ConfigError: `delta` or `window` is out of range.
 
+    Warns:
+        UntrainedWarning: a step below 1, or "auto", on a model whose configuration names no `rope_pos_id_version` that
+            begins with "v2pe"; once, where the model is patched or its engine made.
+
     Reference:
         V2PE (arXiv 2412.09616) section 3; scaling every axis of M-RoPE models is ours, and so is "auto".
     """
@@ -47,6 +51,16 @@ class V2PE(PositionTechnique):
 
     def check(self, spec: ModelSpec) -> None:
         """Any rotary model will do."""
+
+    def doubt(self, spec: ModelSpec) -> str | None:
+        """A step below 1 on a model whose configuration does not say that it was trained with such steps."""
+        if not self.fractional or spec.variable_positions:
+            return None
+        return (
+            f"V2PE(delta={self.delta!r}): nothing in the configuration of this {spec.family} model says that it was "
+            "trained with steps below 1 (rope_pos_id_version, as V2PE's authors write it), and they ruin the answers "
+            "of a model that was not; delta=1 leaves positions as they are"
+        )
 
     @property
     def needs_whole_prompt(self) -> str | None:
@@ -137,14 +151,14 @@ def v2pe_positions(visual_mask: torch.Tensor, delta: float, attention_mask: torc
     valid = torch.ones_like(visual_mask) if attention_mask is None else attention_mask.bool()
     visual = visual_mask & valid
     texts = (valid & ~visual).cumsum(1)  # text tokens so far
-    step = _place_in_run(visual)  # 1, 2, ... in each visual run
+    step = _place_in_run(visual).double()  # 1, 2, ... in each visual run; float32 would cost a step of 0.3 its digits
     leading = visual & (texts == 0)
     # A run moves the text behind it on by a whole number; a leading one has no text before it to count from.
     advance = torch.where(leading, _ceil((step - 1) * delta) + 1, _ceil(step * delta))
     advance = advance.masked_fill(~_run_end(visual), 0)
     before = texts - 1 + advance.cumsum(1) - advance
     position = torch.where(visual, before + step * delta, texts - 1 + advance.cumsum(1))
-    return (position + leading * (1 - delta)).masked_fill(~valid, 0)
+    return (position + leading.double() * (1 - delta)).masked_fill(~valid, 0)
 
 
 def v2pe_mrope_positions(
@@ -189,7 +203,7 @@ def v2pe_mrope_positions(
     extent = (start.diff(append=start[-1:]) - 1).clamp_(min=0)  # A - 1; nothing follows the last run
     saved = torch.where(runs >= 0, extent - _ceil(extent * delta), 0)
     shift = (saved.cumsum(0) - saved)[run]
-    scale = torch.where(visual_mask, delta, 1.0)
+    scale = torch.where(visual_mask, positions.new_tensor(delta), 1.0)
     return (start[run] - shift) + scale * (positions - start[run])
 
 

@@ -66,6 +66,10 @@ class Technique(ABC):
     def check(self, spec: ModelSpec) -> None:
         """Raises `ConfigError` if these settings do not fit the model."""
 
+    def doubt(self, spec: ModelSpec) -> str | None:
+        """What is likely to go wrong with these settings on this model, though they run; None: nothing known."""
+        return None
+
     @property
     def needs_whole_prompt(self) -> str | None:
         """The setting that must see the whole prompt, and the way out, for prompts that come in piece by piece."""

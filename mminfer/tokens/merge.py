@@ -29,25 +29,42 @@ class AIMMerge(MergeTechnique):
         across_frames: whether tokens of a video may also merge with those of the neighbouring frame: the first with
             the second, the third with the fourth, and so on. Only of frames with nothing between them in the prompt;
             models that put text there merge within frames all the same.
+        reference_order: the authors' order and mean: within an image what did not merge comes first, most similar
+            first, then the destinations, and each round takes the plain mean. The tokens stand in that order in the
+            places, and at the positions, that stay. Not on models whose positions have several axes, of which an order
+            is no place.
 
     Raises:
-        ConfigError: a setting is out of range.
+        ConfigError: a setting is out of range, or the authors' order is asked for across frames, or of images with
+            rows among their patches that are none.
 
     Reference:
         AIM (arXiv 2412.03248) section 3.2, which keeps 0.25 in two rounds; merging across frames is ours. The authors'
-        code gives merged tokens an order and positions of their own and forgets sizes between rounds.
+        code gives merged tokens an order of their own, which `reference_order` follows, forgets sizes between rounds,
+        and closes the gaps that merged tokens leave in the positions, which we never do: text stands where it stood.
     """
 
     ratio: float = 0.25
     across_frames: bool = False
+    reference_order: bool = False
 
     def __post_init__(self) -> None:
         check_fraction("AIMMerge.ratio", self.ratio)
-        if not isinstance(self.across_frames, bool):
-            raise ConfigError(f"AIMMerge.across_frames={shown(self.across_frames)}, wanted True or False")
+        for name in ("across_frames", "reference_order"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"AIMMerge.{name}={shown(getattr(self, name))}, wanted True or False")
+        if self.across_frames and self.reference_order:
+            raise ConfigError(
+                "AIMMerge(across_frames=True, reference_order=True): the authors never merge across frames, so their "
+                "order is of one frame: leave one of the two at False"
+            )
 
     def check(self, spec: ModelSpec) -> None:
-        """Any model will do."""
+        if self.reference_order and spec.position_axes > 1:
+            raise ConfigError(
+                f"AIMMerge.reference_order=True: positions of this {spec.family} model have {spec.position_axes} axes, "
+                "on which a token keeps the place of its patch, and the authors' order has no place: leave it at False"
+            )
 
     def apply(self, inputs_embeds: torch.Tensor, layout: TokenLayout) -> tuple[torch.Tensor, TokenLayout]:
         mergeable = (layout.image_id >= 0) & (layout.size > 0)
@@ -56,15 +73,19 @@ class AIMMerge(MergeTechnique):
         stays, size, owner = ~mergeable, layout.size.clone(), torch.arange(len(layout), device=mergeable.device)
         merged = []  # rows and tokens of the images of one length
         for rows in _images_by_length(mergeable, self._units(layout)):  # [images, T]
+            if self.reference_order:
+                _check_for_their_order(rows, layout)
             target = max(1, round(rows.shape[1] * self.ratio))
             tokens, sizes = inputs_embeds[rows], layout.size[rows]
             while tokens.shape[1] > target:
                 r = min(tokens.shape[1] // 2, tokens.shape[1] - target)
-                place, tokens, sizes, joined = _merge_round(tokens, sizes, r, False)
+                place, tokens, sizes, joined = _merge_round(tokens, sizes, r, self.reference_order)
                 step = torch.arange(len(layout), device=rows.device)
                 step[rows] = rows.gather(1, joined)
                 owner = step[owner]
                 rows = rows.gather(1, place)
+            if self.reference_order:
+                rows, owner = _in_their_order(rows, owner)
             size[rows], stays[rows] = sizes, True
             merged.append((rows, tokens))
         index = stays.nonzero()[:, 0]
@@ -102,6 +123,28 @@ class AIMMerge(MergeTechnique):
     @classmethod
     def sweeps(cls) -> dict[str, dict[str, Self]]:
         return {"AIM merge": {f"{share} %": cls(share / 100) for share in MERGE_SHARES}}
+
+
+def _in_their_order(rows: torch.Tensor, owner: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows ([images, K]) in which tokens stand that come in the authors' order, and who owns whom by these.
+
+    Args:
+        rows: of the tokens' destinations, in the tokens' order.
+        owner: [T] int64, the destination that each row became part of.
+    """
+    slots = rows.sort(1).values
+    moved = torch.arange(len(owner), device=rows.device)
+    moved[rows] = slots
+    return slots, moved[owner]
+
+
+def _check_for_their_order(rows: torch.Tensor, layout: TokenLayout) -> None:
+    """Raises `ConfigError` where other rows stand among images' patches ([images, T]), or companions go with them."""
+    if layout.companions is not None or bool((rows.diff(dim=1) != 1).any()):
+        raise ConfigError(
+            "AIMMerge.reference_order=True: the images of this prompt have rows among their patches that are none, or "
+            "features beside them, and the authors' order knows no place for these: leave it at False"
+        )
 
 
 def _paired_frames(layout: TokenLayout) -> torch.Tensor:

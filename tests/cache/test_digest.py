@@ -1,5 +1,6 @@
 """Digest: budgets shared out by need, entries spread over each picture, what is alike joined; through every door."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -142,16 +143,17 @@ def test_what_is_alike_becomes_one_mean_by_size():
         torch.testing.assert_close(v[0, head, by_place[0]], (3 * values[0, head, 0] + values[0, head, 2]) / 4)
 
 
-@pytest.mark.parametrize("count", [1, 3, 20, 299, 300])
-def test_runs_share_by_length_and_long_ones_are_cut(count):
+@pytest.mark.parametrize(("count", "stand_for"), [(1, 100), (3, 300), (20, 320), (299, 320), (300, 320)])
+def test_runs_share_by_length_and_long_ones_are_cut(count, stand_for):
+    """The long run is cut into three; where there is not one entry for each piece, the rest is in nothing."""
     entries = made([10, 300, 5, 20, 4])
     rows = entries.is_visual[0, 0].nonzero()[:, 0]
     place, k, _, size = cluster_runs(entries, rows, count)
     assert place.shape == (1, 2, count) and k.shape == (1, 2, count, 4)
-    torch.testing.assert_close(size.sum(-1), torch.full((1, 2), 320.0) if count > 20 else size.sum(-1))
+    torch.testing.assert_close(size.sum(-1), torch.full((1, 2), float(stand_for)))
     assert all(len(set(p.tolist())) == count for p in place[0])
     long = ((place >= 10) & (place < 310)).sum(-1)
-    assert (long.float() / count - 300 / 320).abs().max() < 0.07 or count < 20
+    assert (long.float() / count - 300 / 320).abs().max() < 0.07
     assert PIECE < 300
 
 
@@ -192,6 +194,14 @@ def test_layers_get_detail_where_it_is_read():
         assert len(runs_of(entries.is_visual[0, 0])) == 2 and len(held) >= 2  # no picture starves
 
 
+@pytest.mark.parametrize(("contrast", "visual"), [(0.0, [50, 50]), (1.0, [34, 66]), (2.0, [21, 79])])
+def test_layers_share_by_a_power_of_their_need(contrast, visual):
+    layers = [made([2, 100], seed=n) for n in range(2)]
+    kept = Digest(budget=52, recent=0, contrast=contrast).compress_layers(layers, [0.3, 0.6], [102] * 2)
+    assert [int(entries.is_visual[0, 0].sum()) for entries in kept] == visual
+    assert Digest().contrast == 2
+
+
 def test_text_is_digested_where_it_is_too_much():
     layers = [made([60, 10, 20], seed=n) for n in range(2)]
     kept = Digest(0.2, text_share=0.5, recent=0).compress_layers(layers, [1.0, 1.0], [90] * 2)
@@ -227,6 +237,44 @@ def test_demand_is_detail_that_text_reads():
     assert sharper > technique.layer_demand(layer_view(q, entries, scale=0.5))
     assert technique.layer_demand(layer_view(q[:, :, :0], entries, query_index=torch.empty(0).long(), scale=0.5)) == 0
     assert technique.layer_demand(layer_view(q, made([28]), scale=0.5)) == 0
+
+
+def need_query_by_query(q, entries, pictures, asking, scale):
+    """The rule, one query and one head after the other, in float64.
+
+    Args:
+        pictures: first and end of each.
+        asking: the queries that count, which are the last entries.
+    """
+    keys, values, flags = entries.keys[0].double(), entries.values[0].double(), entries.is_visual[0, 0]
+    group, changes, sizes = q.shape[1] // keys.shape[0], [], []
+    for row in asking:
+        change, whole = [], []
+        for head, query in enumerate(q[0, :, row].double()):
+            k, v = keys[head // group], values[head // group]
+            exact = (k @ query * scale).softmax(0) @ v
+            parts = [(k[i], v[i], 1) for i in range(len(flags)) if not flags[i]]
+            parts += [(k[a:b].mean(0), v[a:b].mean(0), b - a) for a, b in pictures]
+            logits = torch.stack([k @ query * scale + math.log(n) for k, _, n in parts])
+            pooled = logits.softmax(0) @ torch.stack([v for _, v, _ in parts])
+            change.append(exact - pooled)
+            whole.append(exact)
+        changes.append(torch.cat(change))
+        sizes.append(torch.cat(whole).norm())
+    common = torch.stack(changes).mean(0)
+    shares = [float((change - common).norm() / size) for change, size in zip(changes, sizes, strict=True)]
+    return sorted(shares)[(len(shares) - 1) // 4]
+
+
+@pytest.mark.parametrize("queries", [64, 5])
+def test_the_need_is_the_first_quartile_of_what_a_mean_would_change(queries):
+    """Of nine text queries, or of five of them: the first quartile is one of them, the third or the second."""
+    entries = made([4, 20, 3, 12, 2])
+    q = torch.randn(1, 4, 41, 4, generator=torch.Generator().manual_seed(1))
+    text = [0, 1, 2, 3, 24, 25, 26, 39, 40]
+    asking = text if queries > 9 else text[::2]
+    wanted = need_query_by_query(q, entries, [(4, 24), (27, 39)], asking, 0.7)
+    assert Digest(queries=queries).layer_demand(layer_view(q, entries, scale=0.7)) == pytest.approx(wanted, rel=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -186,6 +186,24 @@ def compress(policy, entries):
     return policy.apply(layer_view(entries.keys[:, :, -1:], entries, attention_mass=mass))
 
 
+@pytest.mark.parametrize("merge", ["average", "weighted", "pivot", "none"])
+def test_the_technique_follows_the_rule(merge):
+    """Keys and values apart: what the technique gives is what the rule says entry by entry, by both kinds of scores."""
+    k, v, score, visual = cache(40)
+    earlier = torch.rand(1, 2, 40)
+    entries = CacheEntries(k, v, visual[:, None].expand(1, 2, 40), earlier)
+    mass = torch.stack([score / 4, 3 * score / 4], 2).flatten(1, 2)  # two query heads a group
+    found = LookM(0.3, 0.2, merge=merge).apply(layer_view(torch.randn(1, 4, 40, 8), entries, attention_mass=mass))
+    places = lookm_keep(score + earlier, visual, 12, 8)
+    assert torch.equal(found.score, (earlier + mass.view(1, 2, 2, 40).sum(2)).gather(2, places))
+    assert torch.equal(found.is_visual, entries.is_visual.gather(2, places))
+    index = places[..., None].expand(-1, -1, -1, 8)
+    plain = k.gather(2, index)[0], v.gather(2, index)[0]
+    wanted = plain if merge == "none" else merge_one_by_one(k[0], v[0], places[0], merge)
+    for ours, theirs in zip((found.keys, found.values), wanted, strict=True):
+        torch.testing.assert_close(ours[0].double(), theirs.double(), rtol=1e-5, atol=1e-5)
+
+
 TEXT, SEEN = [False] * 6 + [True] * 4 + [False] * 2, [9, 1, 8, 2, 7, 3, 50, 40, 30, 20, 0, 0]
 
 

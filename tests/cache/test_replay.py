@@ -129,6 +129,22 @@ def test_a_head_of_half_precision_keeps_its_type():
     assert head.log_mass.dtype == torch.float32 and bool(head.log_mass.isfinite().all())
 
 
+def test_large_products_in_half_precision_lose_nothing():
+    entries, stretch = made(20).weighed().heads()[0], looked(20)
+    offset = torch.zeros(SIZE)
+    offset[0] = 300.0  # their products are beyond float16, and alike for all entries
+    keep = torch.arange(20) % 2 == 0
+    queries = torch.cat([stretch.queries[..., 1:], offset[:1].expand(*stretch.queries.shape[:2], 1)], -1)
+    keys = torch.cat([entries.keys[..., 1:], offset[:1].expand(*entries.keys.shape[:3], 1)], -1)
+    plain = replace(stretch, queries=torch.cat([stretch.queries[..., 1:], torch.zeros_like(queries[..., :1])], -1))
+    wanted = replace(entries, keys=torch.cat([entries.keys[..., 1:], torch.zeros_like(keys[..., :1])], -1))
+    found = replace(wanted, keys=keys.half(), values=entries.values.half(), log_mass=entries.log_mass.clone())
+    wanted = replace(wanted, values=entries.values.clone(), log_mass=entries.log_mass.clone())
+    fit_stretch(wanted, slice(0, 20), keep, plain, 0)
+    fit_stretch(found, slice(0, 20), keep, replace(stretch, queries=queries.half()), 0)
+    torch.testing.assert_close(found.values.float(), wanted.values, atol=2e-2, rtol=2e-2)
+
+
 def test_every_picture_leaves_an_entry_in_each_layer():
     peaks = torch.rand(GROUPS, 12)
     found = one_for_each(peaks, torch.tensor([[2, 5], [7, 12]]))

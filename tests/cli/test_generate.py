@@ -3,9 +3,11 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import av
@@ -16,7 +18,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from mminfer import AIMMerge, AIMPrune, InferenceConfig, LookM, OperatorSkip, nano
-from mminfer.cli.main import app
+from mminfer.cli.main import app, main
 from mminfer.config import PRESETS
 from mminfer.models.registry import supported_families
 
@@ -132,6 +134,25 @@ def test_the_installed_entry_prints_one_json_object():
     report = json.loads(process.stdout)
     assert report["text"] == "WB" and report["stats"]["new_tokens"] == 2
     assert "Traceback" not in process.stderr
+
+
+def test_steps_that_a_model_does_not_say_it_was_trained_with_are_told_in_a_line(tmp_path, monkeypatch, capsys):
+    """A copy of the bundled model whose configuration is silent; the bundled one says so itself."""
+    silent = tmp_path / "silent"
+    shutil.copytree(nano.checkpoint_path(), silent)
+    config = json.loads((silent / "config.json").read_text())
+    config.pop("rope_pos_id_version")
+    (silent / "config.json").write_text(json.dumps(config))
+    for model, lines in ((silent, 1), ("nano", 0)):
+        monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # `main` puts its own there
+        arguments = ["generate", "--model", model, "--preset", "v2pe-16", "--max-new-tokens", 2, *ASK]
+        monkeypatch.setattr(sys, "argv", list(map(str, ["mminfer", *arguments])))
+        with warnings.catch_warnings(), pytest.raises(SystemExit) as ended:
+            warnings.simplefilter("always")
+            main()
+        told = " ".join(capsys.readouterr().err.split())
+        assert ended.value.code == 0, told
+        assert told.count("warning: V2PE(delta=0.0625): nothing in the configuration of this internvl model") == lines
 
 
 def test_a_video_goes_in(tmp_path):

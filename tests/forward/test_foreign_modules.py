@@ -9,7 +9,7 @@ from torch import nn
 
 from mminfer import V2PE, AIMMerge, AIMPrune, InferenceConfig, LookM, OperatorSkip, patched
 from mminfer.models.registry import adapter_for
-from tests.kernels.agreement import as_double, assert_agrees
+from tests.kernels.agreement import as_double, assert_agrees, error
 from tests.tiny import IMAGE, MARKED_FAMILIES, fitting, tiny_inputs, tiny_model
 
 PROMPTS = [[3, IMAGE, 5, IMAGE, 4], [2, IMAGE, 9]]
@@ -71,21 +71,31 @@ def test_accelerates_hooks(place):
     torch.testing.assert_close(ours, want, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", MARKED_FAMILIES)
-def test_bfloat16(family):
-    """Rounding differs with the order of sums, which every instruction set has its own of: truth is in float64."""
-    model, inputs = copy.deepcopy(tiny_model(family)).bfloat16(), tiny_inputs(family, PROMPTS)
-    inputs = {k: v.bfloat16() if v.is_floating_point() else v for k, v in inputs.items()}
+def test_half_precision(family, dtype):
+    """Rounding differs with the order of sums, which every instruction set has its own of: truth is in float64.
+
+    Off, ours is no farther from it than the host, but for one rounding of the largest logit.
+    """
+    model, inputs = copy.deepcopy(tiny_model(family)).to(dtype), tiny_inputs(family, PROMPTS)
+    inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
     host = model(**inputs).logits[:, -1]
     truth = copy.deepcopy(model).double()(**as_double(inputs)).logits[:, -1].detach()  # of the same rounded weights
     with patched(model, InferenceConfig()):
         ours = model(**inputs).logits[:, -1]
-    assert ours.dtype == torch.bfloat16
-    assert_agrees(ours, host, truth, floor_steps=1)
+    assert ours.dtype == dtype
+    assert error(ours, truth) <= error(host, truth) + torch.finfo(dtype).eps * float(truth.abs().max())
     with patched(model, fitting(family, ALL)):
         out = model(**inputs, use_cache=True)
     assert out.logits.isfinite().all()
-    assert out.past_key_values.layers[0].keys.dtype == torch.bfloat16
+    assert out.past_key_values.layers[0].keys.dtype == dtype
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_float64_is_the_hosts_to_ten_digits(family):
+    model, inputs = copy.deepcopy(tiny_model(family)).double(), as_double(tiny_inputs(family, PROMPTS))
+    same(model, inputs, InferenceConfig(), 1e-10)
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])

@@ -330,3 +330,32 @@ def test_videos():
     with patched(model, InferenceConfig(cache=Replay(0.5))):
         out = model.generate(**inputs, **GREEDY)
     assert bool(torch.stack(out.logits).isfinite().all())
+
+
+@pytest.mark.parametrize(
+    "technique", [Replay(0.5), Replay(0.5, fast=True), Digest(0.5)], ids=["whole", "fast", "digest"]
+)
+def test_a_row_that_has_nothing_in_a_chunk_stays_as_it_is(technique):
+    model, prompts = tiny_model("llava"), [[30, IMAGE, 3], [9], [3, IMAGE, 2, IMAGE, 16]]
+    turn = torch.randint(10, 400, (3, 45), generator=torch.Generator().manual_seed(0))
+    own = [7, 2, 45]
+    seen = torch.arange(45) >= 45 - torch.tensor(own)[:, None]
+    with patched(model, InferenceConfig(cache=technique), prefill_chunk_size=40):
+        inputs = tiny_inputs("llava", prompts)
+        cache = model(**inputs, use_cache=True)[CACHE_NAME]
+        step = turn[:, :1]
+        model(input_ids=step, **{CACHE_NAME: cache})
+        mask = torch.cat([inputs["attention_mask"], torch.ones(3, 1, dtype=torch.int64), seen.long()], 1)
+        found = model(input_ids=turn, attention_mask=mask, **{CACHE_NAME: cache}).logits
+        for n, row in enumerate(tiny_rows("llava", prompts)):
+            alone = model(**row, use_cache=True)[CACHE_NAME]
+            model(input_ids=step[n : n + 1], **{CACHE_NAME: alone})
+            wanted = model(input_ids=turn[n : n + 1, -own[n] :], **{CACHE_NAME: alone}).logits
+            torch.testing.assert_close(found[n, -own[n] :], wanted[0], atol=2e-5, rtol=1e-4)
+            assert [layer.lengths[n] for layer in cache.layers] == [layer.lengths[0] for layer in alone.layers]
+
+
+def test_values_are_fitted_under_autocast():
+    model = tiny_model("llava")
+    with patched(model, InferenceConfig(cache=Replay(0.5))), torch.autocast("cpu", torch.bfloat16):
+        assert bool(model(**tiny_inputs("llava", [PROMPT])).logits.isfinite().all())

@@ -1,4 +1,7 @@
+import copy
+import dataclasses
 import math
+import warnings
 
 import pytest
 import torch
@@ -6,9 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from mminfer.errors import ConfigError
+from mminfer import Engine, InferenceConfig, patch
+from mminfer.errors import ConfigError, UntrainedWarning
 from mminfer.layout import TokenLayout
+from mminfer.models.registry import adapter_for
 from mminfer.positions import V2PE, v2pe_mrope_positions, v2pe_positions
+from tests.tiny import tiny_model
 
 DELTAS = st.sampled_from([1 / 2**n for n in range(9)])
 masks = st.lists(st.booleans(), min_size=1, max_size=60)
@@ -193,3 +199,89 @@ def test_auto_takes_the_largest_delta_that_fits(window, delta):
     assert torch.equal(auto.position[:, :163], fixed.position[:, :163])
     assert torch.equal(auto.position[:, 163:], layout.position[:, 163:])
     assert V2PE("auto").apply(layout, window).next_position.equal(auto.next_position)
+
+
+def layout_of(visual):
+    """One sequence at plain positions."""
+    rows = torch.arange(len(visual))
+    kind = torch.tensor(visual).to(torch.int8)
+    return TokenLayout(
+        rows * 0, kind, kind.long() - 1, torch.ones(len(visual)), rows, rows.double()[None],
+        torch.tensor([len(visual)]).double(),
+    )  # fmt: skip
+
+
+def rest_of(layout, start, before):
+    """The rows from `start` on as a pass of their own, behind one that ended as `before` says."""
+    rest = layout.select(torch.arange(start, len(layout)))
+    moved = before.resume_position - rest.position[0, 0]
+    return dataclasses.replace(
+        rest, position=rest.position + moved, next_position=rest.next_position + moved, run_before=before.last_in_run
+    )
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    visual=st.lists(st.booleans(), min_size=2, max_size=40),
+    share=st.floats(0, 1),
+    delta=st.one_of(DELTAS, st.just(0.3)),
+)
+def test_stretches_stand_where_the_whole_prompt_does(visual, share, delta):
+    """Cut anywhere, also within a run of visual tokens or behind a leading one."""
+    start = 1 + int(share * (len(visual) - 2))
+    layout, technique = layout_of(visual), V2PE(delta)
+    whole = technique.apply(layout, 1 << 20)
+    head = layout.select(torch.arange(start))
+    first = technique.apply(dataclasses.replace(head, next_position=torch.tensor([start]).double()), 1 << 20)
+    second = technique.apply(rest_of(layout, start, first), 1 << 20)
+    torch.testing.assert_close(torch.cat([first.position, second.position], 1), whole.position, rtol=0, atol=1e-9)
+    torch.testing.assert_close(second.next_position, whole.next_position, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("delta", [0.3, 1 / 3, 1 / 256])
+def test_long_runs_keep_their_digits(delta):
+    """A run of 300,000 visual tokens, on one axis and on three, to 1e-9 of the exact products."""
+    count = 300_000
+    visual = torch.tensor([False] + [True] * count)
+    exact = torch.arange(1, count + 1, dtype=torch.float64) * delta
+    torch.testing.assert_close(v2pe_positions(visual[None], delta)[0, 1:], exact, rtol=0, atol=1e-9)
+    leading = v2pe_positions(visual[None, 1:], delta)[0]
+    torch.testing.assert_close(leading, exact - delta, rtol=0, atol=1e-9)
+    axes = torch.arange(count + 1).double().expand(3, -1)
+    found = v2pe_mrope_positions(axes, visual, visual.long() - 1, delta)
+    torch.testing.assert_close(found[:, 1:], (1 + exact - delta).expand(3, -1), rtol=0, atol=1e-9)
+
+
+def untrained(caught):
+    return [str(w.message) for w in caught if issubclass(w.category, UntrainedWarning)]
+
+
+@pytest.mark.parametrize(("delta", "warned"), [(1, 0), (1 / 4, 1), ("auto", 1)])
+def test_a_step_below_one_on_a_model_not_known_to_be_trained_so_warns_once(delta, warned):
+    model = copy.deepcopy(tiny_model("llava"))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        handle = patch(model, InferenceConfig(positions=V2PE(delta)))
+        for _ in range(2):
+            model(input_ids=torch.full((1, 5), 20))
+        handle.undo()
+    assert len(untrained(caught)) == warned
+    assert all(f"V2PE(delta={delta!r})" in told and "rope_pos_id_version" in told for told in untrained(caught))
+
+
+@pytest.mark.parametrize("part", ["root", "language model"])
+def test_a_configuration_that_says_so_is_believed(part):
+    model = copy.deepcopy(tiny_model("internvl"))
+    config = model.config if part == "root" else model.config.get_text_config()
+    for version, trained in (("default", False), (7, False), ("v2pe_fix", True), ("v2pe_rnd", True)):
+        config.rope_pos_id_version = version
+        spec = adapter_for(model).spec
+        assert spec.variable_positions is trained
+        assert (V2PE(1 / 16).doubt(spec) is None) is trained
+
+
+def test_the_bundled_model_was_trained_so():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        engine = Engine.from_pretrained("nano", InferenceConfig(positions=V2PE(1 / 16)))
+    assert not untrained(caught) and engine.adapter.spec.variable_positions

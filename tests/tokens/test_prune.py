@@ -7,17 +7,19 @@ from hypothesis import strategies as st
 
 from mminfer.errors import ConfigError
 from mminfer.tokens import aim_importance, aim_keep, aim_schedule
+from mminfer.tokens.prune import AIMPrune
+from tests.views import layer_view
 
 
 def dense_importance(q, k, temperature, iterations):
-    """With the N x N matrix, float64."""
-    tokens = q.shape[2]
+    """With the matrix of the last S tokens' attention to all N, float64."""
+    rows, tokens = q.shape[2], k.shape[2]
     k = k.double().repeat_interleave(q.shape[1] // k.shape[1], 1)
     logits = q.double() @ k.mT / math.sqrt(q.shape[-1]) / temperature
-    matrix = logits.masked_fill(torch.ones(tokens, tokens).triu(1).bool(), -math.inf).softmax(-1)
+    matrix = logits.masked_fill(torch.ones(rows, tokens).triu(1 + tokens - rows).bool(), -math.inf).softmax(-1)
     x = torch.full((*q.shape[:2], 1, tokens), 1 / tokens).double()
     for _ in range(iterations):
-        x = x @ matrix
+        x = x[..., -rows:] @ matrix
     return x[:, :, 0].square().mean(1).sqrt()
 
 
@@ -87,3 +89,42 @@ def test_wrong_input_is_named():
         aim_keep(importance, visual, 4, 0.5)
     with pytest.raises(ValueError, match=r"wanted \[N\] both"):
         aim_keep(importance[None], visual[None], 5, 0.5)
+
+
+def test_the_papers_steps_count_from_the_tokens_that_came_in():
+    """An eighth of all visual tokens leaves behind each layer from the 14th on, not an eighth of those left."""
+    technique, is_visual = AIMPrune(), torch.tensor([False] * 3 + [True] * 64 + [False] * 4)
+    keys, counts = torch.randn(1, 2, len(is_visual), 8), []
+    for layer in range(28):
+        if technique.prunes(layer, 28):
+            queries = keys.repeat_interleave(2, 1)
+            view = layer_view(
+                queries, keys, is_visual=is_visual, layer_idx=layer, num_layers=28, prompt_tokens=71, scale=0.3
+            )
+            kept = technique.apply(view)
+            keys, is_visual = keys[:, :, kept], is_visual[kept]
+            counts.append((layer, int(is_visual.sum()), int((~is_visual).sum())))
+    assert counts == [(14 + step, 56 - 8 * step, 7) for step in range(8)]
+
+
+@pytest.mark.parametrize("earlier", [0, 5, 30])
+def test_behind_an_earlier_pass_the_rows_of_this_one_are_judged(earlier):
+    """The last keys are this pass's, whatever the cache held before."""
+    queries, keys = torch.randn(1, 4, 24, 16), torch.randn(1, 2, earlier + 24, 16)
+    is_visual = torch.tensor([False] * 2 + [True] * 20 + [False] * 2)
+    view = layer_view(queries, keys, is_visual=is_visual, layer_idx=6, num_layers=12, prompt_tokens=24, scale=0.25)
+    technique = AIMPrune(start=4, end=8)  # a quarter stays behind layer 6
+    importance = dense_importance(queries, keys, 0.1, 5)[0]
+    best = importance[earlier + 2 : earlier + 22].topk(5).indices.sort().values + 2
+    assert technique.apply(view).tolist() == [0, 1, *best.tolist(), 22, 23]
+    first = importance[2:22].topk(5).indices.sort().values + 2
+    assert earlier == 0 or not torch.equal(first, best)  # what the first keys would say
+
+
+def test_a_last_row_that_is_visual_counts_as_text():
+    """It asks for the next token, so it stays and is no part of the quota."""
+    keys = torch.randn(1, 1, 10, 8)
+    view = layer_view(keys, keys, is_visual=torch.ones(10).bool(), layer_idx=4, num_layers=8, prompt_tokens=10)
+    kept = AIMPrune(start=4, end=6).apply(view)
+    assert len(kept) == int(9 / 2) + 1 and int(kept[-1]) == 9
+    assert AIMPrune(start=2, end=5).apply(view).tolist() == [9]

@@ -1,0 +1,3 @@
+from tests.mutation.running import main
+
+main()
