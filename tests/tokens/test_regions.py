@@ -14,7 +14,7 @@ from mminfer import ConfigError, Engine, InferenceConfig, OperatorSkip, RegionMe
 from mminfer.layout import Modality, TokenLayout
 from mminfer.models.registry import adapter_for
 from mminfer.tokens.grid import grid_of
-from mminfer.tokens.growing import Bounds, regions
+from mminfer.tokens.growing import Bounds, _Joins, regions
 from tests.tiny import FAMILIES, IMAGE, MARKED_FAMILIES, VIDEO, fitting, tiny_inputs, tiny_model
 
 CHANNELS = 12
@@ -161,6 +161,14 @@ def test_regions_are_what_the_rule_says(grids, threshold, largest, ratio, weight
         counts = grid.view.bincount()
         bounds = Bounds(threshold, largest, grid.view, counts - (counts * ratio).round().long())
     assert regions(x, sizes, pairs, bounds).tolist() == Slow(x, sizes, bounds).owners(pairs)
+
+
+def test_a_join_does_not_stand_without_those_that_led_to_it():
+    """However cheap it is."""
+    joins = _Joins(3, Bounds(group=torch.zeros(3, dtype=torch.int64), spare=torch.tensor([1])), torch.device("cpu"))
+    joins.note(torch.tensor([[0], [1]]), torch.tensor([5.0]))
+    joins.note(torch.tensor([[0], [2]]), torch.tensor([1.0]))
+    assert joins.owners().tolist() == [0, 0, 2]
 
 
 def page():
