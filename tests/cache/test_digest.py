@@ -13,7 +13,8 @@ from mminfer.bench.contexts import made_contexts
 from mminfer.cache.digest import Digest
 from mminfer.cache.digest_rules import PIECE, cluster_runs, farthest_first, runs_of, share_out
 from mminfer.cache.random_evict import RandomEvict
-from mminfer.forward.kv_cache import CACHE_NAME, HEADROOM
+from mminfer.forward.kv_cache import CACHE_NAME
+from mminfer.forward.room import HEADROOM
 from mminfer.metrics.fidelity import kl_divergence
 from mminfer.technique import CacheEntries
 from tests.tiny import FAMILIES, IMAGE, LAYERS, fitting, refusal, skip_if_refused, tiny_inputs, tiny_model, tiny_rows
