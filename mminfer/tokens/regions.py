@@ -36,7 +36,7 @@ class RegionMerge(MergeTechnique):
     small ones before large ones, until so many are left.
 
     Args:
-        threshold: mean cosine of a region's members to each other, at least, in [-1, 1]; None: any.
+        threshold: mean cosine of a region's members to each other, at least, in [0, 1]; None: any.
         largest: patches of a region, at most; None: any number.
         ratio: fraction of a sequence's visual tokens below which merging does not go, in (0, 1]; None: no bound.
         across_frames: whether tokens of a video may also join those at the same place of the next frame. Only of
@@ -62,8 +62,8 @@ class RegionMerge(MergeTechnique):
     def __post_init__(self) -> None:
         if self.ratio is not None:
             check_fraction("RegionMerge.ratio", self.ratio)
-        if self.threshold is not None and (not is_number(self.threshold, most=1) or self.threshold < -1):
-            raise ConfigError(f"RegionMerge.threshold={shown(self.threshold)}, wanted a cosine from -1 to 1, or None")
+        if self.threshold is not None and (not is_number(self.threshold, most=1) or self.threshold < 0):
+            raise ConfigError(f"RegionMerge.threshold={shown(self.threshold)}, wanted a cosine from 0 to 1, or None")
         if self.largest is not None and not is_whole(self.largest, least=2):
             raise ConfigError(
                 f"RegionMerge.largest={shown(self.largest)}, wanted a number of patches, 2 or more, or None"

@@ -69,7 +69,7 @@ def test_its_column_stands_beside_the_bundled_models(results):
 def test_seeds_are_pooled_by_their_questions(results):
     written(results)
     line = line_of(smol.rules(Protocol.NEXT_TURN), "`Digest 50 %`")
-    assert line == "| `Digest 50 %` | 60.0 (49 to 70) | 50.0 | 1.600 | 25 % |"
+    assert line == "| `Digest 50 %` | 60.0 (49 to 70) | 75 | 50.0 | 1.600 | 25 % |"
     assert line_of(smol.abilities(), "dense text").endswith("| code | 100 | 75.0 |")
     assert line_of(smol.by_kind(Protocol.NEXT_TURN), "`H2O 20 %`").endswith("| 0.0 | 0.0 | 0.0 | 0.0 |")
     assert "seed 0 or 1" in smol.rules(Protocol.NEXT_TURN)
