@@ -64,7 +64,7 @@ configs = st.builds(
     merge=st.one_of(
         st.none(),
         st.builds(AIMMerge, fractions),
-        st.builds(RegionMerge, st.floats(-1, 1), st.none() | st.integers(2, 99), st.none() | fractions, st.booleans()),
+        st.builds(RegionMerge, st.floats(0, 1), st.none() | st.integers(2, 99), st.none() | fractions, st.booleans()),
     ),
     prune=st.one_of(st.none(), st.builds(AIMPrune, **prunes), st.builds(RandomPrune, **prunes, seed=seeds)),
     skip=st.none() | st.builds(OperatorSkip, ffn=skipped, attention=skipped, block=skipped),
