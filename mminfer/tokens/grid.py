@@ -34,8 +34,7 @@ class Grid:
 
     def beside(self) -> tuple[Tensor, Tensor]:
         """Of each token the one to its right and the one below it, among the P: [P] int64 each, -1 where none is."""
-        place = self._places
-        at = torch.empty_like(place).scatter_(0, place, torch.arange(len(place), device=place.device))
+        place, at = self._places
         width = self.width[self.view]
         right = at[(place + 1).clamp_max(len(place) - 1)].where(self.x + 1 < width, -1)
         below = at[(place + width).clamp_max(len(place) - 1)].where(self.y + 1 < self.height[self.view], -1)
@@ -46,17 +45,17 @@ class Grid:
 
         Only of frames of one shape with nothing between them in the prompt.
         """
-        place = self._places
-        at = torch.empty_like(place).scatter_(0, place, torch.arange(len(place), device=place.device))
+        place, at = self._places
         follows = self._follows(layout)
         goes_on = torch.cat([follows[1:], follows.new_zeros(1)])[self.view]
         step = torch.cat([self.first.diff(), self.first.new_zeros(1)])[self.view]
         return at[(place + step).clamp_max(len(place) - 1)].where(goes_on, -1)
 
     @property
-    def _places(self) -> Tensor:
-        """[P] int64: where each token would stand if those of a view were in order of line and column."""
-        return self.y * self.width[self.view] + self.x + self.first[self.view]
+    def _places(self) -> tuple[Tensor, Tensor]:
+        """Where each token would stand, were those of a view in order of line and column; and who stands there: [P]."""
+        place = self.y * self.width[self.view] + self.x + self.first[self.view]
+        return place, torch.empty_like(place).scatter_(0, place, torch.arange(len(place), device=place.device))
 
     def _follows(self, layout: TokenLayout) -> Tensor:
         """[views] bool: frames of a video of one shape with the one before them, and nothing between them."""

@@ -1,14 +1,13 @@
 """What holds of every family."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from transformers import MistralConfig
 
-from mminfer import V2PE, AIMMerge, AIMPrune, ConfigError, Engine, InferenceConfig, LookM, OperatorSkip, patched
+from mminfer import V2PE, AIMMerge, AIMPrune, ConfigError, InferenceConfig, LookM, OperatorSkip, patched
 from mminfer.models.adapter import ModelAdapter
 from mminfer.models.registry import adapter_for, supported_families
+from tests.doors import same_by_both_doors
 from tests.tiny import FAMILIES, IMAGE, VIDEO, fitting, refusal, tiny_inputs, tiny_model
 
 REFUSED = [
@@ -73,14 +72,7 @@ def test_both_doors_give_the_same(family, everything):
     techniques = InferenceConfig(V2PE(1 / 4), AIMMerge(0.5), AIMPrune(1, 3), OperatorSkip(ffn=[0]), LookM(0.2, 0.1))
     config = fitting(family, techniques) if everything else InferenceConfig()
     model, inputs = tiny_model(family), tiny_inputs(family, [[3, IMAGE, 9], [6]])
-    decoder = SimpleNamespace(decode=lambda ids, skip_special_tokens: "")
-    runner = Engine(model, SimpleNamespace(tokenizer=decoder), config).runner
-    outputs = runner.run(inputs, 0.0, runner.settings({"max_new_tokens": 5}))
-    with patched(model, config):
-        tokens = model.generate(**inputs, max_new_tokens=5, do_sample=False)[:, inputs["input_ids"].shape[1] :]
-    assert [out.token_ids for out in outputs] == [
-        row.tolist()[: len(o.token_ids)] for row, o in zip(tokens, outputs, strict=True)
-    ]
+    outputs = same_by_both_doors(model, inputs, config, 5)
     share = [out.stats.prompt_flops / out.stats.full_prompt_flops for out in outputs]
     assert share[0] < 0.95 if everything else share == [1, 1]
 

@@ -2,7 +2,6 @@
 
 import math
 from itertools import pairwise
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,11 +9,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
-from mminfer import ConfigError, Engine, InferenceConfig, OperatorSkip, RegionMerge, patched
+from mminfer import ConfigError, InferenceConfig, OperatorSkip, RegionMerge
 from mminfer.layout import Modality, TokenLayout
 from mminfer.models.registry import adapter_for
 from mminfer.tokens.grid import grid_of
 from mminfer.tokens.growing import Bounds, _Joins, regions
+from tests.doors import same_by_both_doors
 from tests.tiny import FAMILIES, IMAGE, MARKED_FAMILIES, VIDEO, fitting, tiny_inputs, tiny_model
 
 CHANNELS = 12
@@ -335,14 +335,7 @@ def test_patches_are_conserved_and_nothing_else_is_touched(family, merge):
 def test_both_doors_give_the_same(family):
     config = fitting(family, InferenceConfig(merge=RegionMerge(None, 6, 0.4), skip=OperatorSkip(ffn=[0])))
     model, inputs = tiny_model(family), tiny_inputs(family, [[3, IMAGE, 9], [6]])
-    decoder = SimpleNamespace(decode=lambda ids, skip_special_tokens: "")
-    runner = Engine(model, SimpleNamespace(tokenizer=decoder), config).runner
-    outputs = runner.run(inputs, 0.0, runner.settings({"max_new_tokens": 3}))
-    with patched(model, config):
-        tokens = model.generate(**inputs, max_new_tokens=3, do_sample=False)[:, inputs["input_ids"].shape[1] :]
-    assert [out.token_ids for out in outputs] == [
-        row.tolist()[: len(o.token_ids)] for row, o in zip(tokens, outputs, strict=True)
-    ]
+    outputs = same_by_both_doors(model, inputs, config, 3)
     assert outputs[0].stats.merged_tokens < outputs[0].stats.prompt_tokens
 
 
