@@ -10,7 +10,7 @@ import torch
 
 from mminfer.cache.digest_rules import runs_of
 from mminfer.cache.replay_fit import fitted_entries
-from mminfer.cache.replay_rules import BELOW, FOR_PICTURE, one_for_each, shared_choice, with_scores
+from mminfer.cache.replay_rules import BELOW, FOR_PICTURE, asked_for, one_for_each, shared_choice, with_scores
 from mminfer.errors import ConfigError, InputError, shown
 from mminfer.technique import (
     CACHE_SHARES,
@@ -56,24 +56,28 @@ class Replay(CacheTechnique):
         alike: rows of a picture that are as like the one before them, by the cosine of what enters the layers, do not
             go by again; in [0, 1], 1: all do.
         fast: let every layer look with the rows as they entered it the first time: no FFN runs again.
+        by_output: a share of attention counts as much as the entry writes with it, by its value behind the layer's
+            output projection; False: shares alone.
 
     Raises:
         ConfigError: a setting is out of range.
 
     Reference:
         Scores by replaying: KVzip (arXiv 2505.23416) section 3, whose replay is one repetition of the whole context.
-        One threshold for all heads: AdaKV (arXiv 2407.11550). Fitting: Attention Matching (arXiv 2602.16284). Replaying
-        by pictures, and the fast form, are ours.
+        What entries write: KVzip+ of kvpress, after CriticalKV (arXiv 2502.03805). One threshold for all heads: AdaKV
+        (arXiv 2407.11550). Fitting: Attention Matching (arXiv 2602.16284). Replaying by pictures, and the fast form,
+        are ours.
     """
 
     ratio: float = 0.3
     budget: int | None = None
     sure: float | None = None
-    fit: int = 128
+    fit: int = 64
     stretch: int = 1024
     text: bool = True
     alike: float = 1.0
     fast: bool = False
+    by_output: bool = True
 
     across_layers: ClassVar[bool] = True
     by_head: ClassVar[bool] = True
@@ -91,13 +95,13 @@ class Replay(CacheTechnique):
             raise ConfigError(f"Replay.stretch={shown(self.stretch)}, wanted a number of rows, 64 or more")
         if not is_number(self.alike, most=1) or self.alike < 0:
             raise ConfigError(f"Replay.alike={shown(self.alike)}, wanted a cosine from 0 to 1")
-        for name in ("text", "fast"):
+        for name in ("text", "fast", "by_output"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"Replay.{name}={shown(getattr(self, name))}, wanted True or False")
 
     @property
     def replay(self) -> ReplayPlan:
-        return ReplayPlan(stretch=self.stretch, references=self.fit, text=self.text, alike=self.alike, fast=self.fast)
+        return ReplayPlan(self.stretch, self.fit, self.text, self.alike, self.fast, self.by_output)
 
     def check_prompt(self, layout: TokenLayout, spec: ModelSpec, tokens_seen: Sequence[int]) -> None:
         heads = spec.num_key_value_heads
@@ -141,7 +145,7 @@ class Replay(CacheTechnique):
         """The entries with the scores of those that are new."""
         if not looked:
             return entries
-        peaks = torch.cat([stretch.peaks for stretch in looked], 1).nan_to_num_(0.0)  # of a model that gives nan
+        peaks = torch.cat([asked_for(stretch) for stretch in looked], 1).nan_to_num_(0.0)  # of a model that gives nan
         count = peaks.shape[1]
         is_visual = entries.heads()[0].last(count).is_visual
         if is_visual is None:

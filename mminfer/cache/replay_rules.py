@@ -8,10 +8,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mminfer.technique import CacheEntries
+from mminfer.technique import CacheEntries, ReplayedStretch
 
 FOR_PICTURE = 1.0  # what is added to the score of one entry of each picture: from here on entries are promised
 BELOW = 1 - 2**-20  # the largest score of an entry that is not
+LARGEST = 1e30  # of what is told of an entry
 LEAST = 1e-30  # of an entry that was judged; 0 says that it was not
 
 
@@ -38,6 +39,18 @@ def shared_choice(scores: Sequence[Tensor], total: int, sure: float) -> list[Ten
     keep[:] = False
     keep[ranks.topk(total).indices] = True
     return list(keep.split(lengths))
+
+
+def asked_for(stretch: ReplayedStretch) -> Tensor:
+    """[G, n] float32, from 0 to 1: how much the entries of a stretch were asked for.
+
+    It is the most that any query was given of them: x / (1 + x) of its share of the query's attention times what it
+    writes, or the share alone where that is not known.
+    """
+    if stretch.written is None:
+        return stretch.peaks
+    given = (stretch.peaks * stretch.written).clamp_max(LARGEST)
+    return given / (1 + given)
 
 
 def one_for_each(peaks: Tensor, first: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from mminfer.forward.layer_attention import LayerAttention
 from mminfer.forward.replayed_rows import ReplayedRows, Stretch
 from mminfer.forward.rotary import Tables
 from mminfer.forward.rows import Rows, through_layer
+from mminfer.forward.written import output_weights, sampled
 from mminfer.layout import TokenLayout
 from mminfer.metrics.flops import causal_pairs, layer_flops
 from mminfer.technique import NOTHING, CacheEntries, EarlierEntries, ReplayedStretch, only_rows
@@ -52,6 +54,7 @@ class ReplayAttention:
         self.entries = attended.entries
         self.found: list[list[ReplayedStretch]] = [[] for _ in attended.entries]
         self.flops = [0] * len(attended.entries)
+        self._read: list[list[tuple[Tensor, Tensor]]] = [[] for _ in attended.entries]
         self._new: tuple[int, CacheEntries] | None = None  # of which sequence, while stretches of it look
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
@@ -92,9 +95,29 @@ class ReplayAttention:
             again = 0 if shares_logits(asked, keys, values) else len(group.rows) * counted
             pairs += 2 * causal_pairs(len(group.rows), counted) + again
         self.flops[stretch.sequence] += 2 * q.shape[1] * q.shape[3] * pairs
+        if self._replay.outputs:
+            read = sampled([out[:, :, group.place] for group in stretch.groups])
+            self._read[stretch.sequence].append((held.values[0], read))
         self.found[stretch.sequence].append(
             ReplayedStretch(first, peaks[:, ahead:], _of_references(q[0], stretch.references), earlier, scale)
         )
+
+    def weigh(self) -> None:
+        """Adds to what was found what the entries write, once the layer is through: until then it may skip rows."""
+        if not any(self._read):
+            return
+        adapter = self.adapter
+        heads, like = adapter.spec.num_attention_heads, next(own[0][0] for own in self._read if own)
+        weights = output_weights(adapter.layers[self.layer_idx].self_attn, heads, like)
+        if weights is None:
+            return
+        for sequence, own in enumerate(self._read):
+            found = self.found[sequence]
+            for n, (values, read) in enumerate(own):
+                found[n] = replace(found[n], written=weights.written(values, read))
+            rows = (sum(x.shape[1] for x in columns) for columns in zip(*own, strict=True))
+            self.flops[sequence] += weights.flops(*rows) if own else 0
+        self._read = []
 
     def _entries(self, stretch: Stretch) -> tuple[int, CacheEntries, EarlierEntries | None]:
         """What rows of a stretch look at.
@@ -183,6 +206,7 @@ class LayersAgain:
             self._note(look, attend, ffn=i < depth - 1)
 
     def _note(self, look: ReplayAttention, attend: LayerAttention, ffn: bool) -> None:
+        look.weigh()
         self.looked.append(look)
         for sequence, (start, stop) in enumerate(look.layout.spans):
             rows = stop - start

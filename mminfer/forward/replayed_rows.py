@@ -70,10 +70,11 @@ class ReplayedRows:
         rows: [K] int64, those of them that go by again.
         layout: of these, at the positions that follow their stretch.
         stretch: entries that each looks at.
+        outputs: whether what entries write is asked for.
     """
 
     def __init__(self, hidden: Tensor, layout: TokenLayout, plan: ReplayPlan, sharing: int) -> None:
-        self.stretch = plan.stretch
+        self.stretch, self.outputs = plan.stretch, plan.outputs
         self._scratch: Tensor | None = None
         wanted = _worth_replaying(hidden, layout, plan)
         parts = [

@@ -22,6 +22,7 @@ class ReplayPlan:
         text: whether rows of text are replayed too where a stretch has visual ones.
         alike: visual rows whose embedding is as like the row's before them, by cosine, are left out; 1: none is.
         fast: whether every layer looks with the rows as they entered it the first time, so that no FFN runs again.
+        outputs: whether it is told what the entries write, too.
     """
 
     stretch: int = 1024
@@ -29,6 +30,7 @@ class ReplayPlan:
     text: bool = True
     alike: float = 1.0
     fast: bool = False
+    outputs: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +61,8 @@ class ReplayedStretch:
         queries: [H, R, D], some of those queries, rotated, as they stood behind the stretch.
         earlier: what the queries looked at beside them; None: nothing.
         scale: factor of the attention's logits.
+        written: [G, n] float32, how much each entry writes to a row that gives it all attention, by the query head that
+            makes most of it, in units of the layer. None: nobody asked, or nobody knows its output projection.
     """
 
     first: int
@@ -66,6 +70,7 @@ class ReplayedStretch:
     queries: Tensor
     earlier: EarlierEntries | None
     scale: float
+    written: Tensor | None = None
 
     @property
     def last(self) -> int:

@@ -1,0 +1,81 @@
+"""How much entries can write: what a layer's output projection makes of their values, beside what attention writes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+SAMPLE = 32  # rows of a stretch whose outputs are projected, to say how much attention writes
+TINY = torch.finfo(torch.float32).tiny
+
+
+class OutputWeights:
+    """A layer's output projection, head by head.
+
+    Args:
+        project: of the outputs of all heads, side by side.
+        heads: query heads, H.
+        like: [..., D], values, by whose width and type it is asked where its weights cannot be read.
+    """
+
+    def __init__(self, project: nn.Module, heads: int, like: Tensor) -> None:
+        self._project = project
+        weight = _weight(project, heads * like.shape[-1], like).unflatten(1, (heads, -1)).transpose(0, 1)  # [H, C, D]
+        with torch.autocast(like.device.type, enabled=False):
+            weight = weight.float()
+            self._products = weight.mT @ weight  # [H, D, D]
+        self._shape = heads, *weight.shape[1:]
+
+    def flops(self, values: int, outputs: int) -> int:
+        """What `written` takes of so many of both, and getting ready for one sequence."""
+        heads, channels, width = self._shape
+        return 2 * heads * width * (width * (channels + values) + outputs * channels)
+
+    def written(self, values: Tensor, outputs: Tensor) -> Tensor:
+        """[G, n] float32: what each value writes by itself, by the query head of its group that makes most of it.
+
+        In units of the geometric mean of two scales: what a value writes on average, and what attention writes to a
+        middling row. By the first alone all layers would count alike; by the second alone those count too much whose
+        rows read a mean of many values, which is short.
+
+        Args:
+            values: [G, n, D].
+            outputs: of attention among these, [H, R, D].
+        """
+        norms = self.norms(values)
+        return norms / (norms.mean() * self.usual(outputs)).sqrt().clamp_min(TINY)
+
+    def norms(self, values: Tensor) -> Tensor:
+        """[G, n] float32: of what values [G, n, D] write."""
+        products = self._products.unflatten(0, (len(values), -1))  # [G, H / G, D, D]
+        with torch.autocast(values.device.type, enabled=False):
+            wide = values.float()[:, None]
+            return ((wide @ products) * wide).sum(-1).amax(1).clamp_min(0).sqrt()
+
+    def usual(self, outputs: Tensor) -> Tensor:
+        """[] float32: of what attention writes to a middling row."""
+        return self._project(outputs.transpose(0, 1).flatten(1)).float().norm(dim=-1).median()
+
+
+def output_weights(attention: nn.Module, heads: int, like: Tensor) -> OutputWeights | None:
+    """Of the attention of a host's layer; None where it has no projection that is known by its name."""
+    project = getattr(attention, "o_proj", None)
+    return OutputWeights(project, heads, like) if isinstance(project, nn.Module) else None
+
+
+def sampled(outputs: Sequence[Tensor]) -> Tensor:
+    """[H, n, D]: some of the rows of outputs [1, H, n', D], evenly spread over all of them."""
+    rows = sum(part.shape[2] for part in outputs)
+    every = max(-(-rows // SAMPLE), 1)
+    return torch.cat([part[0, :, ::every] for part in outputs], 1)
+
+
+def _weight(project: nn.Module, width: int, like: Tensor) -> Tensor:
+    """[C, width]: read, or asked for by rows that are 1 in one place, where it is quantized, elsewhere or wrapped."""
+    if type(project) is nn.Linear and project.weight.is_floating_point() and not project.weight.is_meta:
+        return project.weight.detach()
+    ones = torch.eye(width, dtype=like.dtype, device=like.device)
+    asked: Tensor = project(torch.cat([ones, torch.zeros_like(ones[:1])]))
+    return (asked[:-1] - asked[-1:]).mT
