@@ -80,8 +80,9 @@ SECTIONS: list[Section] = [
     ),
     (
         "What Replay is made of",
-        "Its budgets, the other rules at a fifth, and itself without a part: nothing fitted, every head alike (an "
-        "even budget), heads sure of nothing, text not replayed, rows like the one before them left out.",
+        "Its budgets, the other rules at a fifth, and itself without a part: shares of attention alone "
+        "(whatever entries write), nothing fitted, every head alike (an even budget), heads sure of nothing, text not "
+        "replayed, rows like the one before them left out.",
         [needle.replayed_by_seed, needle.replayed],
     ),
     (

@@ -85,6 +85,7 @@ def _replay() -> Settings:
         parts: dict[str, Replay] = {
             "Replay": Replay(share / 100),
             "Replay, fast": Replay(share / 100, fast=True),
+            "Replay, shares alone": Replay(share / 100, by_output=False),
             "Replay, nothing fitted": Replay(share / 100, fit=0),
             "Replay, every head alike": Replay(share / 100, sure=1.0),
             "Replay, heads sure of nothing": Replay(share / 100, sure=0.0),
