@@ -1,6 +1,7 @@
 """Writes the tables of README and docs, each of them one of the report's or a fact of the code.
 
-Run as `python -m benchmarks.docs`. A table stands between `<!-- name -->` and `<!-- /name -->`.
+Run as `python -m benchmarks.docs`. A table stands between `<!-- name -->` and `<!-- /name -->`. What presets were
+measured to keep goes into the package first, `mminfer/measured.csv`, for the command line to tell.
 """
 
 import argparse
@@ -9,10 +10,11 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from benchmarks.tables import cost, needle, overview, project
+from benchmarks.tables import cost, needle, overview, presets, project
 from mminfer.bench.protocols import Protocol
 
 ROOT = Path(__file__).parents[1]
+MEASURED = ROOT / "mminfer" / "measured.csv"
 Sections = dict[str, Callable[[], str]]
 
 QUOTED: Sections = {  # as they stand in the report
@@ -26,8 +28,12 @@ QUOTED: Sections = {  # as they stand in the report
     "long_context": cost.long_context,
 }
 PAGES: dict[str, Sections] = {  # by path from the root
-    "README.md": {"techniques": overview.techniques, "families": project.families},
-    "docs/using.md": {"presets": project.presets},
+    "README.md": {
+        "techniques": overview.techniques,
+        "families": project.families,
+        "choices": presets.choices,
+    },
+    "docs/using.md": {"presets": presets.presets, "choices": presets.choices},
     "docs/techniques.md": {"support": project.support},
     "docs/results.md": QUOTED,
 }
@@ -54,6 +60,7 @@ def render(page: str, text: str) -> str:
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
+    MEASURED.write_text(presets.measured())  # which the pages quote
     for page in PAGES:
         path = ROOT / page
         path.write_text(render(page, path.read_text()))

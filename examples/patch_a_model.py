@@ -1,7 +1,7 @@
 """Patch a Hugging Face model that is loaded already, and give it back as it was.
 
 python examples/patch_a_model.py
-python examples/patch_a_model.py --model PATH --preset aim-merge
+python examples/patch_a_model.py --model PATH --preset replay-30
 """
 
 import argparse
@@ -16,7 +16,7 @@ from mminfer import nano
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="nano", help="a hub name or a folder; 'nano' is the bundled model")
-    parser.add_argument("--preset", default="aim", help="what is done to the request")
+    parser.add_argument("--preset", default="regions", help="what is done to the request")
     args = parser.parse_args()
 
     path = nano.checkpoint_path() if args.model == "nano" else args.model

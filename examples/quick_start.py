@@ -13,7 +13,7 @@ from mminfer.nano import sample_messages
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="nano", help="a hub name or a folder; 'nano' is the bundled model")
-    parser.add_argument("--preset", default="balanced", help="what is done to the request")
+    parser.add_argument("--preset", default="regions", help="what is done to the request")
     parser.add_argument("--image", action="append", help="an image file; default: the bundled pictures")
     parser.add_argument("--prompt", default="What is in these pictures?", help="the question about them")
     args = parser.parse_args()

@@ -21,6 +21,7 @@ ORDER = (
     ("metrics",),
     ROOMS,
     ("config",),
+    ("measured",),
     ("forward",),
     ("output", "nano"),
     ("inputs",),

@@ -11,10 +11,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 TOLD = {  # what they print, among other things
-    "quick_start": ["WB\n", "rows in each layer: (232, "],
+    "quick_start": ["WB\n", "rows in each layer: (504, "],
     "chat_over_documents": ["a blue 1? WB\n", "image MK? 4\n", "code of nest? 66\n"],
     "long_video": ["2122 tokens read"],
-    "patch_a_model": ["before:  WB\n", "patched: WB - rows in each layer: [192, ", "after:   WB\n"],
+    "patch_a_model": ["before:  WB\n", "patched: WB - rows in each layer: [504, ", "after:   WB\n"],
 }
 
 

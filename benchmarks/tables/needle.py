@@ -8,9 +8,8 @@ from collections.abc import Sequence
 
 from benchmarks.common import RESULTS, read_rows
 from benchmarks.quality.settings import GROUPS, OFF
-from benchmarks.quality.smol_settings import BUDGETS
 from benchmarks.tables.markdown import markdown, origin
-from benchmarks.tables.smol import beside
+from benchmarks.tables.smol import SHARES, beside
 from mminfer.bench.protocols import Protocol
 from mminfer.bench.sweeps import cache_sweeps
 from mminfer.technique import CACHE_SHARES
@@ -18,7 +17,7 @@ from mminfer.technique import CACHE_SHARES
 Row = dict[str, str]
 LENGTH = 16  # pictures, where one length must do
 REPLAYED = (8, 16)  # pictures that Replay was taken apart with
-REAL, REAL_SHARES = "real model, kept", sorted({*BUDGETS, *CACHE_SHARES}, reverse=True)
+REAL = "real model, kept"
 TOLD = {
     Protocol.IN_PROMPT: "in-prompt (the question stands in the prompt)",
     Protocol.NEXT_TURN: "next-turn (context read and compressed, then the question)",
@@ -49,7 +48,7 @@ def budgets(protocol: Protocol) -> str:
         told, rules = told + measured, [*rules, rule]
         right = [row["accuracy"] if row else "" for row in rows] if by_answer else []
         table.append([rule, *right, *(row["kl_long"] if row else "" for row in rows)])
-    real = {f"real model, {s} %": ["off", *(f"{rule} {s} %" for rule in rules)] for s in REAL_SHARES}
+    real = {f"real model, {s} %": ["off", *(f"{rule} {s} %" for rule in rules)] for s in SHARES}
     header, table, beside_it = beside(header, table, real, protocol)
     return f"{markdown(header, table)}\n\n{_note(protocol, told)} {beside_it}"
 

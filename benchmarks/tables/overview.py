@@ -1,7 +1,8 @@
 """The techniques in a few lines, for the front page."""
 
-from benchmarks.tables.markdown import markdown
-from benchmarks.tables.needle import LENGTH, REAL, cells
+from benchmarks.common import RESULTS, read_rows
+from benchmarks.tables.markdown import commits, markdown
+from benchmarks.tables.needle import LENGTH, REAL, Row, cells
 from benchmarks.tables.smol import beside
 from mminfer.bench.protocols import Protocol
 
@@ -16,6 +17,10 @@ LINES = {  # by the settings' names among the needle rows
     "Digest 50 %": ("Digest, ours", "every picture keeps half of its entries, spread out, and joins the rest to them"),
     "Digest 20 %": ("", "the same with a fifth"),
 }
+REPLAYED = {  # by their names among the rows of Replay, which count no FLOPs
+    "Replay 30 %": ("Replay, ours", "a second pass over the context finds what it needs of itself; 30 % stay"),
+    "Replay 20 %": ("", "the same with a fifth"),
+}
 
 
 def techniques() -> str:
@@ -25,11 +30,34 @@ def techniques() -> str:
         row = found[setting, Protocol.NEXT_TURN, LENGTH]
         flops = found[setting, Protocol.IN_PROMPT, LENGTH]["flops_kept"]
         table.append([name, told, f"{float(flops):.0f} %", f"{float(row['cache_kept']):.0f} %", row["accuracy"]])
+    lines, of_replay = _replayed()
     header = ["technique", "what it does", "prompt FLOPs", "cache", "right, %"]
-    header, table, beside_it = beside(header, table, {REAL: list(LINES)}, Protocol.NEXT_TURN)
+    settings = [*LINES, *lines]
+    header, table, beside_it = beside(header, [*table, *lines.values()], {REAL: settings}, Protocol.NEXT_TURN)
     asked = found["off", Protocol.NEXT_TURN, LENGTH]["questions"]
     return (
         f"{markdown(header, table).replace('| --- | ---: |', '| --- | --- |')}\n\n"
         f"The bundled model, {asked} questions over {LENGTH} pictures, asked after the context was read and "
-        f"compressed. {beside_it}"
+        f"compressed{of_replay}. {beside_it}"
     )
+
+
+def _replayed() -> tuple[dict[str, list[str]], str]:
+    """The lines of Replay by setting, all seeds together, and what else they were asked; nothing without rows."""
+    rows = read_rows("replay") if (RESULTS / "replay.csv").exists() else []
+    rows = [r for r in rows if r["protocol"] == Protocol.NEXT_TURN and int(r["images"]) == LENGTH]
+    of = {setting: [r for r in rows if r["setting"] == setting] for setting in ("off", *REPLAYED)}
+    if not all(of.values()):
+        return {}, ""
+    lines = {
+        setting: [*words, "", f"{_mean(of[setting], 'cache_kept'):.0f} %", f"{_mean(of[setting], 'accuracy'):.1f}"]
+        for setting, words in REPLAYED.items()
+    }
+    asked, off = sum(int(r["questions"]) for r in of["off"]), _mean(of["off"], "accuracy")
+    told = f" (Replay: {asked} questions, of which the host's own tokens get {off:.1f} %, "
+    return lines, told + f"{commits([r for own in of.values() for r in own])})"
+
+
+def _mean(rows: list[Row], column: str) -> float:
+    """By the number of questions."""
+    return sum(float(r[column]) * int(r["questions"]) for r in rows) / sum(int(r["questions"]) for r in rows)

@@ -1,7 +1,6 @@
 """What the library supports and is set to; no rows behind it."""
 
 from benchmarks.tables.markdown import markdown
-from mminfer.config import PRESETS
 from mminfer.inspection.support import YES, support_table
 from mminfer.models.registry import supported_families
 
@@ -26,12 +25,3 @@ def support() -> str:
         f"{grid}\n\n{notes}\n\nAsked of each family's default configuration; a checkpoint whose language model slides "
         "refuses cache compression whatever its family."
     )
-
-
-def presets() -> str:
-    """The presets and what they set."""
-    rows = []
-    for name, config in PRESETS.items():
-        parts = [repr(technique) for technique in config.techniques]
-        rows.append([f"`{name}`", "<br>".join(f"`{part}`" for part in parts) or "everything off"])
-    return markdown(["preset", "sets"], rows).replace("---:", "---")

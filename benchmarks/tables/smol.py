@@ -7,18 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 from benchmarks.common import RESULTS, read_rows
 from benchmarks.quality.smol_cells import ALL, EMBEDDINGS, MODELS, PIXELS
+from benchmarks.quality.smol_settings import BUDGETS, known_settings
 from benchmarks.tables.markdown import commits, markdown, origin
 from mminfer.bench.protocols import Protocol
 from mminfer.needle.scores import wilson
+from mminfer.technique import CACHE_SHARES
 
 Row = dict[str, str]
 FIGURES = ("kept", "of", "same answer", "KL", "entries kept")
 Key = tuple[str, str, str, str, str]  # model, setting, protocol, kind of pages, kind of question
+SHARES = sorted({*BUDGETS, *CACHE_SHARES}, reverse=True)  # percent of all entries, side by side
 NOTHING = "There is no column of the real model: it was not measured in this way."
 NO_ROWS = "No rows of the real model yet: `python -m benchmarks.quality.smol` makes them."
 
@@ -75,9 +78,24 @@ def _cells(changed: int) -> dict[Key, Cell]:
     return {key: Cell(tuple(rows)) for key, rows in found.items()}
 
 
+def cell_of(setting: str, protocol: str, model: str = PIXELS) -> Cell | None:
+    """All questions under a setting, or under another name of what it sets; None: it was not measured."""
+    found = (cells().get((model, name, protocol, ALL, ALL)) for name in _names_of(setting))
+    return next((cell for cell in found if cell is not None), None)
+
+
+@cache
+def _names_of(setting: str) -> tuple[str, ...]:
+    """A setting's names, its own first: one that a table calls by its rule may be a preset."""
+    known = known_settings(SHARES)
+    if setting not in known:
+        return (setting,)
+    return (setting, *(name for name, other in known.items() if other.config == known[setting].config))
+
+
 def kept(setting: str, protocol: str, model: str = PIXELS) -> str:
     """Percent of the right answers that stay right; "" where it was not measured."""
-    cell = cells().get((model, setting, protocol, ALL, ALL))
+    cell = cell_of(setting, protocol, model)
     return "" if cell is None else cell.kept
 
 
@@ -101,12 +119,8 @@ def beside(
         return header, table, NOTHING
     lines = [[*line, *own] for line, *own in zip(table, *columns.values(), strict=True)]
     shown = {"off", *(setting for own in settings.values() for setting in own)}
-    rows = [
-        row
-        for (model, setting, *key), cell in cells().items()
-        if model == PIXELS and setting in shown and key == [str(protocol), ALL, ALL]
-        for row in cell.rows
-    ]
+    found = (cell_of(setting, protocol) for setting in sorted(shown))
+    rows = [row for cell in found if cell is not None for row in cell.rows]
     asked = cells()[PIXELS, "off", str(protocol), ALL, ALL]
     told = f"Real model: percent of {asked.total('full_right')} right answers that stay right, by pixels, of its own "
     told += f"table, {commits(rows)}."

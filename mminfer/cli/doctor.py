@@ -27,6 +27,7 @@ def doctor(
         return
     OUT.print(_machine_table())
     OUT.print(_ops_table())
+    OUT.print(_presets_table())
 
 
 def _build_kernels() -> None:
@@ -49,7 +50,6 @@ def _machine_table() -> Table:
     import transformers
     from mminfer_kernels import status
 
-    from mminfer.config import PRESETS
     from mminfer.models.registry import supported_families
 
     table = Table(title="mminfer doctor", title_justify="left", show_header=False)
@@ -61,7 +61,6 @@ def _machine_table() -> Table:
         "triton": status.triton_status(),
         "native kernels": _native_status(),
         "families": ", ".join(supported_families()),
-        "presets": ", ".join(PRESETS),
     }
     for name, value in rows.items():
         table.add_row(name, value)
@@ -85,4 +84,21 @@ def _ops_table() -> Table:
     for op in mminfer_kernels.OPS:
         for choice in status.choices(op):
             table.add_row(*choice)
+    return table
+
+
+def _presets_table() -> Table:
+    """The presets, and what each was measured to keep."""
+    from mminfer.config import PRESETS
+    from mminfer.measured import MODEL, NOT_MEASURED, measured_presets
+
+    table = Table(title=f"presets, and the right answers that {MODEL} reading pages kept", title_justify="left")
+    table.add_column("preset", no_wrap=True)
+    for column in ("techniques", "kept"):
+        table.add_column(column)
+    for name, config in PRESETS.items():
+        row = measured_presets().get(name)
+        told = "" if not config.techniques else NOT_MEASURED if row is None else row.told()
+        techniques = ", ".join(type(technique).__name__ for technique in config.techniques)
+        table.add_row(name, techniques, told, style="yellow" if row is not None and row.fails else None)
     return table

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,6 +14,7 @@ from mminfer.cli.messages import checked_chat, request_messages
 from mminfer.cli.settings import request_settings
 
 if TYPE_CHECKING:
+    from mminfer.config import InferenceConfig
     from mminfer.engine import Engine
     from mminfer.inputs.request import Request
     from mminfer.output import GenerationOutput
@@ -64,6 +65,7 @@ def generate(
     chat = checked_chat(messages, media, lazy)
     opening_s = time.perf_counter() - start
     from mminfer.engine import Engine
+    from mminfer.measured import measured_of
 
     engine = Engine.from_pretrained(model, settings, device, dtype)
     request = engine.prepare_request(chat, media, prefill_chunk_size)
@@ -72,9 +74,11 @@ def generate(
     progress = prefill_chunk_size is not None and not as_json
     answers = (_compared if compare else _answered)(engine, request, max_new_tokens, progress)
     if as_json:
-        print_json({"model": model, "config": settings.to_dict(), **answers.to_dict()})
+        known = {"measured": None if (row := measured_of(settings)) is None else asdict(row) | {"kept": row.kept}}
+        print_json({"model": model, "config": settings.to_dict(), **known, **answers.to_dict()})
     else:
         _print_answers(prompt, answers)
+        _print_measured(settings)
 
 
 @dataclass(frozen=True)
@@ -124,3 +128,13 @@ def _print_answers(prompt: str | None, answers: _Answers) -> None:
         OUT.print(answers.full.text, markup=False)
         OUT.print(comparison_table(answers.output.stats, answers.full.stats, answers.first_token_kl))
     OUT.print(stats_table(answers.output.stats))
+
+
+def _print_measured(settings: InferenceConfig) -> None:
+    """What is known of the settings on a real model, in one line."""
+    from mminfer.measured import measured_of, sentence
+
+    told, row = sentence(settings), measured_of(settings)
+    if told is not None:
+        style = "yellow" if row is None or row.fails else None
+        OUT.print(told, style=style, markup=False, highlight=False, soft_wrap=True)

@@ -46,7 +46,7 @@ Frames = Annotated[
 ]
 Preset = Annotated[
     str | None,
-    typer.Option(help="Apply this preset to the request (default: balanced); 'mminfer doctor' lists all presets."),
+    typer.Option(help="Apply this preset to the request (default: regions); 'mminfer doctor' lists all presets."),
 ]
 Config = Annotated[
     Path | None, typer.Option(help=f"Read the settings from this JSON file, {_WRITTEN}, instead of a preset.")

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import report
-from benchmarks.docs import PAGES, QUOTED, render
+from benchmarks.docs import MEASURED, PAGES, QUOTED, render
+from benchmarks.tables import presets
 
 ROOT = Path(__file__).parents[2]
 SECTIONS = [(page, name) for page, sections in PAGES.items() for name in sections]
@@ -20,6 +21,10 @@ def test_generated_sections_are_there(page, name):
 def test_generated_sections_are_current(page):
     text = (ROOT / page).read_text()
     assert render(page, text) == text
+
+
+def test_what_presets_kept_is_what_the_rows_say():
+    assert presets.measured() == MEASURED.read_text()
 
 
 def test_no_page_has_a_section_that_nothing_writes():

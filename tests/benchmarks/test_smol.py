@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.quality import smol, smol_cells
 from benchmarks.quality.smol_cells import ALL, EMBEDDINGS, PIXELS, Answer, Reading, Told, answer_tokens
-from benchmarks.quality.smol_settings import Setting, chosen_settings, known_settings
+from benchmarks.quality.smol_settings import Setting, chosen_settings, known_settings, preset_settings
 from benchmarks.reader.books import DENSE, JOB, PAGE_KINDS, Book, Question
 from mminfer import AIMMerge, Digest, InferenceConfig, InputError, LookM
 from mminfer.bench.fidelity import Fidelity
@@ -20,6 +20,7 @@ COLUMNS = (
     "model setting rule budget protocol seed chunk pages kind questions right full_right stayed kept kept_low "
     "kept_high same kl cache_kept cache_bytes context_s books_of cell_s"
 )
+LAYERS = ("every other layer", "the upper half", "the last quarter")
 HALF = InferenceConfig(cache=LookM(0.25, 0.25, text_prior=False))
 
 
@@ -95,6 +96,24 @@ def test_every_rule_and_preset_is_known():
     assert "Digest, layers alike 10 %" in parts and "Digest 20 %" not in parts
     with pytest.raises(InputError, match="'nothing': wanted some of Digest,"):
         chosen_settings(["nothing"], (50,))
+
+
+def test_presets_and_what_papers_set_are_named_at_once():
+    """By the name among the sweeps where there is one, each config once."""
+    named = {name: setting.name for name, setting in preset_settings().items()}
+    assert named["replay-30"] == "Replay 30 %" and named["balanced"] == "balanced" and named["aim"] == "AIM"
+    assert set(PRESETS) - set(named) == {
+        *("off", "linear-auto", "ntk-auto", "v2pe-auto"),
+        *("digest-8k", "lookm-8k", "replay-8k"),
+    }
+    assert [s.name for s in chosen_settings(["Presets"], (50,))] == list(named.values())
+    papers = chosen_settings(["papers"], (50, 20))
+    assert len({s.config for s in papers}) == len(papers)
+    skipped = [f"skip {what} of {layers}" for what in ("FFN", "attention") for layers in LAYERS]
+    assert {*skipped, "AIM", "AIM merge 25 %", "FastV 50 %", "v2pe-16", "lookm-5"} <= {s.name for s in papers}
+    assert {"LOOK-M pivot 50 %", "LOOK-M average 20 %", "down-sampling 25 %", "regions"} <= {s.name for s in papers}
+    upper = next(s.config.skip for s in papers if s.name == "skip attention of the upper half")
+    assert upper.ffn == () and upper.attention.layers(30) == tuple(range(15, 30))
 
 
 def test_without_weights_the_command_ends_with_one_line(monkeypatch, tmp_path):

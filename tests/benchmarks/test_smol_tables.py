@@ -5,8 +5,9 @@ import csv
 import pytest
 
 from benchmarks import common
-from benchmarks.tables import needle, overview, smol
+from benchmarks.tables import needle, overview, presets, smol
 from mminfer.bench.protocols import Protocol
+from mminfer.measured import Measured
 
 COUNTS = {  # setting -> questions, right, full right, stayed; for each of two seeds
     "off": ((40, 30, 30, 30), (60, 45, 45, 45)),
@@ -23,6 +24,7 @@ def results(tmp_path, monkeypatch):
     (tmp_path / "smol.csv").unlink(missing_ok=True)
     monkeypatch.setattr(common, "RESULTS", tmp_path)
     monkeypatch.setattr(smol, "RESULTS", tmp_path)
+    monkeypatch.setattr(overview, "RESULTS", tmp_path)
     return tmp_path
 
 
@@ -64,6 +66,49 @@ def test_its_column_stands_beside_the_bundled_models(results):
     assert "percent of 75 right answers" in table
     assert line_of(overview.techniques(), "Digest, ours").endswith("| 60.0 |")
     assert needle.budgets(Protocol.STREAMED).endswith(smol.NOTHING)
+
+
+def test_what_presets_kept(results, monkeypatch):
+    """Found by what a preset sets, under whatever name that was measured; all seeds together."""
+    written(results)
+    lines = presets.measured().splitlines()
+    assert lines[0] == "preset,stayed,of,entries,commit"
+    commit = common.ORIGIN["commit"]
+    assert lines[1:] == [f"digest-50,45,75,25.0,{commit}", f"h2o-20,0,75,25.0,{commit}"]
+    (results / "smol.csv").unlink()
+    assert presets.measured().splitlines() == lines[:1]
+    rows = {"digest-50": Measured("digest-50", 45, 75, 25.0, "a"), "regions": Measured("regions", 74, 75, 70.0, "b")}
+    monkeypatch.setattr(presets, "measured_presets", lambda: rows)
+    table = presets.presets()
+    assert line_of(table, "`digest-50`").endswith("| **fails there**: 60 % of 75 answers, with 25 % of the entries |")
+    assert line_of(table, "`regions`").endswith("| 99 % of 75 answers, with 70 % of the entries |")
+    assert line_of(table, "`off`").endswith("|  |")
+    assert line_of(table, "`balanced`").endswith("| not measured on a real model |")
+    assert table.endswith("Commit `a`, `b`.")
+    assert "`regions` (99 %)" in presets.choices() and "`balanced` (not measured)" in presets.choices()
+
+
+def test_a_setting_is_found_by_its_other_name(results):
+    written(results)
+    assert smol.kept("digest-50", Protocol.NEXT_TURN) == smol.kept("Digest 50 %", Protocol.NEXT_TURN) == "60.0"
+    assert smol.kept("nothing of ours", Protocol.NEXT_TURN) == smol.kept("balanced", Protocol.NEXT_TURN) == ""
+
+
+def test_replay_stands_on_the_front_page_where_it_was_measured(results):
+    rows = common.read_rows("replay")
+    assert line_of(overview.techniques(), "Replay, ours").count(" % |") == 1
+    (results / "replay.csv").unlink()
+    assert "Replay" not in overview.techniques()
+    with (results / "replay.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            if row["setting"] in ("off", "Replay 30 %", "Replay 20 %") and row["images"] == "16":
+                right = {"101": 80, "102": 90, "103": 100}[row["seed"]]
+                writer.writerow(row | {"accuracy": right, "questions": 50 if row["seed"] == "103" else 100})
+    told = overview.techniques()
+    assert line_of(told, "Replay, ours").split("|")[5].strip() == "88.0"
+    assert "(Replay: 250 questions, of which the host's own tokens get 88.0 %, commit" in told
 
 
 def test_seeds_are_pooled_by_their_questions(results):

@@ -19,7 +19,9 @@ from typer.testing import CliRunner
 
 from mminfer import AIMMerge, AIMPrune, InferenceConfig, LookM, OperatorSkip, nano
 from mminfer.cli.main import app, main
+from mminfer.cli.settings import DEFAULT_PRESET
 from mminfer.config import PRESETS
+from mminfer.measured import Measured, measured_presets
 from mminfer.models.registry import supported_families
 
 ROOT = Path(__file__).parents[2]
@@ -114,6 +116,37 @@ def test_compare_prints_both_answers_and_ratios(sample):
     assert measured["KL divergence of the first token"][0].strip().endswith("nats")
 
 
+TABLE = {
+    "digest-20": Measured("digest-20", 3, 100, 20.0, "abc1234"),
+    "replay-30": Measured("replay-30", 95, 100, 30.2, "abc1234"),
+}
+
+
+@pytest.mark.parametrize(
+    ("args", "told", "kept"),
+    [
+        (["--preset", "digest-20"], "digest-20 kept 3 % of the right answers of a real model that reads pages", 3),
+        (["--preset", "replay-30"], "replay-30 kept 95 % of the right answers of a real model that reads pages", 95),
+        (["--preset", "aim-prune"], "aim-prune was not measured on a real model; measure it on yours: ", None),
+        (["--preset", "digest-20", "--delta", "1/16"], "digest-20, a part of this setting, kept 3 % of ", 3),
+        (["--preset", "off"], None, None),
+    ],
+)
+def test_what_a_real_model_kept_is_told_in_a_line(monkeypatch, sample, args, told, kept):
+    monkeypatch.setattr("mminfer.measured.measured_presets", lambda: TABLE)
+    args = ["generate", "--image", sample, *ASK, "--max-new-tokens", 1, *args]
+    last = invoke(*args).stdout.splitlines()[-1]
+    assert last.startswith(told) and "mminfer bench --model PATH --" in last if told else "real model" not in last
+    measured = answer(*args)["measured"]
+    assert measured is None if kept is None else measured["kept"] == kept
+
+
+def test_the_default_is_no_preset_that_fails():
+    preset = measured_presets().get(DEFAULT_PRESET)
+    assert DEFAULT_PRESET in PRESETS and (preset is None or not preset.fails)
+    assert f"(default: {DEFAULT_PRESET})" in invoke("generate", "--help").output
+
+
 def test_a_config_file_takes_the_presets_place(tmp_path):
     config = InferenceConfig(merge=AIMMerge(0.5), skip=OperatorSkip(ffn=[5]), cache=LookM(budget=200))
     path = tmp_path / "config.json"
@@ -179,6 +212,10 @@ def test_doctor_lists_what_there_is():
     assert result.exit_code == 0
     for name in (*supported_families(), *PRESETS, *mminfer_kernels.OPS, "reference", "native kernels"):
         assert name in result.stdout
+    lines = [line.split("│") for line in result.stdout.splitlines()]
+    rows = {cells[1].strip(): cells[3].strip() for cells in lines if len(cells) == 5}
+    assert rows["off"] == "" and rows["v2pe-auto"] == "not measured on a real model"
+    assert {name: rows[name] for name in measured_presets()} == {n: m.told() for n, m in measured_presets().items()}
 
 
 def broken_images(folder):

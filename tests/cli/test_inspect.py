@@ -29,7 +29,7 @@ def no_weights(monkeypatch):
 
 def test_a_page_and_a_picture_of_each_image(tmp_path):
     out = tmp_path / "new" / "folder"
-    result = inspect("--out", out)
+    result = inspect("--preset", "balanced", "--out", out)
     assert result.exit_code == 0, result.output
     pictures = sorted(out.glob("*.png"))
     assert [path.name for path in pictures] == [f"image-{n:03}.png" for n in range(1, 9)]
