@@ -19,6 +19,7 @@ QUOTED: Sections = {  # as they stand in the report
     "answers": cost.answers,
     "prompt_pass": cost.prompt_pass,
     "decode": cost.decode,
+    "batch_decode": cost.batch_decode,
     "budgets": partial(needle.budgets, Protocol.NEXT_TURN),
     "tokens": partial(needle.by_length, "tokens", Protocol.NEXT_TURN),
     "composition": partial(needle.by_length, "composition", Protocol.NEXT_TURN),
@@ -26,7 +27,7 @@ QUOTED: Sections = {  # as they stand in the report
     "long_context": cost.long_context,
 }
 PAGES: dict[str, Sections] = {  # by path from the root
-    "README.md": {"techniques": overview.techniques, "families": project.families},
+    "README.md": {"techniques": overview.techniques, "families": project.families, "decoding": overview.decoding},
     "docs/using.md": {"presets": project.presets},
     "docs/techniques.md": {"support": project.support},
     "docs/results.md": QUOTED,
