@@ -1,8 +1,9 @@
 """Whether the report can be trusted: `python -m benchmarks.report --check`.
 
 A table is what one function of `benchmarks.tables` writes into the report. Its rows come from one run of one commit,
-which stands below it; columns that quote another table name that one's commit beside them. Rows are stale where code
-that changes them is another one now than at their commit: comments, docstrings, imports and layout do not count.
+which stands below it; columns that quote another table name that one's commit beside them. Rows are stale where their
+canaries (`benchmarks.canaries`) come to something else now. That code is another one now than at their commit is told
+as a note: comments, docstrings, imports and layout do not count.
 """
 
 import ast
@@ -12,9 +13,8 @@ import subprocess
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from benchmarks.common import RESULTS, read_rows
+from benchmarks.common import DIRTY, RESULTS, ROOT, read_rows
 
-ROOT = Path(__file__).parents[1]
 TECHNIQUES = tuple(f"mminfer/{room}" for room in ("positions", "tokens", "operators", "cache", "technique/entries.py"))
 # What decides which rows and entries there are, and what is read among them.
 PASS = (
@@ -37,7 +37,7 @@ PASS = (
 ASKED = ("mminfer/nano/checkpoint/model.safetensors", "mminfer/bench/contexts.py", "mminfer/metrics/fidelity.py")
 FIDELITY = (*TECHNIQUES, *PASS, *ASKED)
 SPEED = (*TECHNIQUES, *PASS, "mminfer/forward", "kernels/mminfer_kernels", "csrc/include", "csrc/cpu")
-# By file of rows, the code whose change makes them stale.
+# By file of rows, the code whose change may make them stale.
 BEHIND: dict[str, tuple[str, ...]] = {
     "answers": (*SPEED, "benchmarks/models/answers.py"),
     "batch_decode": (*SPEED, "benchmarks/models/batch_decode.py"),
@@ -56,7 +56,7 @@ BEHIND: dict[str, tuple[str, ...]] = {
     "streamed": (*FIDELITY, "benchmarks/quality/streamed.py"),
     "turns": (*TECHNIQUES, *PASS, "benchmarks/models/turns.py"),
 }
-SHOWN = 3  # changed files that a finding names
+SHOWN = 3  # changed files that a note names
 
 
 def mixed(name: str, table: str) -> list[str]:
@@ -75,7 +75,7 @@ def mixed(name: str, table: str) -> list[str]:
 
 
 def stale(files: Iterable[str] | None = None, root: Path = ROOT) -> tuple[list[str], list[str]]:
-    """Findings about rows that are older than what makes them, and notes on what could not be looked at.
+    """Findings about rows of no commit, and notes on rows that are older than code which may change them.
 
     Args:
         files: names of results; None: all there are.
@@ -85,21 +85,21 @@ def stale(files: Iterable[str] | None = None, root: Path = ROOT) -> tuple[list[s
     if history != "false":
         why = "there is no git history here" if history is None else "the clone is shallow"
         return [], [f"not looked at whether rows are older than the code behind them: {why}"]
-    findings = []
+    findings, notes = [], []
     for name in sorted(path.stem for path in RESULTS.glob("*.csv")) if files is None else files:
         if name not in BEHIND:
             findings.append(f"{name}.csv: nobody says which code changes its rows: add it to BEHIND")
             continue
         for commit in dict.fromkeys(row["commit"] for row in read_rows(name)):
-            why_stale = changed_since(commit, BEHIND[name], root)
-            if why_stale:
-                findings.append(f"{name}.csv: stale, rows of {commit}: {why_stale}")
-    return findings, []
+            why = changed_since(commit, BEHIND[name], root)
+            if why:
+                (findings if commit.endswith(DIRTY) else notes).append(f"{name}.csv: rows of {commit}: {why}")
+    return findings, notes
 
 
 def changed_since(commit: str, paths: Sequence[str], root: Path = ROOT) -> str:
     """What has changed in these files and folders since a commit that rows name; "": nothing that could change them."""
-    if commit.endswith("-dirty"):
+    if commit.endswith(DIRTY):
         return "made with changes that no commit has"
     if _git(root, "cat-file", "-e", f"{commit}^{{commit}}") is None:
         return "no such commit in the history"

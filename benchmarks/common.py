@@ -13,16 +13,17 @@ import mminfer_kernels
 import torch
 import transformers
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+WRITTEN = ("benchmarks/results", "benchmarks/REPORT.md", "README.md", "docs")  # what no row follows from
+DIRTY = "-dirty"  # behind a commit: files differ from it
 SEED = 0  # of inputs and random weights, where a row names no other
 
 
 def provenance() -> dict[str, Any]:
     """Commit, machine and versions, for every row."""
-    git = ["git", "-C", str(RESULTS), "describe", "--always", "--dirty", "--exclude=*"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
     return {
-        "commit": commit,
+        "commit": commit_of(ROOT),
         "device": f"{platform.machine()} CPU",
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -31,11 +32,27 @@ def provenance() -> dict[str, Any]:
     }
 
 
+def commit_of(root: Path) -> str:
+    """The commit of a checkout, "-dirty" behind it where files differ; rows and pages made of them do not count."""
+    commit = _git(root, "rev-parse", "--short", "HEAD")
+    if not commit:
+        return "unknown"
+    others = (f":(top,exclude){path}" for path in WRITTEN)
+    changed = _git(root, "status", "--porcelain", "--untracked-files=no", "--", ":(top)", *others)
+    return f"{commit}{DIRTY}" if changed else commit
+
+
+def _git(root: Path, *arguments: str) -> str:
+    """What git says; "" where it fails."""
+    command = ["git", "-C", str(root), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
 ORIGIN = provenance()  # of the code as it was loaded, whatever is committed during a long run
 
 
 def write_rows(name: str, rows: Iterable[Mapping[str, Any]], key: Sequence[str] = ()) -> Path:
-    """Puts rows into results/<name>.csv, provenance added.
+    """Puts rows into results/<name>.csv, provenance added, and notes their canaries beside them.
 
     Args:
         name: of the file.
@@ -45,7 +62,7 @@ def write_rows(name: str, rows: Iterable[Mapping[str, Any]], key: Sequence[str] 
     """
     now = {**ORIGIN, "threads": torch.get_num_threads()}  # a script may have set another number
     complete = [{k: str(v) for k, v in {**row, "seed": row.get("seed", SEED), **now}.items()} for row in rows]
-    path = RESULTS / f"{name}.csv"
+    written, path = complete, RESULTS / f"{name}.csv"
     if key and path.exists():
         new = {tuple(row[k] for k in key): row for row in complete}
         same = [row for row in read_rows(name) if row.keys() == complete[0].keys()]
@@ -55,6 +72,9 @@ def write_rows(name: str, rows: Iterable[Mapping[str, Any]], key: Sequence[str] 
         writer = csv.DictWriter(file, complete[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(complete)
+    from benchmarks.canaries import stored  # which runs what has imported this module
+
+    stored.note(name, written)
     return path
 
 

@@ -1,8 +1,8 @@
 """Writes benchmarks/REPORT.md and its plots from the stored rows alone: python -m benchmarks.report
 
 Every figure comes from a row in benchmarks/results, which says what made it: commit, machine, versions, seed. With
---check nothing is written: it fails where a table mixes commits, where code that changes rows is newer than they are,
-and where the report is not what the rows say.
+--check nothing is written: it fails where a table mixes commits, where the canaries of rows come to something else than
+when these were made, and where the report is not what the rows say.
 """
 
 import argparse
@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks import audit
+from benchmarks.canaries import stored
 from benchmarks.quality.smol_cells import MODELS
 from benchmarks.tables import cost, kernels, needle, paper, peers, quality, smol
 from mminfer.bench.protocols import Protocol
@@ -147,12 +148,12 @@ def mixed() -> list[str]:
 
 
 def check() -> bool:
-    """Prints what is wrong with the report; whether nothing is."""
-    stale, notes = audit.stale()
-    findings = [*mixed(), *stale]
+    """Prints what is wrong with the report, and notes on it; whether nothing is wrong."""
+    of_no_commit, notes = audit.stale()
+    findings = [*mixed(), *of_no_commit, *stored.all_stale()]
     if render() != REPORT.read_text("utf-8"):
         findings.append(f"{REPORT.name} is not what the rows say: run python -m benchmarks.report")
-    for line in [*findings, *notes]:
+    for line in [*findings, *(f"note: {note}" for note in notes)]:
         print(line)
     print(f"{len(findings)} findings" if findings else "every table is of one commit, and as its rows say")
     return not findings

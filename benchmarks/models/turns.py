@@ -4,6 +4,7 @@ python -m benchmarks.models.turns
 """
 
 import argparse
+from typing import Any
 
 from benchmarks.common import write_rows
 from mminfer import V2PE, Engine, InferenceConfig, LookM, nano
@@ -20,6 +21,17 @@ SETTINGS = {
 }
 
 
+def held(engine: Engine, turns: int) -> list[dict[str, Any]]:
+    """Tokens, entries and bytes behind every turn."""
+    chat, rows = engine.chat(), []
+    for turn in range(1, turns + 1):
+        chat.send(TURN, max_new_tokens=2)
+        entries = max(max(lengths) for lengths in chat.cache.lengths)
+        row = {"turn": turn, "tokens": chat.cache.tokens[0], "entries": entries, "cache_bytes": chat.cache.nbytes}
+        rows.append(row)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=50)
@@ -27,12 +39,7 @@ def main() -> None:
     args = parser.parse_args()
     plain, rows = Engine.from_pretrained("nano"), []
     for name, config in SETTINGS.items():
-        chat = Engine(plain.model, plain.processor, config).chat()
-        for turn in range(1, args.turns + 1):
-            chat.send(TURN, max_new_tokens=2)
-            entries = max(max(lengths) for lengths in chat.cache.lengths)
-            row = {"setting": name, "turn": turn, "tokens": chat.cache.tokens[0], "entries": entries}
-            rows.append({**row, "cache_bytes": chat.cache.nbytes})
+        rows += [{"setting": name, **row} for row in held(Engine(plain.model, plain.processor, config), args.turns)]
         print(rows[-1])
     if args.out != "-":
         print(write_rows(args.out, rows))

@@ -99,6 +99,11 @@ def _settings(percent: int) -> dict[str, Setting]:
     }
 
 
+def our_settings() -> dict[str, Setting]:
+    """All of ours, by name."""
+    return {"off": lambda tokens: OFF, **_settings(20), **_settings(5)}
+
+
 class Ours:
     """mminfer on the exported prompts, by a patched model's own `forward`."""
 
@@ -106,7 +111,7 @@ class Ours:
 
     def __init__(self, model: Any, prompts: Sequence[Prompt]) -> None:
         self.versions, self._model, self._prompts = "", model, prompts
-        self.settings: dict[str, Setting] = {"off": lambda tokens: OFF, **_settings(20), **_settings(5)}
+        self.settings = our_settings()
         self.notes = {f"lookm-{n}{rest}": "keeps all text" for n in (20, 5) for rest in ("", "-average")}
 
     def answer(self, setting: str, prompt: int) -> Held:

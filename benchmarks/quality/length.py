@@ -63,6 +63,11 @@ def positions_of(name: str, images: int, window: int) -> PositionTechnique | Non
     return V2PE(float(above) / float(below or 1))
 
 
+def config_of(name: str, cache: str, images: int, window: int) -> InferenceConfig:
+    """What a cell is measured with."""
+    return InferenceConfig(positions_of(name, images, window), cache=CACHES[cache])
+
+
 def row_of(answers: list[Answer], facts: dict[str, Any]) -> dict[str, Any]:
     hits: dict[str, list[bool]] = {}
     for answer in answers:
@@ -84,8 +89,7 @@ def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         samples = args.samples or (8 if images <= 16 else 4 if images <= 64 else 2 if images <= 256 else 1)
         for cache in args.caches:
             for name in args.positions:
-                config = InferenceConfig(positions_of(name, images, window), cache=CACHES[cache])
-                engine = Engine(plain.model, plain.processor, config)
+                engine = Engine(plain.model, plain.processor, config_of(name, cache, images, window))
                 start = time.perf_counter()
                 asking = Asking(next_turn=True, max_new_tokens=2, prefill_chunk_size=CHUNK)
                 answers = run({name: engine}, protocol, [images], samples, args.seed, asking)

@@ -80,7 +80,6 @@ def measure(images: int, count: int, text_prior: bool, kept: float) -> list[dict
             "queries": name, "images": images, "contexts": count, "budget": kept, "text_prior": text_prior,
             "overlap": round(both / total, 4), "overlap_of_chosen": round(chosen / choices, 4) if choices else "",
         })  # fmt: skip
-        print(rows[-1], flush=True)
     return rows
 
 
@@ -95,6 +94,7 @@ def main() -> None:
         for kept in (0.2, 0.5):
             for text_prior in (True, False):
                 rows += measure(images, args.contexts, text_prior, kept)
+                print(*rows[-len(SAMPLED) :], sep="\n", flush=True)
     if args.out != "-":
         print(write_rows(args.out, rows, key=("queries", "images", "budget", "text_prior")))
 

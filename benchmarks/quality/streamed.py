@@ -27,6 +27,12 @@ CHUNKS = (None, 2048, 1024, 512, 256)
 PROTOCOL = Labels(needles=4, depths=DEPTHS)
 
 
+def config_of(share: float) -> InferenceConfig:
+    """The cache kept at this share; 1: nothing is evicted."""
+    cache = None if share == 1 else LookM(share / 2, share / 2, merge="average")
+    return InferenceConfig(V2PE(1 / 256), cache=cache)
+
+
 def answers(engine: Engine, sample: Sample, chunk: int | None) -> tuple[torch.Tensor, list[bool]]:
     """Logits [questions, vocabulary] of each answer's first token, and whether the answer is right."""
     chat = engine.chat(prefill_chunk_size=chunk, output_logits=True)
@@ -42,17 +48,17 @@ def answers(engine: Engine, sample: Sample, chunk: int | None) -> tuple[torch.Te
 def rows(images: int, contexts: int, seed: int) -> Iterator[dict[str, Any]]:
     plain = Engine.from_pretrained("nano")
 
-    def engine(cache: LookM | None) -> Engine:
-        return Engine(plain.model, plain.processor, InferenceConfig(V2PE(1 / 256), cache=cache))
+    def engine(share: float) -> Engine:
+        return Engine(plain.model, plain.processor, config_of(share))
 
     found: dict[tuple[float, int | None], list[dict[str, float]]] = {}
     for sample in tqdm(list(PROTOCOL.samples(images, contexts, seed)), "contexts"):
-        full, right = answers(engine(None), sample, None)
+        full, right = answers(engine(1.0), sample, None)
         found.setdefault((1.0, None), []).append({"accuracy": statistics.mean(right), "kl_full": 0.0, "kl_once": 0.0})
         for share in SHARES:
-            policy, once = LookM(share / 2, share / 2, merge="average"), None
+            once = None
             for chunk in CHUNKS:
-                logits, right = answers(engine(policy), sample, chunk)
+                logits, right = answers(engine(share), sample, chunk)
                 once = logits if once is None else once
                 agree = (logits.argmax(-1) == once.argmax(-1)).float().mean().item()
                 cell = {"accuracy": statistics.mean(right), "agreement_once": agree}

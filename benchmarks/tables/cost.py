@@ -73,31 +73,41 @@ def decode() -> str:
     header = ["model", "prompt tokens", "setting", "ms a token (p20 to p80)", "tokens/s", "speed-up"]
     table = []
     for r in rows:
+        facts = [r["model"], f"{int(r['prompt_tokens']):,}"]
+        if not r["median_ms"]:
+            table.append([*facts, f"{r['setting']}: {r['status']}", "", "", ""])
+            continue
         span = f"{float(r['median_ms']):,.2f} ({float(r['p20_ms']):,.2f} to {float(r['p80_ms']):,.2f})"
-        table.append(
-            [
-                r["model"],
-                f"{int(r['prompt_tokens']):,}",
-                r["setting"],
-                span,
-                r["tokens_per_s"],
-                f"{float(r['speedup']):.2f}",
-            ]
-        )
-    compiled = [f"{float(r['compile_ms']) / 1e3:.0f} s" for r in rows if r["compile_ms"] != "0"]
-    told = f" First use of the compiled step: {', '.join(compiled)}, apart from these times." if compiled else ""
-    return f"{markdown(header, table)}\n\n{origin(rows)}; medians of runs interleaved in one process.{told}"
+        table.append([*facts, r["setting"], span, r["tokens_per_s"], f"{float(r['speedup']):.2f}"])
+    ran = "medians of runs interleaved in one process"
+    return f"{markdown(header, table)}\n\n{origin(rows)}; {ran}.{_compiling(rows)}"
 
 
 def batch_decode() -> str:
     """Tokens per second of a batch against one by one."""
-    (r,) = read_rows("batch_decode")
+    rows = read_rows("batch_decode")
+    header = ["setting", "tokens/s in one batch", "one by one", "times as many"]
+    table = []
+    for r in rows:
+        told = ": ".join(filter(None, [_way(r), r.get("status", "")]))
+        table.append([told, r["batched_tokens_per_s"], r["single_tokens_per_s"], r["ratio"]])
+    chats, tokens, repeats = (rows[0][name] for name in ("batch", "new_tokens", "repeats"))
     return (
-        f"On the language model of LLaVA-OneVision-0.5B's geometry (random weights), {r['batch']} chats of different "
-        f"lengths decode {r['batched_tokens_per_s']} tokens per second in one batch and {r['single_tokens_per_s']} "
-        f"one by one: {r['ratio']} times as many ({r['device']}, {r['threads']} threads, float32, medians of "
-        f"{r['repeats']} interleaved runs, commit `{r['commit']}`)."
+        f"{markdown(header, table)}\n\nOn the language model of LLaVA-OneVision-0.5B's geometry (random weights): "
+        f"{chats} chats of different lengths, {tokens} tokens each, prompts not counted. {origin(rows)}; medians of "
+        f"{repeats} runs, interleaved in one process.{_compiling(rows)}"
     )
+
+
+def _way(row: dict[str, str]) -> str:
+    return row.get("setting", "off")  # the only one, in rows of before there was the column
+
+
+def _compiling(rows: list[dict[str, str]]) -> str:
+    """What compiling took; "" where nothing was compiled."""
+    took = {r["compile_ms"]: r for r in rows if r.get("compile_ms", "0") != "0"}
+    told = (f"{_way(r)}, {r['model']}, {float(ms) / 1e3:.0f} s" for ms, r in took.items())
+    return f" First use of what is compiled, apart from these times: {'; '.join(told)}." if took else ""
 
 
 def turns() -> str:

@@ -61,3 +61,30 @@ def _replayed() -> tuple[dict[str, list[str]], str]:
 def _mean(rows: list[Row], column: str) -> float:
     """By the number of questions."""
     return sum(float(r[column]) * int(r["questions"]) for r in rows) / sum(int(r["questions"]) for r in rows)
+
+
+HOSTS = {  # the host's ways to decode, by their names among the rows
+    "host": "with its growing cache",
+    "host, static cache": "with its static cache",
+    "host, static cache, compiled": "with that under `torch.compile`",
+}
+
+
+def decoding() -> str:
+    """How many times as fast as the host a token is decoded with everything off, in each of its ways."""
+    rows = read_rows("decode")
+    times = {(r["model"], r["setting"]): float(r["median_ms"]) for r in rows if r["median_ms"]}
+    told = []
+    for model, name in (("nano", "the bundled model"), ("llava-onevision-0.5b", "a 0.5B geometry")):
+        hosts = [(how, times[model, way]) for way, how in HOSTS.items() if (model, way) in times]
+        ratios = [f"{ms / times[model, 'off']:.1f} times as fast as the host {how}" for how, ms in hosts]
+        told.append(f"{' and '.join(ratios)} on {name}")
+    whole = [r for r in read_rows("answers") if r["setting"] == "off"]
+    low, *_, high = sorted(float(r["tpot_speedup"]) for r in whole)
+    fewest, *_, most = sorted(int(r["images"]) for r in whole)
+    return (
+        f"With nothing compressed a token is decoded {'; '.join(told)} ({commits(rows)}). In whole answers to "
+        f"{fewest} to {most} pictures it is {low:.1f} to {high:.1f} times as fast as with the growing cache "
+        f"({commits(whole)}). The smaller the model, the more the host's own overhead weighs, which varies from run to "
+        "run."
+    )

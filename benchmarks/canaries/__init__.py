@@ -1,0 +1,1 @@
+"""Canaries: small fixed runs, kept beside the rows of tables, which tell whether these would come out otherwise now."""
