@@ -1,7 +1,7 @@
 """One call of an op: its inputs, what it costs at least, who can run it, and whether a result is right."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -66,6 +66,11 @@ class Call:
     def _tensors(self) -> list[torch.Tensor]:
         return [x for x in tree_leaves(self.inputs) if isinstance(x, torch.Tensor)]
 
+    def in_double(self) -> "Call":
+        """The same call on float64, for what is true."""
+        inputs, settings = tree_map(_doubled, self.inputs), tree_map(_doubled, self.settings)
+        return replace(self, inputs=inputs, settings=settings, beside={})
+
     def why_not(self, backend: str) -> str:
         """Why a backend does not run here; empty where it does."""
         if backend not in available_backends(self.op):
@@ -80,7 +85,7 @@ class Call:
 
     def difference(self, run: Callable[[], Any]) -> str:
         """What a run has wrong, against the reference; empty where nothing is."""
-        found, dtypes = self._result(run), {x.dtype for x in self._tensors if x.dtype in RTOL}
+        found, dtypes = self.results(run), {x.dtype for x in self._tensors if x.dtype in RTOL}
         for i, (ours, theirs) in enumerate(zip(found, self._expected, strict=True)):
             if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
                 return (
@@ -94,9 +99,9 @@ class Call:
 
     @cached_property
     def _expected(self) -> list[torch.Tensor]:
-        return self._result(self.run("reference"))
+        return self.results(self.run("reference"))
 
-    def _result(self, run: Callable[[], Any]) -> list[torch.Tensor]:
+    def results(self, run: Callable[[], Any]) -> list[torch.Tensor]:
         """Tensors returned, and the inputs written into, which are what they were before and afterwards."""
         self._put_back()
         out = [x for x in tree_leaves(run()) if isinstance(x, torch.Tensor)]
@@ -119,6 +124,12 @@ def _wrong(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> i
     largest = float(expected.abs().max()) if expected.numel() else 0.0
     close = torch.isclose(found.float(), expected, rtol=RTOL[dtype], atol=ATOL[dtype] * largest)
     return int((~close).sum())
+
+
+def _doubled(x: Any) -> Any:
+    if is_dataclass(x) and not isinstance(x, type):
+        return replace(x, **{own.name: tree_map(_doubled, getattr(x, own.name)) for own in fields(x) if own.init})
+    return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
 
 
 def _cloned(x: Any) -> Any:

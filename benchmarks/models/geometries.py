@@ -23,7 +23,7 @@ TOKENS_PER_FRAME = 196
 
 def llava_onevision_05b() -> Any:
     """The language model of LLaVA-OneVision-0.5B, weights random, behind a token tower: features come ready made."""
-    return _behind_a_token_tower(_qwen2_05b(), image_token_id=151_646, video_token_id=151_647)
+    return behind_a_token_tower(_qwen2_05b(), image_token_id=151_646, video_token_id=151_647)
 
 
 def llava_onevision_05b_engine(config: InferenceConfig) -> Engine:
@@ -68,10 +68,11 @@ def llava_onevision_mha() -> Any:
         vocab_size=2048, max_position_embeddings=65_536, rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         tie_word_embeddings=True,
     )  # fmt: skip
-    return _behind_a_token_tower(text, image_token_id=2046, video_token_id=2047)
+    return behind_a_token_tower(text, image_token_id=2046, video_token_id=2047)
 
 
-def _behind_a_token_tower(text: Qwen2Config, **ids: int) -> Any:
+def behind_a_token_tower(text: Qwen2Config, **ids: int) -> Any:
+    """A language model of this geometry, weights random, behind a token tower; ids: of the placeholders."""
     vision = SiglipVisionConfig(
         hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2, image_size=384, patch_size=14
     )  # fmt: skip
@@ -80,11 +81,11 @@ def _behind_a_token_tower(text: Qwen2Config, **ids: int) -> Any:
     return LlavaOnevisionForConditionalGeneration._from_config(config, attn_implementation="sdpa").eval()
 
 
-def video_prompt(model: Any, frames: int, text_tokens: int = 100) -> dict[str, Any]:
+def video_prompt(model: Any, frames: int, text_tokens: int = 100, vocabulary: int = 150_000) -> dict[str, Any]:
     """One video of so many frames of 196 tokens between two halves of random text; no newline token among them."""
     generator = torch.Generator().manual_seed(0)
     visual = frames * TOKENS_PER_FRAME + 1
-    text = torch.randint(0, 150_000, (1, text_tokens), generator=generator)
+    text = torch.randint(0, vocabulary, (1, text_tokens), generator=generator)
     placeholders = torch.full((1, visual), model.config.video_token_id)
     ids = torch.cat([text[:, : text_tokens // 2], placeholders, text[:, text_tokens // 2 :]], 1)
     features = 0.02 * torch.randn(1, visual, model.config.get_text_config().hidden_size, generator=generator)

@@ -1,0 +1,59 @@
+"""Rows of a machine with a GPU: each is on disk as soon as it is known, with the card and the versions behind it."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.common import provenance
+
+
+def card(device: str) -> dict[str, Any]:
+    """What the rows were made on: commit, card, versions."""
+    told = provenance()
+    if device == "cuda":
+        own = torch.cuda.get_device_properties(0)
+        told |= {"device": own.name, "arch": f"sm_{own.major}{own.minor}", "memory_gib": own.total_memory >> 30}
+    else:
+        told |= {"arch": "", "memory_gib": ""}
+    try:
+        import triton
+
+        told["triton"] = triton.__version__
+    except ImportError:
+        told["triton"] = ""
+    return told
+
+
+class Rows:
+    """A CSV file that grows row by row.
+
+    Args:
+        path: of the file; what was there is replaced.
+        columns: beside those of `card`.
+        device: "cuda" or "cpu".
+    """
+
+    def __init__(self, path: Path, columns: Sequence[str], device: str) -> None:
+        self._origin = card(device)
+        self._file = path.open("w", newline="")
+        self._writer = csv.DictWriter(self._file, [*columns, *self._origin], lineterminator="\n", restval="")
+        self._writer.writeheader()
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Writes one row, and shows it."""
+        print({k: v for k, v in row.items() if v != ""}, flush=True)
+        self._writer.writerow({**row, **self._origin})
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+def in_words(error: BaseException) -> str:
+    """An error as a cell: its type and the first line of what it says."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
