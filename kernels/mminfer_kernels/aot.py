@@ -25,7 +25,7 @@ from mminfer_kernels.cases import HEAD_SIZES, Case, cases
 from mminfer_kernels.counts import COUNTS
 from mminfer_kernels.decode_attention import cuda_kernel as decoding
 from mminfer_kernels.dispatch import registered_ops
-from mminfer_kernels.launching import Launch
+from mminfer_kernels.launching import Configured, Launch
 from mminfer_kernels.merge_rows import cuda_kernel as merging
 from mminfer_kernels.resources import CHIPS, amd_resources, occupancy, resources
 
@@ -109,11 +109,11 @@ def go_offline(target: str) -> None:
 
 
 def configurations(launch: Launch) -> list[dict[str, int]]:
-    """Blocks, warps and stages that the tuner tries for this launch, the default first; of no tuner Triton's own."""
+    """Blocks, warps and stages in which this launch may run, the default first; without a choice Triton's own."""
     chosen = {"num_warps": launch.arguments.get("num_warps", 4), "num_stages": launch.arguments.get("num_stages", 3)}
-    if not is_tuned(launch):
+    if not isinstance(launch.kernel, Configured):
         return [chosen]
-    fitting = launch.kernel.early_config_prune(launch.kernel.configs, {}, **launch.arguments)
+    fitting = launch.kernel.fitting(launch.arguments)
     return [x.kwargs | {"num_warps": x.num_warps, "num_stages": x.num_stages} for x in fitting]
 
 
@@ -147,13 +147,9 @@ def kernel_row(case: Case, launch: Launch, config: dict[str, int], target: str) 
     )
 
 
-def is_tuned(launch: Launch) -> bool:
-    return hasattr(launch.kernel, "early_config_prune")
-
-
 def jitted(launch: Launch) -> Any:
-    """The kernel without its tuner."""
-    return launch.kernel.fn if is_tuned(launch) else launch.kernel
+    """The kernel without its configs."""
+    return launch.kernel.fn if isinstance(launch.kernel, Configured) else launch.kernel
 
 
 def identity(launch: Launch) -> tuple[str, ...]:
@@ -262,7 +258,7 @@ def arguments_of(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--target", action="append", choices=CHIPS, help="only this GPU; may be given again")
     parser.add_argument("--dtype", action="append", choices=[str(x).removeprefix("torch.") for x in HEAD_SIZES])
     parser.add_argument("--size", action="append", type=int, help="only this head size, or number of columns")
-    parser.add_argument("--every-config", action="store_true", help="all that the tuner tries, not only the default")
+    parser.add_argument("--every-config", action="store_true", help="all that it may run in, not only the default")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return parser.parse_args(argv)
 

@@ -1,4 +1,4 @@
-"""How Triton kernels are tuned and launched; Triton itself is imported by whoever has a kernel."""
+"""How Triton kernels are configured and launched; Triton itself is imported by whoever has a kernel."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from mminfer_kernels.backends import interpreted
+from mminfer_kernels.tuned import measured_place
 
 SMALLEST_BUCKET = 16  # `tl.dot` takes nothing smaller
 SHARED_BYTES = {"cuda": 160 * 1024, "hip": 48 * 1024}  # A100's; of MI300's 64 KiB some turn layouts around
@@ -32,7 +33,7 @@ def launch(kernel: Any, grid: Grid, tensors: dict[str, torch.Tensor | None], **a
     """Run a kernel on its tensors' device, unless launches are being recorded.
 
     Args:
-        kernel: a jitted or autotuned function.
+        kernel: a jitted function, or `Configured`.
         grid: number of programs along each axis, or a function that tells it from the kernel's arguments.
         tensors: its pointer arguments by name; None compiles the argument away.
         arguments: its other arguments by name.
@@ -105,33 +106,85 @@ def tile_fits(arguments: dict[str, Any], x: torch.Tensor, held: int, streamed: i
     return min(held, streamed) >= 32 and needed <= SHARED_BYTES[arguments["backend"]]
 
 
-def autotuned(
+class Configured:
+    """A jitted kernel and the configs that it may be launched in; every launch takes one at once, none is searched for.
+
+    It takes the one that was measured as the fastest for this architecture, type, head size and class of lengths
+    (`mminfer_kernels.tuned`), or else the first that fits.
+
+    Args:
+        fn: the kernel.
+        configs: `triton.Config`s, the default first.
+        fits: told the arguments of a launch and of a config, says whether to take it; where none fits, the last is.
+        lengths: arguments by whose size the best config may change.
+    """
+
+    def __init__(
+        self, fn: Any, configs: list[Any], fits: Callable[[dict[str, Any]], bool], lengths: tuple[str, ...]
+    ) -> None:
+        self.fn, self.configs, self.lengths = fn, configs, lengths
+        self.__name__: str = fn.__name__
+        self._fits = fits
+        self._constants = [x.name for x in getattr(fn, "params", ()) if x.is_constexpr]
+        self._chosen: dict[tuple[Any, ...], Any] = {}
+
+    def __getitem__(self, grid: Grid) -> Callable[..., Any]:
+        return lambda **arguments: self.fn[grid](**arguments, **self.chosen(arguments).all_kwargs())
+
+    def fitting(self, arguments: dict[str, Any], backend: str | None = None) -> list[Any]:
+        """The configs that suit these arguments, the default first; the last one where none does.
+
+        Args:
+            arguments: of the launch.
+            backend: "cuda" or "hip"; None: that of the device in use.
+        """
+        if backend is None:
+            import triton
+
+            backend = triton.runtime.driver.active.get_current_target().backend
+        launched = {**arguments, "backend": backend}
+        return [x for x in self.configs if self._fits(launched | x.all_kwargs())] or self.configs[-1:]
+
+    def chosen(self, arguments: dict[str, Any]) -> Any:
+        """The config for these arguments; decided once for each of their kinds."""
+        if len(self.configs) == 1:
+            return self.configs[0]
+        kind = self.kind(arguments)
+        found = self._chosen.get(kind)
+        if found is None:
+            fitting = self.fitting(arguments)
+            place = measured_place(self.__name__, kind)
+            measured = self.configs[place : place + 1] if place is not None else []
+            found = self._chosen[kind] = next((x for x in measured if any(x is y for y in fitting)), fitting[0])
+        return found
+
+    def kind(self, arguments: dict[str, Any]) -> tuple[Any, ...]:
+        """What the choice may rest on: the device's index, types, what is left out, constants, classes of lengths."""
+        tensors = [x for x in arguments.values() if isinstance(x, torch.Tensor)]
+        left_out = tuple(name for name, x in arguments.items() if x is None)
+        sizes = tuple(power_of_two(arguments[name]) for name in self.lengths if name in arguments)
+        constants = tuple((name, arguments[name]) for name in self._constants if name in arguments)
+        return tensors[0].device.index, tensors[0].dtype, left_out, constants, sizes
+
+
+def configured(
     configs: list[tuple[dict[str, int], int, int]],
-    key: list[str],
+    lengths: tuple[str, ...],
     interpreted_blocks: dict[str, int],
     fits: Callable[[dict[str, Any]], bool],
-    restored: tuple[str, ...] = (),
-) -> Callable[[Any], Any]:
-    """Decorator of a jitted kernel: `triton.autotune`, with one config of small blocks where it is interpreted.
+) -> Callable[[Any], Configured]:
+    """Decorator of a jitted kernel: `Configured`, with one config of small blocks where it is interpreted.
 
     Args:
         configs: block sizes, warps and stages, the default first.
-        key: arguments whose change starts a new search.
+        lengths: as `Configured` takes them.
         interpreted_blocks: the block sizes under the interpreter.
-        fits: told the arguments of the launch and of a config, says whether to try it; where no config fits the last
-            one is taken.
-        restored: tensors that the kernel may add to, put back after every trial.
+        fits: as `Configured` takes it.
     """
     import triton
 
-    def fitting(configs: list[Any], named: dict[str, Any], **arguments: Any) -> list[Any]:
-        backend = triton.runtime.driver.active.get_current_target().backend
-        launched = {**named, **arguments, "backend": backend}
-        return [x for x in configs if fits(launched | x.all_kwargs())] or configs[-1:]
-
     if interpreted():
-        return triton.autotune([triton.Config(interpreted_blocks)], key)
-    candidates = [triton.Config(blocks, num_warps=warps, num_stages=stages) for blocks, warps, stages in configs]
-    return triton.autotune(
-        candidates, key, prune_configs_by={"early_config_prune": fitting}, restore_value=list(restored)
-    )
+        candidates = [triton.Config(interpreted_blocks)]
+    else:
+        candidates = [triton.Config(blocks, num_warps=warps, num_stages=stages) for blocks, warps, stages in configs]
+    return lambda fn: Configured(fn, candidates, fits, lengths)

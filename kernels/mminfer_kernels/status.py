@@ -38,7 +38,7 @@ def _why(op: str, device: str, backend: str) -> str:
             return "CUDA kernels, compiled by NVRTC when first run"
         return f"C++ for {build.native_isa()}{', not built yet' if build.is_pending() else ''}"
     if backend == "triton":
-        return "Triton, tuned when first run"
+        return "Triton, compiled when first run"
     if device == "cuda":
         return "Triton is not installed" if not has_triton() else "no kernel for this device"
     missed = "native" in available_backends(op) and not build.is_pending() and build.library() is None

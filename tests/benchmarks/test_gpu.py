@@ -36,7 +36,9 @@ def test_a_wrong_kernel_is_told():
     assert parity.compared([single * 1.001], [single], [exact])["status"] == "wrong"
     assert parity.compared([single * torch.nan], [single], [exact])["status"] == "wrong"
     assert parity.compared([half], [half], [exact])["status"] == "right"
-    assert parity.compared([torch.arange(3)], [torch.arange(3)], [torch.tensor([0, 1, 1])])["status"].startswith("1 of 3")
+    assert parity.compared([torch.arange(3)], [torch.arange(3)], [torch.tensor([0, 1, 1])])["status"].startswith(
+        "1 of 3"
+    )
 
 
 def test_ops_are_timed_beside_torchs(monkeypatch, tmp_path):

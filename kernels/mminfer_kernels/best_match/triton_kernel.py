@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mminfer_kernels.launching import autotuned, dense_rows, interpretable, launch, power_of_two, strides, tile_fits
+from mminfer_kernels.launching import configured, dense_rows, interpretable, launch, strides, tile_fits
 
 
 def _fits(arguments: dict[str, Any]) -> bool:
@@ -17,7 +17,7 @@ def _fits(arguments: dict[str, Any]) -> bool:
     return depth > 16 and tile_fits(arguments, arguments["src"], 32, source + target, depth)
 
 
-@autotuned(
+@configured(
     [
         ({"BLOCK_S": 128, "BLOCK_T": 128, "BLOCK_C": 64}, 8, 3),
         ({"BLOCK_S": 64, "BLOCK_T": 128, "BLOCK_C": 64}, 8, 3),
@@ -26,14 +26,14 @@ def _fits(arguments: dict[str, Any]) -> bool:
         ({"BLOCK_S": 64, "BLOCK_T": 64, "BLOCK_C": 16}, 8, 2),
         ({"BLOCK_S": 32, "BLOCK_T": 32, "BLOCK_C": 16}, 4, 2),
     ],
-    key=["bucket", "bucket_of_targets", "C"],
+    lengths=("S", "T"),
     interpreted_blocks={"BLOCK_S": 32, "BLOCK_T": 32, "BLOCK_C": 64},
     fits=_fits,
 )
-@triton.jit
+@triton.jit(do_not_specialize=["S", "T"])
 def best_match_fwd_kernel(
     src, dst, src_length, dst_length, similarity, index,
-    stride_sb, stride_ss, stride_tb, stride_tt, S, T, C, bucket, bucket_of_targets,
+    stride_sb, stride_ss, stride_tb, stride_tt, S, T, C,
     BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """The first most similar target of each source. Grid: blocks of sources; batch."""
@@ -87,8 +87,6 @@ def best_match(src: torch.Tensor, dst: torch.Tensor) -> tuple[torch.Tensor, torc
         **strides(src, "sbs"),
         **strides(dst, "tbt"),
         **{"S": rows, "T": dst.shape[1], "C": size},
-        bucket=power_of_two(rows),
-        bucket_of_targets=power_of_two(dst.shape[1]),
     )
     return similarity, index
 

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mminfer_kernels.launching import autotuned, dense_rows, interpretable, launch, strides, tile_fits
+from mminfer_kernels.launching import configured, dense_rows, interpretable, launch, strides, tile_fits
 from mminfer_kernels.row_lse.triton_kernel import row_lse
 from mminfer_kernels.tiles.triton_kernel import (
     LOG2_E,
@@ -27,7 +27,7 @@ def _columns_fit(arguments: dict[str, Any]) -> bool:
     return tile_fits(arguments, arguments["q"], *sizes, arguments["BLOCK_D"])
 
 
-@autotuned(
+@configured(
     [
         ({"BLOCK_S": 64, "BLOCK_N": 64}, 4, 2),
         ({"BLOCK_S": 64, "BLOCK_N": 128}, 8, 3),
@@ -36,17 +36,32 @@ def _columns_fit(arguments: dict[str, Any]) -> bool:
         ({"BLOCK_S": 32, "BLOCK_N": 32}, 4, 2),
         ({"BLOCK_S": 16, "BLOCK_N": 16}, 8, 2),
     ],
-    key=["bucket", "D", "CAUSAL", "VOTES"],
+    lengths=("N",),
     interpreted_blocks={"BLOCK_S": 32, "BLOCK_N": 32},
     fits=_columns_fit,
-    restored=("out",),
 )
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "S",
+        "N",
+        "votes",
+        "stride_lb",
+        "stride_lh",
+        "stride_wt",
+        "stride_wb",
+        "stride_wh",
+        "stride_mb",
+        "stride_mg",
+        "stride_ot",
+        "stride_ob",
+        "stride_oh",
+    ]
+)
 def column_mass_fwd_kernel(
     q, k, lse, weights, log_mass, row_lo, row_hi, out, scale,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kg, stride_kn, stride_lb, stride_lh,
     stride_wt, stride_wb, stride_wh, stride_mb, stride_mg, stride_ot, stride_ob, stride_oh,
-    H, repeat, S, N, votes, bucket,
+    H, repeat, S, N, votes,
     D: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, VOTES: tl.constexpr, ACCUMULATE: tl.constexpr,
     PEAK: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mminfer_kernels.launching import autotuned, dense_rows, interpretable, launch, power_of_two, strides, tile_fits
+from mminfer_kernels.launching import configured, dense_rows, interpretable, launch, power_of_two, strides, tile_fits
 from mminfer_kernels.tiles.triton_kernel import LOG2_E, load_rows
 
 PART_KEYS = 256  # the fewest entries worth a program of their own; a multiple of every BLOCK_N
@@ -27,7 +27,7 @@ def segment_of(firsts, lengths, owner, rows, most):
     return tl.where(there, first, 0), tl.where(there, length, 1).to(tl.int32), there
 
 
-@autotuned(
+@configured(
     [
         ({"BLOCK_N": 64}, 8, 3),
         ({"BLOCK_N": 64}, 8, 2),
@@ -36,7 +36,7 @@ def segment_of(firsts, lengths, owner, rows, most):
         ({"BLOCK_N": 32}, 4, 2),
         ({"BLOCK_N": 16}, 4, 2),
     ],
-    key=["D", "BLOCK_R"],
+    lengths=(),
     interpreted_blocks={"BLOCK_N": 32},
     fits=_fits,
 )
@@ -102,7 +102,7 @@ def decode_attention_fwd_kernel(
         tl.store(p_lse, tl.where(b_sum > 0, b_max + tl.log2(b_total), float("-inf")), mask=m_r)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "part_keys", "count"])
 def decode_merge_fwd_kernel(
     parts, lse, firsts, lengths, out, stride_pp, stride_pr, stride_lp, count, part_keys, T, repeat,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,

@@ -8,7 +8,7 @@ from mminfer_kernels.launching import dense_rows, interpretable, launch, strides
 from mminfer_kernels.rows.triton_kernel import SOURCES, column_block, segments, sum_of_sources
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "T"])
 def merge_rows_fwd_kernel(
     dst, src, order, offsets, dst_weight, src_weight, out, weight,
     stride_db, stride_dt, stride_sb, stride_ss, T, S, C,

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from mminfer_kernels.column_mass.triton_kernel import mass_of, peak_of
-from mminfer_kernels.launching import autotuned, dense_rows, interpretable, launch, strides, tile_fits
+from mminfer_kernels.launching import configured, dense_rows, interpretable, launch, strides, tile_fits
 from mminfer_kernels.prompt_attention.reference import rows_first
 from mminfer_kernels.tiles.triton_kernel import (
     LOG2_E,
@@ -55,7 +55,7 @@ def _fits(arguments: dict[str, Any]) -> bool:
     return tile_fits(arguments, arguments["q"], *sizes, arguments["BLOCK_D"])
 
 
-@autotuned(
+@configured(
     [
         ({"BLOCK_S": 128, "BLOCK_N": 64}, 8, 3),
         ({"BLOCK_S": 128, "BLOCK_N": 128}, 8, 2),
@@ -64,16 +64,16 @@ def _fits(arguments: dict[str, Any]) -> bool:
         ({"BLOCK_S": 64, "BLOCK_N": 32}, 4, 2),
         ({"BLOCK_S": 16, "BLOCK_N": 16}, 4, 2),
     ],
-    key=["bucket", "D"],
+    lengths=("N",),
     interpreted_blocks={"BLOCK_S": 32, "BLOCK_N": 32},
     fits=_fits,
 )
-@triton.jit
+@triton.jit(do_not_specialize=["S", "N", "stride_lb", "stride_lh", "stride_mb", "stride_mg"])
 def prompt_attention_fwd_kernel(
     q, k, v, log_mass, out, lse, lo, hi, first, lengths, scale,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kg, stride_kn, stride_vb, stride_vg, stride_vn,
     stride_mb, stride_mg, stride_ob, stride_oh, stride_os, stride_lb, stride_lh,
-    H, repeat, S, N, bucket,
+    H, repeat, S, N,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """`softmax(q k^T * scale) v` over the keys each row sees. Grid: row blocks, the longest first; batch and heads.

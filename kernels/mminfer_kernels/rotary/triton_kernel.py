@@ -59,7 +59,7 @@ def _rotate_heads(
         tl.store(p_rotated + half, b_out_2.to(out.dtype.element_ty), mask=m_block)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "stride_pa"])
 def rotary_table_fwd_kernel(
     position, quarters, axes, cos, sin, scaling, stride_pa, N, half, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr
 ):
@@ -75,7 +75,7 @@ def rotary_table_fwd_kernel(
     tl.store(sin + p_out + half, b_sin, mask=m_block)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "stride_pa"])
 def rotary_fwd_kernel(
     q, k, position, quarters, axes, scaling,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kg, stride_kn, stride_pa, H, G, N, half,
@@ -99,7 +99,7 @@ def rotary_fwd_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def apply_rotary_fwd_kernel(
     x, cos, sin, out,
     stride_xb, stride_xh, stride_xn, stride_ob, stride_oh, stride_on, stride_cb, stride_cn, stride_sb, stride_sn,

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mminfer_kernels.launching import autotuned, launch, strides, tile_fits
+from mminfer_kernels.launching import configured, launch, strides, tile_fits
 from mminfer_kernels.tiles.triton_kernel import LOG2_E, Ranges, attention_arguments, key_blocks, key_range, load_rows
 
 
@@ -35,7 +35,7 @@ def _rows_fit(arguments: dict[str, Any]) -> bool:
     return tile_fits(arguments, arguments["q"], *sizes, arguments["BLOCK_D"])
 
 
-@autotuned(
+@configured(
     [
         ({"BLOCK_S": 64, "BLOCK_N": 64}, 4, 2),
         ({"BLOCK_S": 128, "BLOCK_N": 64}, 8, 3),
@@ -44,15 +44,15 @@ def _rows_fit(arguments: dict[str, Any]) -> bool:
         ({"BLOCK_S": 32, "BLOCK_N": 32}, 4, 2),
         ({"BLOCK_S": 16, "BLOCK_N": 16}, 4, 2),
     ],
-    key=["bucket", "D", "CAUSAL"],
+    lengths=("N",),
     interpreted_blocks={"BLOCK_S": 32, "BLOCK_N": 32},
     fits=_rows_fit,
 )
-@triton.jit
+@triton.jit(do_not_specialize=["S", "N", "stride_lb", "stride_lh"])
 def row_lse_fwd_kernel(
     q, k, lse, lo, hi, scale,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kg, stride_kn, stride_lb, stride_lh,
-    H, repeat, S, N, bucket,
+    H, repeat, S, N,
     D: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Base-2 log-sum-exp of each row's logits times `scale`. Grid: row blocks, the longest first; batch and heads."""

@@ -16,7 +16,7 @@ SOURCES = 4  # rows of one destination that are loaded at a time
 AS_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # a copy does not ask what it copies
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K", "stride_ib"])
 def gather_rows_fwd_kernel(
     x, index, out, stride_xa, stride_xb, stride_xn, stride_ib, B, K, C,
     BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -33,7 +33,7 @@ def gather_rows_fwd_kernel(
     tl.store(p_out, tl.load(p_x, mask=m_block, other=0), mask=m_block)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K", "stride_ib"])
 def gather_rms_norm_fwd_kernel(
     x, index, weight, out, eps, stride_xa, stride_xb, stride_xn, stride_ib, B, K, C, BLOCK_C: tl.constexpr
 ):
@@ -87,7 +87,7 @@ def add_rows_fwd_kernel(
         tl.store(p_x, b_sum.to(x.dtype.element_ty), mask=m_c)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def swiglu_fwd_kernel(
     gate, up, out, stride_gr, stride_ur, R, C, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
 ):  # fmt: skip

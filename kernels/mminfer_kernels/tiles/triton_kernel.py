@@ -93,9 +93,4 @@ def attention_arguments(q: torch.Tensor, k: torch.Tensor) -> dict[str, int]:
     """Strides and sizes of q [B, H, S, D] and k [B, G, N, D] by the names that kernels of attention give them."""
     heads, queries, size = q.shape[1:]
     sizes = {"H": heads, "repeat": heads // k.shape[1], "S": queries, "N": k.shape[2], "D": size}
-    return (
-        strides(q, "qbhs")
-        | strides(k, "kbgn")
-        | sizes
-        | {"bucket": power_of_two(k.shape[2]), "BLOCK_D": power_of_two(size)}
-    )
+    return strides(q, "qbhs") | strides(k, "kbgn") | sizes | {"BLOCK_D": power_of_two(size)}
