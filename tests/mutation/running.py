@@ -34,10 +34,10 @@ from tests.mutation.mutants import Mutant, mutants_of
 ROOT = Path(__file__).parents[2]
 # The tests of each room.
 ROOMS = {
-    "tokens": ("tokens", "test_layout.py", "technique", "metrics", "test_golden.py"),
-    "cache": ("cache", "technique", "metrics", "forward/test_replay.py", "test_golden.py"),
-    "positions": ("positions", "test_golden.py"),
-    "operators": ("operators", "technique/test_bounds.py"),
+    "tokens": ("tokens", "test_layout.py", "technique", "metrics", "test_config.py", "test_golden.py"),
+    "cache": ("cache", "technique", "metrics", "forward/test_replay.py", "test_config.py", "test_golden.py"),
+    "positions": ("positions", "test_config.py", "test_golden.py"),
+    "operators": ("operators", "technique/test_bounds.py", "test_config.py"),
     "forward": ("forward",),
 }
 OURS = ("mminfer", "mminfer_kernels", "tests", "conftest", "benchmarks", "_pytest", "__main__")
