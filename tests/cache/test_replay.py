@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mminfer import ConfigError, Replay
-from mminfer.cache.replay_fit import MOST, RIDGE, fit_stretch, fitted, fitted_masses
+from mminfer.cache.replay_fit import MOST, RIDGE, fit_stretch, fitted, fitted_entries, fitted_masses
 from mminfer.cache.replay_rules import one_for_each, shared_choice
-from mminfer.technique import CacheEntries, ReplayedStretch
+from mminfer.technique import CacheEntries, EarlierEntries, ReplayedStretch
 
 GROUPS, REPEAT, SIZE = 2, 3, 8
 
@@ -117,6 +117,57 @@ def test_fitting_brings_replayed_readings_closer_and_touches_nothing_else():
     assert missing[1] < 0.5 * missing[0]
     assert torch.equal(values[:20][~keep], before[:20][~keep]) and torch.equal(values[20:], before[20:])
     assert not bool(mass[:20][~keep].any()) and not bool(mass[20:].any())
+
+
+@pytest.mark.parametrize("older", [0, 5])
+@pytest.mark.parametrize("weighed", [False, True])
+def test_stretches_are_fitted_where_something_left_them(older, weighed):
+    """Two stretches behind older entries; nothing leaves the first in head 0, nor the second in head 1."""
+    entries = made(older + 24)
+    entries = replace(entries, log_mass=torch.rand(1, GROUPS, older + 24)) if weighed else entries
+    first, second = (looked(count, first=start, seed=start) for start, count in ((0, 14), (14, 10)))
+    keep = torch.ones(GROUPS, older + 24, dtype=torch.bool)
+    keep[0, older + 14 :: 2] = keep[1, older : older + 14 : 2] = False
+    before = entries.values.clone()
+    found, wanted = fitted_entries(entries, [first, second], list(keep)), entries.weighed()
+    wanted = replace(wanted, values=wanted.values.clone(), log_mass=wanted.log_mass.clone())
+    for head, stretch in ((0, second), (1, first)):
+        rows = slice(older + stretch.first, older + stretch.last)
+        fit_stretch(wanted.heads()[head], rows, keep[head, rows], stretch, head)
+    assert torch.equal(found.values, wanted.values) and torch.equal(found.log_mass, wanted.log_mass)
+    assert not torch.equal(found.values, before) and torch.equal(entries.values, before)
+    assert fitted_entries(entries, [], list(keep)) is entries
+    assert fitted_entries(entries, [first, second], list(torch.ones_like(keep))) is entries
+
+
+def test_what_entries_weigh_counts_as_if_their_keys_said_it():
+    generator = torch.Generator().manual_seed(6)
+    queries, keys, values = (torch.randn(n, SIZE, generator=generator) for n in (40, 30, 30))
+    log_mass, keep = torch.randn(30, generator=generator), torch.arange(30) % 3 > 0
+    found, mass = fitted(queries, keys, values, keep, keep[keep], 0.5, log_mass)
+    told, said = torch.cat([queries, torch.full((40, 1), 2.0)], 1), torch.cat([keys, log_mass[:, None]], 1)
+    wanted, beyond = fitted(told, said, values, keep, keep[keep], 0.5)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(mass, log_mass[keep] + beyond, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("weighed", [False, True])
+def test_what_came_before_a_stretch_is_read_and_not_changed(weighed):
+    entries, stretch = made(20).weighed(), looked(20, rows=40)
+    generator = torch.Generator().manual_seed(7)
+    log_mass = torch.rand(GROUPS, 6, generator=generator) if weighed else None
+    earlier = EarlierEntries(*(torch.randn(GROUPS, 6, SIZE, generator=generator) for _ in range(2)), log_mass)
+    keep = torch.arange(20) % 2 == 0
+    head = entries.heads()[1]
+    keys, before = torch.cat([earlier.keys[1], head.keys[0, 0]]), torch.cat([earlier.values[1], head.values[0, 0]])
+    mass = torch.zeros(26) if log_mass is None else torch.cat([log_mass[1], torch.zeros(20)])
+    fit_stretch(head, slice(0, 20), keep, replace(stretch, earlier=earlier), 1)
+    stays, movable = torch.cat([torch.ones(6).bool(), keep]), torch.cat([torch.zeros(6).bool(), keep[keep]])
+    queries = stretch.queries.view(GROUPS, -1, SIZE)[1]
+    values, masses = fitted(queries, keys, before, stays, movable, SIZE**-0.5, mass)
+    torch.testing.assert_close(head.values[0, 0][keep], values[6:])
+    torch.testing.assert_close(head.log_mass[0, 0][keep], masses[6:])
+    assert torch.equal(head.values[0, 0][~keep], before[6:][~keep])
 
 
 def test_a_head_of_half_precision_keeps_its_type():

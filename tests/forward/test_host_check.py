@@ -10,6 +10,7 @@ from torch import nn
 
 from mminfer import V2PE, ConfigError, Engine, InferenceConfig, OperatorSkip, UnsupportedModelError, patched
 from mminfer.forward.branches import ffn_branch
+from mminfer.forward.probe import is_close, is_same
 from tests.models.test_language_models import model_under_llava
 from tests.tiny import IMAGE, tiny_inputs, tiny_model
 
@@ -176,3 +177,22 @@ def test_a_window_that_the_config_does_not_name_is_refused():
     replace_forward(attention, lambda forward, args, kwargs: forward(*args, **kwargs, sliding_window=64))
     with pytest.raises(UnsupportedModelError, match="layer 1 asks for a window of 64"):
         patched(model, OFF).__enter__()
+
+
+def test_what_is_nothing_on_both_sides_is_close():
+    nothing = torch.zeros(2, 3, 4)
+    assert is_close(nothing, nothing.clone(), 1e-5, 0.02) and not is_close(nothing + 1e-9, nothing, 1e-5, 0.02)
+    host = torch.ones(2, 3, 4)
+    for dtype, bar in ((torch.float32, 1e-5), (torch.bfloat16, 0.02)):  # each has its own bar
+        ours = [(host * (1 + part * bar)) for part in (0.9, 1.1)]
+        assert [is_close(x, host.to(dtype), 1e-5, 0.02) for x in ours] == [True, False]
+
+
+def test_the_same_module_twice_may_round():
+    """By four steps of each number's own and two of all numbers' size, whatever the others are."""
+    host = torch.tensor([0.0, 0.0, 0.0, 2.0])  # a mean square of 1
+    for place, bar in ((0, 2e-4), (3, 1e-3)):
+        step = torch.eye(4)[place] * bar
+        assert is_same(host + 0.95 * step, host) and is_same(host - 0.95 * step, host)
+        assert not is_same(host + 1.05 * step, host) and not is_same(host - 1.05 * step, host)
+    assert is_same(host.bfloat16() + 2 * torch.eye(4)[0] * 2**-7, host.bfloat16())

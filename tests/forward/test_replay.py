@@ -282,6 +282,24 @@ def test_room_is_of_what_merging_leaves_and_of_all_turns():
         model(**one_token, use_cache=True)
 
 
+def test_room_of_a_turn_is_of_all_tokens_that_came_in():
+    """Also of those that left behind a later layer."""
+    model, told = tiny_model("llava"), []
+
+    @dataclass(frozen=True)
+    class Asked(Replay, register=False):
+        def check_prompt(self, layout, spec, tokens_seen):
+            told.append(tuple(tokens_seen))
+
+    with patched(model, InferenceConfig(prune=AIMPrune(1, 3), cache=Asked(0.5))):
+        first = tiny_inputs("llava", [PROMPT, [4, IMAGE]])
+        out = model(**first, use_cache=True)
+        turn = torch.full((2, 6), 20)
+        mask = torch.cat([first["attention_mask"], torch.ones_like(turn)], 1)
+        model(input_ids=turn, attention_mask=mask, **{CACHE_NAME: out[CACHE_NAME]})
+    assert told == [(0, 0), tuple(first["attention_mask"].sum(1).tolist())]
+
+
 @pytest.mark.parametrize("before", [None, Digest(0.5)], ids=["all", "digest"])
 def test_entries_without_scores_are_refused_before_any_pass(before):
     model, inputs, turn = tiny_model("llava"), tiny_inputs("llava", [PROMPT]), tiny_inputs("llava", [[9]])["input_ids"]

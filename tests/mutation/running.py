@@ -4,8 +4,9 @@
     python -m tests.mutation --rooms tokens,cache --each 40 --seed 7
     python -m tests.mutation --at tokens/prune.py:92
 
-A mutant is killed by a test of its room that fails, or that takes far longer than before. The same numbers and seed
-draw the same mutants. One process at a time: what is heavy is loaded once, each mutant lives in a fork.
+A mutant is killed by a test of its room that fails, or that takes far longer than before. Tests that never enter the
+function that is broken are left out. The same numbers and seed draw the same mutants. One process at a time: what is
+heavy is loaded once, each mutant lives in a fork.
 """
 
 import argparse
@@ -26,18 +27,21 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
+from tests.mutation import covering
+from tests.mutation.covering import Covered
 from tests.mutation.mutants import Mutant, mutants_of
 
 ROOT = Path(__file__).parents[2]
-# The tests of each room, those that fail soonest first.
+# The tests of each room.
 ROOMS = {
-    "tokens": ("tokens", "test_layout.py", "technique", "test_golden.py"),
-    "cache": ("cache", "technique", "test_golden.py"),
-    "positions": ("positions", "test_golden.py"),
-    "operators": ("operators", "technique/test_bounds.py"),
+    "tokens": ("tokens", "test_layout.py", "technique", "metrics", "test_config.py", "test_golden.py"),
+    "cache": ("cache", "technique", "metrics", "forward/test_replay.py", "test_config.py", "test_golden.py"),
+    "positions": ("positions", "test_config.py", "test_golden.py"),
+    "operators": ("operators", "technique/test_bounds.py", "test_config.py"),
     "forward": ("forward",),
 }
 OURS = ("mminfer", "mminfer_kernels", "tests", "conftest", "benchmarks", "_pytest", "__main__")
+BROKEN, NONE_FOUND = 99, 5  # exit codes: ours, and pytest's where there was no test to run
 PATIENCE = 4  # times the processor time of the tests without a fault, before a mutant counts as hung
 
 
@@ -88,15 +92,15 @@ def drawn(room: str, count: int, seed: int, at: str = "") -> list[Mutant]:
 def _run_room(room: str, mutants: Sequence[Mutant]) -> Counter[str]:
     tests = [str(ROOT / "tests" / name) for name in ROOMS[room] if (ROOT / "tests" / name).exists()]
     with tempfile.TemporaryDirectory() as folder:
-        names = Path(folder, "modules.json")
-        before = _forked(lambda: _pytest(tests, names), None)
+        before = _forked(lambda: _watched(tests, Path(folder)), None)
         if before.status != "passed":
             sys.exit(f"{room}: the tests fail without any fault:\n{before.told}")
-        _preload(json.loads(names.read_text()))
+        _preload(json.loads(Path(folder, "modules.json").read_text()))
+        covered = covering.read(Path(folder, "covered.json"))
     limit_s = int(PATIENCE * before.cpu_s) + 10
     totals: Counter[str] = Counter()
     for mutant in mutants:
-        ended = _forked(lambda mutant=mutant: _pytest(tests, None, mutant), limit_s)  # type: ignore[misc]
+        ended = _forked(lambda mutant=mutant: _found_out(mutant, covered), limit_s)  # type: ignore[misc]
         status = "survived" if ended.status == "passed" else ended.status
         totals[status] += 1
         print(f"{status:8} {ended.cpu_s:5.1f} s  {mutant}", flush=True)
@@ -130,13 +134,15 @@ def _forked(work: Callable[[], int], limit_s: int | None) -> Ended:
         written.seek(0)
         told = written.read().decode(errors="replace")[-2000:]
     code, used = os.waitstatus_to_exitcode(ended[1]), ended[2]
+    if code == BROKEN:
+        sys.exit(f"the run itself failed:\n{told}")
     status = "passed" if code == 0 else "hung" if code < 0 else "killed"
     return Ended(status, used.ru_utime + used.ru_stime, told)
 
 
 def _end_with(work: Callable[[], int], output: int, limit_s: int | None) -> None:
     """In the fork: never comes back."""
-    code = 99
+    code = BROKEN
     try:
         os.dup2(output, 1)
         os.dup2(output, 2)
@@ -150,18 +156,35 @@ def _end_with(work: Callable[[], int], output: int, limit_s: int | None) -> None
         os._exit(code)
 
 
-def _pytest(tests: Sequence[str], names: Path | None, mutant: Mutant | None = None) -> int:
-    """The tests, over a package of which one module is broken; names: where to write which modules were loaded."""
+def _watched(tests: Sequence[str], folder: Path) -> int:
+    """The tests over the package as it is; writes which modules were loaded, and what each test entered."""
+    watching = covering.Watching(ROOT / "mminfer")
+    code = _pytest(tests, watching)
+    watching.write(folder / "covered.json", ROOT)
+    names = [name for name in sys.modules if name.partition(".")[0] not in OURS]
+    (folder / "modules.json").write_text(json.dumps(names))
+    return code
+
+
+def _found_out(mutant: Mutant, covered: Sequence[Covered]) -> int:
+    """The tests that may find a mutant, over it: those of the likeliest file first."""
+    sys.meta_path.insert(0, _Broken(mutant))
+    tests = covering.that_may_find(covered, mutant.place, mutant.source)
+    first = [test for test in tests if covering.file_of(test) == covering.file_of(tests[0])]
+    for part in (first, tests[len(first) :]):
+        files = list(dict.fromkeys(str(ROOT / covering.file_of(test)) for test in part))
+        if files and (code := _pytest(files, covering.Only(part))):
+            return BROKEN if code == NONE_FOUND else code
+    return 0
+
+
+def _pytest(tests: Sequence[str], plugin: object) -> int:
     import pytest
 
-    if mutant is not None:
-        sys.meta_path.insert(0, _Broken(mutant))
     os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = tempfile.mkdtemp()
     sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
-    code = int(pytest.main(["-x", "-q", "-m", "not slow", "--hypothesis-seed=0", f"--rootdir={ROOT}", *tests]))
-    if names is not None:
-        names.write_text(json.dumps([name for name in sys.modules if name.partition(".")[0] not in OURS]))
-    return code
+    options = ["-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", "--hypothesis-seed=0", f"--rootdir={ROOT}"]
+    return int(pytest.main([*options, *tests], plugins=[plugin]))
 
 
 def _preload(names: Sequence[str]) -> None:

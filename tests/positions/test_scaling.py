@@ -328,6 +328,13 @@ def test_given_numbers_make_pieces_equal_one_prompt(engine, content, technique):
     torch.testing.assert_close(pieces.logits, whole.logits, rtol=0, atol=1e-4)
 
 
+def test_only_what_the_first_prompt_decides_needs_it_whole():
+    assert "LinearScaling.factor" in LinearScaling().needs_whole_prompt
+    assert "DynamicNTK.length" in DynamicNTK().needs_whole_prompt
+    for fixed in (LinearScaling(2.0), DynamicNTK(length=2000)):
+        assert fixed.needs_whole_prompt is None and not fixed.fractional
+
+
 def test_a_failed_first_turn_leaves_no_length(engine, content):
     """Broken off at the first token, when the prompt is in the cache already."""
     chat, lengths = with_positions(engine, LinearScaling(window=400)).chat(), []

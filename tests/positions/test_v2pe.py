@@ -91,6 +91,10 @@ def test_wrong_shapes_are_named():
     mask = torch.zeros(2, 5, dtype=torch.bool)
     with pytest.raises(ValueError, match="wanted \\[B, N\\]"):
         v2pe_positions(mask, 0.5, torch.ones(2, 4))
+    with pytest.raises(ValueError, match="is \\[5\\], attention_mask None, wanted \\[B, N\\]"):
+        v2pe_positions(mask[0], 0.5)
+    with pytest.raises(ValueError, match="wanted \\[A, N\\]"):
+        v2pe_mrope_positions(torch.zeros(5), mask[0], mask[0].long(), 0.5)
     with pytest.raises(ValueError, match="wanted \\[A, N\\]"):
         v2pe_mrope_positions(torch.zeros(3, 5), mask, mask.long(), 0.5)
 
@@ -209,6 +213,42 @@ def layout_of(visual):
         rows * 0, kind, kind.long() - 1, torch.ones(len(visual)), rows, rows.double()[None],
         torch.tensor([len(visual)]).double(),
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("delta", [1 / 4, 1 / 16, "auto"])
+def test_a_prompt_gets_the_rules_positions(delta):
+    """Two sequences in one layout, each from 0 by the rule; generated tokens go on one behind the last."""
+    masks = ([False, False, True, True, True, False, True], [True, True, False, True, False])
+    parts = [layout_of(mask) for mask in masks]
+    layout = dataclasses.replace(
+        parts[0],
+        **{name: torch.cat([getattr(part, name) for part in parts]) for name in ("modality", "image_id", "size")},
+        **{name: torch.cat([getattr(part, name) for part in parts], -1) for name in ("position", "next_position")},
+        sequence=torch.tensor([0] * 7 + [1] * 5),
+        source=torch.arange(12),
+    )
+    found = V2PE(delta, window=6).apply(layout, 4)
+    steps = (1 / 2, 1) if delta == "auto" else (delta, delta)
+    wanted = [one_by_one(mask, step) for mask, step in zip(masks, steps, strict=True)]
+    torch.testing.assert_close(found.position, torch.tensor([[*wanted[0], *wanted[1]]]).double(), rtol=0, atol=0)
+    assert found.next_position.tolist() == [math.ceil(max(own)) + 1 for own in wanted]
+    assert V2PE(1).apply(layout, 4) is layout
+
+
+def test_a_prompt_on_three_axes_gets_the_rules_positions(host_positions):
+    parts = (2, (1, 2, 8), 1, (1, 5, 1), 4)
+    host, (types, ids, *_) = host_positions(*parts), prompt(*parts)
+    layout = dataclasses.replace(
+        layout_of((types > 0).tolist()), position=host, image_id=ids, next_position=host.amax()[None] + 1
+    )
+    found = V2PE(1 / 4).apply(layout, 1 << 20)
+    assert torch.equal(found.position, v2pe_mrope_positions(host, types > 0, ids, 1 / 4))
+    assert found.next_position.tolist() == [float(found.position[0, -1]) + 1]
+
+
+def test_auto_alone_needs_the_whole_prompt():
+    assert 'V2PE.delta="auto"' in V2PE("auto").needs_whole_prompt
+    assert V2PE(1 / 16).needs_whole_prompt is None
 
 
 def rest_of(layout, start, before):
