@@ -46,8 +46,8 @@ DEFAULTS = {
         "spread": "farthest", "join": True,
     },
     Replay: {
-        "ratio": 0.3, "budget": None, "sure": None, "fit": 128, "stretch": 1024, "text": True, "alike": 1.0,
-        "fast": False,
+        "ratio": 0.3, "budget": None, "sure": None, "fit": 64, "stretch": 1024, "text": True, "alike": 1.0,
+        "fast": False, "by_output": True,
     },
 }  # fmt: skip
 
