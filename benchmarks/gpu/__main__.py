@@ -16,7 +16,6 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.common import RESULTS
 from benchmarks.gpu.writing import Rows
 
 PARTS = {"engine": 0.45, "parity": 0.3, "ops": 0.25}  # in their order, with the share of the time of each
@@ -37,7 +36,7 @@ def run_part(part: str, args: argparse.Namespace, seconds: float) -> dict[str, s
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=RESULTS / "gpu", help="folder of the rows")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the rows; what lies there is replaced")
     parser.add_argument("--minutes", type=float, default=8, help="for all parts together")
     parser.add_argument("--part", default="all", choices=("all", *PARTS))
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
