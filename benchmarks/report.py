@@ -14,7 +14,7 @@ from pathlib import Path
 from benchmarks import audit
 from benchmarks.canaries import stored
 from benchmarks.quality.smol_cells import MODELS
-from benchmarks.tables import cost, kernels, needle, paper, peers, quality, smol
+from benchmarks.tables import cost, kernels, needle, paper, peers, quality, regions, smol
 from mminfer.bench.protocols import Protocol
 
 REPORT = Path(__file__).with_name("REPORT.md")
@@ -93,6 +93,12 @@ SECTIONS: list[Section] = [
             partial(needle.by_length, "tokens", Protocol.NEXT_TURN),
             partial(needle.by_length, "tokens", Protocol.IN_PROMPT),
         ],
+    ),
+    (
+        "Regions",
+        "`RegionMerge` beside AIM's merging, down-sampling and a lot, at as many tokens: on the real model's pages, on "
+        "the bundled model's pictures, on films of them, and what the stage takes.",
+        [regions.reader, regions.nano, regions.film, regions.stage],
     ),
     (
         "How techniques get along",

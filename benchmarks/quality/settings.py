@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
 
-from mminfer import V2PE, AIMMerge, InferenceConfig, LookM
+from benchmarks.quality.lot import DropByLot
+from mminfer import V2PE, AIMMerge, InferenceConfig, LookM, RegionMerge
 from mminfer.bench.sweeps import Sweep, cache_sweeps, token_sweeps
 from mminfer.cache.digest import Digest
 from mminfer.cache.replay import Replay
@@ -96,6 +97,22 @@ def _replay() -> Settings:
     return settings
 
 
+def _regions() -> Settings:
+    """Regions as they are by themselves, and at shares of a picture's tokens beside what else leaves as many."""
+    settings = _presets("regions")
+    for share, patches in REGION_SHARES.items():
+        ratio = patches / PATCHES
+        merges = {
+            "regions": RegionMerge(threshold=None, largest=None, ratio=ratio),
+            "AIM merge": AIMMerge(ratio),
+            "down-sampling": Downsample(ratio),
+            "lot": DropByLot(ratio),
+        }
+        settings |= {f"{name}, {share} %": InferenceConfig(merge=merge) for name, merge in merges.items()}
+    return settings
+
+
+REGION_SHARES = {50: 32, 30: 19, 15: 10, 6: 4}  # percent -> tokens of a picture
 BESIDE_REPLAY = ("Digest 20 %", "LOOK-M pivot 20 %", "SnapKV 20 %", "H2O 20 %", "random 20 %")
 GROUPS: dict[str, Settings] = {
     "positions": _presets("v2pe-4", "v2pe-16", "v2pe-64", "v2pe-256"),
@@ -103,6 +120,7 @@ GROUPS: dict[str, Settings] = {
     "cache": _cache(),
     "composition": _composition(),
     "digest": _digest(),
+    "regions": _regions(),
     "replay": _replay(),
     "presets": _presets("balanced", "fast"),
 }

@@ -7,11 +7,13 @@ from dataclasses import dataclass, replace
 from math import isclose
 from typing import Any
 
+from benchmarks.quality.lot import DropByLot
 from benchmarks.quality.settings import GROUPS
-from mminfer import InferenceConfig, LayerRange, OperatorSkip
+from mminfer import AIMMerge, InferenceConfig, LayerRange, OperatorSkip, RegionMerge
 from mminfer.bench.sweeps import Sweep, cache_sweeps, token_sweeps
 from mminfer.config import PRESETS
 from mminfer.errors import InputError, shown
+from mminfer.tokens.downsample import Downsample
 
 BUDGETS = (50, 30, 20, 10)  # percent of all entries
 PRESETS_OF_ALL = "presets"  # `--rules presets`: every preset that can do something to a book
@@ -21,6 +23,16 @@ COLLECTIONS: dict[str, tuple[str, ...]] = {  # `--rules papers`: what papers set
         *("skip FFN", "skip attention", "v2pe-4", "v2pe-16", "LOOK-M pivot", "LOOK-M average", "lookm-5"),
         *("down-sampling", "regions"),
     ),
+}
+
+# `--rules regions`: the preset, and what else leaves as many tokens of the yardstick's pages.
+REGIONS: dict[str, InferenceConfig] = {
+    "regions": InferenceConfig.from_preset("regions"),
+    "regions, 70 %": InferenceConfig(merge=RegionMerge(threshold=None, largest=None, ratio=45 / 64)),
+    "AIM merge, 70 %": InferenceConfig(merge=AIMMerge(45 / 64)),
+    "down-sampling, 77 %": InferenceConfig(merge=Downsample(49 / 64)),
+    "down-sampling, 66 %": InferenceConfig(merge=Downsample(42 / 64)),
+    "lot, 70 %": InferenceConfig(merge=DropByLot(45 / 64)),
 }
 
 
@@ -100,7 +112,9 @@ def chosen_settings(rules: Sequence[str] | None, budgets: Sequence[int]) -> list
         return list(_by_config(known).values())
     chosen: dict[str, Setting] = {}
     for rule in rules:
-        if rule.lower() == PRESETS_OF_ALL:
+        if rule.lower() == "regions":
+            own = {name: known.get(name, Setting(name, "regions", "", config)) for name, config in REGIONS.items()}
+        elif rule.lower() == PRESETS_OF_ALL:
             own = {setting.name: setting for setting in preset_settings().values()}
         elif rule.lower() in COLLECTIONS:
             every = {n: s for name in COLLECTIONS[rule.lower()] for n, s in _named(name, known).items()}
