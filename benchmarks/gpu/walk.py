@@ -23,6 +23,7 @@ from benchmarks.gpu.pretended import Counts, PretendedGPU, moved, pretended_gpu
 from benchmarks.models.geometries import behind_a_token_tower, video_prompt
 from mminfer import InferenceConfig, patched
 from mminfer.forward.kv_cache import CACHE_NAME
+from mminfer.models.entry import embedding_scale
 
 HOST = "host"
 SETTINGS = (
@@ -64,6 +65,7 @@ def on_pretended_gpu(model: Any, frames: int) -> Iterator[tuple[PretendedGPU, di
     with pretended_gpu() as gpu:
         encoded = {"video": BaseModelOutputWithPooling(pooler_output=features.to("cuda"))}
         ids = inputs["input_ids"].to("cuda")
+        embedding_scale(model.base_model.language_model, model.config.text_config.hidden_size)  # once for each model
         yield gpu, {**inputs, "input_ids": ids, "mm_encoder_outputs": encoded}
 
 

@@ -14,6 +14,15 @@ HOST = 1150  # launches of the unpatched model's pass
 # Launches and waits of a prompt pass, launches and waits of a step.
 BOUNDS = {
     "host": (HOST, 1, 1142, 0),
+    "off": (1145, 1, 1158, 0),
+    "v2pe-16": (1137, 1, 1158, 0),
+    "skip-ffn": (1181, 1, 1158, 0),
+    "aim": (1526, 1, 1146, 0),
+    "balanced": (1610, 1, 1148, 0),
+    "random-prune": (1308, 1, 1151, 0),
+    "lookm-20": (4057, 1, 1130, 0),
+    "snapkv-20": (2545, 1, 1130, 0),
+    "digest-20": (10089, 1076, 1133, 0),
 }
 pytestmark = pytest.mark.filterwarnings("ignore:V2PE")
 
