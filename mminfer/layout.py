@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import cached_property
 from itertools import accumulate
+from typing import Any
 
 import torch
 from mminfer_kernels import merge_rows
@@ -107,7 +108,9 @@ class TokenLayout:
         names = ("sequence", "modality", "image_id", "size", "source", "position", "block")
         columns = {name: getattr(self, name) for name in names}
         patient = torch.device(device).type == "cpu"
-        moved = {n: None if x is None else x.to(device, non_blocking=not patient) for n, x in columns.items()}
+        moved: dict[str, Any] = {
+            n: None if x is None else x.to(device, non_blocking=not patient) for n, x in columns.items()
+        }
         return replace(self, **moved)
 
     def _known(self, fact: Tensor) -> Tensor:
@@ -286,8 +289,8 @@ class TokenLayout:
         """The same tokens where `host`, the layout on the CPU of the same rows, has them."""
         if self.device.type == "cpu":
             return host
-        moved = {} if host.position is self.on_host.position else {"position": self._known(host.position)}
-        return replace(self, next_position=host.next_position, run_before=host.run_before, host=host, **moved)
+        position = self.position if host.position is self.on_host.position else self._known(host.position)
+        return replace(self, position=position, next_position=host.next_position, run_before=host.run_before, host=host)
 
 
 def places_of(mask: Tensor, count: int | None = None) -> Tensor:

@@ -90,7 +90,7 @@ class LayerAttention:
         self.adapter, self.config = settings.adapter, settings.config
         self.queries, self.past = queries, past
         self.entries: list[CacheEntries] = []
-        self.demands: list[float] = []
+        self.demands: list[float | Tensor] = []
         self.kept: list[Tensor] = []
         self._work: list[LayerWork] = []
         self._mass_flops: list[int] = []
@@ -154,7 +154,7 @@ class LayerAttention:
         """What the host knows of the rows that stay, where only visual ones may have left; None: nothing."""
         known, lengths = self.layout.known, tuple(map(len, self.kept))
         prune = getattr(self._prune, "technique", self._prune)  # of one that is recorded
-        if known is None or not is_bundled(type(prune)) or len(lengths) < len(known.lengths):
+        if known is None or prune is None or not is_bundled(type(prune)) or len(lengths) < len(known.lengths):
             return None
         gone = [a - b for a, b in zip(known.lengths, lengths, strict=True)]
         visual = tuple(a - b for a, b in zip(known.visual_lengths, gone, strict=True))

@@ -198,9 +198,16 @@ def _compress_together(
         if start == stop:  # it comes in with a later chunk, and stays as it is until then
             continue
         held, demands, seen = ([getattr(a, name)[b] for a in layers] for name in ("entries", "demands", "tokens_seen"))
-        asked = [look.found[b] for look in looked] or demands
+        asked = [look.found[b] for look in looked] or _numbers(demands)
         for attend, entries in zip(layers, compressed_layers(config.cache, held, asked, seen), strict=True):
             attend.replace_entries(b, entries)
+
+
+def _numbers(values: Sequence[float | Tensor]) -> list[float]:
+    """The numbers, those on a GPU fetched together."""
+    there = [x for x in values if isinstance(x, Tensor)]
+    fetched = iter(torch.stack([x.to(there[0].device) for x in there]).tolist() if there else [])
+    return [next(fetched) if isinstance(x, Tensor) else x for x in values]
 
 
 def _pairs_ahead(layout: TokenLayout) -> tuple[int, ...]:

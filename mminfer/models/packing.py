@@ -27,7 +27,7 @@ class PackedRows:
         self._companions: Tensor | None = None  # [T, K, C]
 
     def put(self, rows: Tensor, features: Tensor, modality: Tensor, part: Tensor, size: Tensor) -> None:
-        """Embeddings ([K, C]; the others on the CPU), modality, part they belong to (counted from 0) and patches of some rows ([K] each)."""
+        """Embeddings ([K, C]) of some rows; on the CPU modality, part (counted from 0) and patches of each ([K])."""
         self.embeds = self.embeds.index_copy(0, self._there(rows), features.to(self.embeds))
         self._modality[rows] = modality.to(self._modality)
         visual = modality != Modality.TEXT

@@ -61,13 +61,13 @@ class Qwen2VLAdapter(ModelAdapter):
         return image_id
 
     def host_positions(self, inputs: Mapping[str, Any], mask: Tensor) -> Tensor:
-        names = ("position_ids", "input_ids", "mm_token_type_ids", "image_grid_thw", "video_grid_thw")
-        names += ("second_per_grid_ts",)
+        grids_named = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
+        names = ("position_ids", "input_ids", "mm_token_type_ids", *grids_named)
         here = {n: x.cpu() if isinstance(x := inputs.get(n), Tensor) else x for n in names}
         position_ids, ids, types, *_ = here.values()
         if position_ids is None and ids is not None:
             types = self._token_types(ids) if types is None else types
-            grids = {name: here[name] for name in names[3:] if here[name] is not None}
+            grids = {name: here[name] for name in grids_named if here[name] is not None}
             position_ids, _ = self.base.get_rope_index(
                 ids, mm_token_type_ids=types, attention_mask=mask.long(), **grids
             )
