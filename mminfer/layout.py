@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import cached_property
+from itertools import accumulate
+from typing import Any
 
 import torch
 from mminfer_kernels import merge_rows
@@ -21,6 +23,23 @@ class Modality(IntEnum):
     TEXT = 0
     IMAGE = 1
     VIDEO = 2
+
+
+@dataclass(frozen=True, eq=False)
+class RowCounts:
+    """What the host knows of rows on another device, so that it need not wait for that to ask.
+
+    Args:
+        lengths: rows of each sequence.
+        visual_lengths: visual ones among them.
+        ends_visual: of each sequence, whether its last row is visual.
+        is_visual: [T] bool, on the CPU; None: which rows are visual is not known, only how many.
+    """
+
+    lengths: tuple[int, ...]
+    visual_lengths: tuple[int, ...]
+    ends_visual: tuple[bool, ...]
+    is_visual: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +61,11 @@ class TokenLayout:
             where all do.
         run_before: [B] float64: where the last token before these rows stands, if it is visual, so that a run of
             visual tokens goes on; nan behind text. None where nothing came before.
+        host: the same rows on the CPU, where they are on another device and their facts are known; see `on_host`.
+            Whoever replaces a column leaves it out.
+        counts: what is known of rows on another device whose facts are no longer.
+
+    `next_position` and `run_before` are on the CPU where a pass makes them.
     """
 
     sequence: Tensor
@@ -54,6 +78,8 @@ class TokenLayout:
     companions: Tensor | None = None
     block: Tensor | None = None
     run_before: Tensor | None = None
+    host: TokenLayout | None = None
+    counts: RowCounts | None = None
 
     def __len__(self) -> int:
         return self.sequence.shape[0]
@@ -61,6 +87,35 @@ class TokenLayout:
     @property
     def num_sequences(self) -> int:
         return self.next_position.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the columns are."""
+        return self.sequence.device
+
+    @cached_property
+    def on_host(self) -> TokenLayout:
+        """The same rows on the CPU, without companions; where nobody knows them there, they are fetched."""
+        if self.device.type == "cpu":
+            return self
+        return self.host if self.host is not None else replace(self, counts=None, companions=None)._moved("cpu")
+
+    def to(self, device: torch.device) -> TokenLayout:
+        """The layout there, made from one on the CPU, which it remembers."""
+        return self if self.device == device else replace(self._moved(device), host=replace(self, companions=None))
+
+    def _moved(self, device: torch.device | str) -> TokenLayout:
+        names = ("sequence", "modality", "image_id", "size", "source", "position", "block")
+        columns = {name: getattr(self, name) for name in names}
+        patient = torch.device(device).type == "cpu"
+        moved: dict[str, Any] = {
+            n: None if x is None else x.to(device, non_blocking=not patient) for n, x in columns.items()
+        }
+        return replace(self, **moved)
+
+    def _known(self, fact: Tensor) -> Tensor:
+        """What was made on the CPU, where the columns are."""
+        return fact.to(self.device, non_blocking=True)
 
     @cached_property
     def is_visual(self) -> Tensor:
@@ -70,12 +125,16 @@ class TokenLayout:
     @cached_property
     def text_rows(self) -> Tensor:
         """[number of text tokens] int64: the rows that are text."""
-        return (~self.is_visual).nonzero()[:, 0]
+        if self.host is not None:
+            return self._known(self.host.text_rows)
+        return places_of(~self.is_visual, None if self.counts is None else sum(self.text_lengths))
 
     @cached_property
     def visual_rows(self) -> Tensor:
         """[V] int64: the rows that are visual."""
-        return self.is_visual.nonzero()[:, 0]
+        if self.host is not None:
+            return self._known(self.host.visual_rows)
+        return places_of(self.is_visual, None if self.counts is None else sum(self.visual_lengths))
 
     @cached_property
     def last_visible_row(self) -> Tensor | None:
@@ -89,47 +148,68 @@ class TokenLayout:
     @cached_property
     def lengths(self) -> tuple[int, ...]:
         """Rows of each sequence."""
-        return tuple(torch.bincount(self.sequence, minlength=self.num_sequences).tolist())
+        if self.counts is not None:
+            return self.counts.lengths
+        return tuple(torch.bincount(self.on_host.sequence, minlength=self.num_sequences).tolist())
 
     @cached_property
     def visual_lengths(self) -> tuple[int, ...]:
         """Visual rows of each sequence."""
-        return tuple(torch.bincount(self.sequence[self.is_visual], minlength=self.num_sequences).tolist())
+        if self.counts is not None:
+            return self.counts.visual_lengths
+        own = self.on_host
+        return tuple(torch.bincount(own.sequence[own.is_visual], minlength=self.num_sequences).tolist())
+
+    @cached_property
+    def text_lengths(self) -> tuple[int, ...]:
+        """Text rows of each sequence."""
+        return tuple(a - b for a, b in zip(self.lengths, self.visual_lengths, strict=True))
 
     @cached_property
     def image_lengths(self) -> tuple[int, ...]:
         """Tokens of each image or frame that stand for patches."""
-        return tuple(torch.bincount(self.image_id[self.is_visual & (self.size > 0)]).tolist())
+        own = self.on_host
+        return tuple(torch.bincount(own.image_id[own.is_visual & (own.size > 0)]).tolist())
 
     @cached_property
     def spans(self) -> tuple[tuple[int, int], ...]:
         """First row and one past the last row of each sequence (the pairs of `cu_seqlens`)."""
-        ends = torch.tensor(self.lengths).cumsum(0).tolist()
+        ends = list(accumulate(self.lengths))
         return tuple(zip([0, *ends[:-1]], ends, strict=True))
+
+    @cached_property
+    def known(self) -> RowCounts | None:
+        """What the host knows without a wait; None on the CPU, where nobody waits, and where nothing is known."""
+        if self.host is None:
+            return self.counts if self.device.type != "cpu" else None
+        ends = tuple(bool(self.host.is_visual[stop - 1]) for _, stop in self.spans)
+        return RowCounts(self.lengths, self.visual_lengths, ends, self.host.is_visual)
 
     @cached_property
     def last_in_run(self) -> Tensor:
         """[B] float64: where each sequence's last row stands if it is visual; nan if it is text."""
-        last = [stop - 1 for _, stop in self.spans]
-        return self.position[0, last].where(self.is_visual[last], torch.nan)
+        own, last = self.on_host, [stop - 1 for _, stop in self.spans]
+        return own.position[0, last].where(own.is_visual[last], torch.nan)
 
     @cached_property
     def resume_position(self) -> Tensor:
         """[B] float64: where the next stretch of each sequence's prompt begins."""
-        last = [stop - 1 for _, stop in self.spans]
-        return self.next_position.to(self.position.device).where(self.is_visual[last], self.position[0, last] + 1)
+        own, last = self.on_host, [stop - 1 for _, stop in self.spans]
+        return self.next_position.to(own.position.device).where(own.is_visual[last], own.position[0, last] + 1)
 
     def chunks(self, size: int | None) -> list[Tensor]:
-        """Rows ([K] int64, ascending) that go through the layers together, at most `size` of each sequence.
+        """Rows ([K] int64, ascending, on the CPU) that go through the layers together, at most `size` of each sequence.
 
         All sequences end in the last chunk; a shorter one has no rows in the first ones. Images are never split.
 
         Raises:
             InputError: an image has more than `size` tokens.
         """
-        rows = torch.arange(len(self), device=self.sequence.device)
+        rows = torch.arange(len(self))
         if size is None or max(self.lengths) <= size:
             return [rows]
+        if self.device.type != "cpu":
+            return self.on_host.chunks(size)
         cuts = [self.cuts(start, stop, size) for start, stop in self.spans]
         count = max(map(len, cuts)) - 1
         padded = [[c[0]] * (count + 1 - len(c)) + c for c in cuts]
@@ -156,10 +236,15 @@ class TokenLayout:
             cuts.append(int(free[place]))
         return cuts
 
-    def select(self, index: Tensor) -> TokenLayout:
-        """The layout of the rows in `index` ([K] int64, ascending)."""
+    def select(self, index: Tensor, counts: RowCounts | None = None) -> TokenLayout:
+        """The layout of the rows in `index` ([K] int64, ascending); counts: what the host knows of them."""
+        own = self.host if index.device.type == "cpu" else None
+        host = None if own is None else own.select(index)
+        index = index.to(self.device, non_blocking=True)
         return replace(
             self,
+            host=host,
+            counts=counts if host is None else None,
             sequence=self.sequence[index],
             modality=self.modality[index],
             image_id=self.image_id[index],
@@ -178,7 +263,7 @@ class TokenLayout:
             size: [K] float32: patches that each now stands for.
             owner: [T] int64: the row of `index` that each row became part of; its own where it stays.
         """
-        merged = replace(self.select(index), size=size)
+        merged = replace(self.select(index.to(self.device)), size=size)
         if self.companions is None or merged.companions is None:
             return merged
         stays = self.size[index[merged.visual_rows]]
@@ -198,7 +283,27 @@ class TokenLayout:
 
     def at(self, position: Tensor, next_position: Tensor) -> TokenLayout:
         """The same tokens at other rotary positions: [A, T] and [B] float64."""
-        return replace(self, position=position, next_position=next_position)
+        return replace(self, position=position, next_position=next_position, host=None, counts=self.known)
+
+    def placed_as(self, host: TokenLayout) -> TokenLayout:
+        """The same tokens where `host`, the layout on the CPU of the same rows, has them."""
+        if self.device.type == "cpu":
+            return host
+        position = self.position if host.position is self.on_host.position else self._known(host.position)
+        return replace(self, position=position, next_position=host.next_position, run_before=host.run_before, host=host)
+
+
+def places_of(mask: Tensor, count: int | None = None) -> Tensor:
+    """[..., K] int64: where `mask` ([..., N] bool) is true, ascending, in each of its rows.
+
+    Args:
+        mask: with as many true values in each row.
+        count: how many; None: the device is asked, which waits for it.
+    """
+    if count is None or mask.device.type == "cpu":
+        found = mask.nonzero()[:, -1]
+        return found if mask.dim() == 1 else found.view(*mask.shape[:-1], -1)
+    return mask.contiguous().view(torch.uint8).argsort(dim=-1, descending=True, stable=True)[..., :count]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 import torch
 from torch import Tensor
 
-from mminfer.cache.digest_rules import PIECE, SPREADS, cluster_runs, runs_of, share_out
+from mminfer.cache.digest_rules import PIECE, SPREADS, Rule, cluster, runs_of, share_out
 from mminfer.errors import ConfigError, shown
 from mminfer.technique import (
     CACHE_SHARES,
@@ -93,35 +93,37 @@ class Digest(CacheTechnique):
         """One layer by itself."""
         return self.compress_layers([view.entries], [1.0], [view.tokens_seen])[0]
 
-    def layer_demand(self, view: LayerView) -> float:
+    def layer_demand(self, view: LayerView) -> float | Tensor:
         """How much of what text reads in this layer is detail of pictures: 0 where a mean of each would do.
 
         The first quartile over text queries of |o - o'| / |o|, where o is what the heads read among all entries, o'
         the same with each picture as one entry, and what all queries have in common is taken off the difference.
         """
         entries, queries = view.entries, view.queries
-        is_visual = _is_visual(entries)
+        is_visual = _visual_on_host(view)
         if is_visual is None or queries.shape[2] == 0 or not bool(is_visual.any()):
             return 0.0
-        asking = (~is_visual[view.query_places]).nonzero()[:, 0]
-        asking = asking if len(asking) else torch.arange(queries.shape[2], device=queries.device)
+        asking = (~is_visual[_query_places_on_host(view)]).nonzero()[:, 0]
+        asking = asking if len(asking) else torch.arange(queries.shape[2])
         chosen = asking[torch.linspace(0, len(asking) - 1, min(self.queries, len(asking))).round().long()]
+        chosen = chosen.to(queries.device, non_blocking=True)
         exact, pooled = _readings(queries[0, :, chosen], entries, is_visual, view.scale)
         change = exact - pooled
         change = (change - change.mean(1, keepdim=True)).square().sum((0, 2)).sqrt()
         whole = exact.square().sum((0, 2)).sqrt().clamp_min(1e-12)
-        return float((change / whole).float().quantile(0.25))
+        demand = (change / whole).float().quantile(0.25)
+        return float(demand) if demand.device.type == "cpu" else demand  # on a GPU read with those of all layers
 
     def compress_layers(
         self, layers: Sequence[CacheEntries], demands: Sequence[float], tokens_seen: Sequence[int]
     ) -> list[CacheEntries]:
-        visual = [_is_visual(entries) for entries in layers]
-        if any(v is None for v in visual):
+        visual = [v for v in map(_is_visual, layers) if v is not None]
+        if len(visual) < len(layers):
             return list(layers)
         total = sum(tokens_seen) * self.ratio if self.budget is None else self.budget * len(layers)
         if sum(map(len, layers)) <= total:
             return list(layers)
-        flags = [v for v in visual if v is not None]
+        flags = _on_host(visual)
         runs = [len(runs_of(v)) for v in flags]
         tails = [
             min(self.recent, _most_recent(int(total / len(layers)), n), _text_behind_pictures(v))
@@ -135,21 +137,33 @@ class Digest(CacheTechnique):
         weights = [demand**self.contrast for demand in demands]
         left = max(int(total) - sum(text), 0)
         image = share_out(pictures, weights, left, share_out(runs, runs, left))
-        return [self._digest(*parts) for parts in zip(layers, flags, text, image, tails, strict=True)]
+        sizes = _on_host([_sizes(entries) for entries in layers])
+        kept = zip(text, image, tails, strict=True)
+        return [self._digest(*parts) for parts in zip(layers, flags, sizes, kept, strict=True)]
 
-    def _digest(self, entries: CacheEntries, is_visual: Tensor, text: int, image: int, tail: int) -> CacheEntries:
-        """One layer with so many entries of text and of pictures, and the last ones as they are."""
+    def _digest(
+        self, entries: CacheEntries, is_visual: Tensor, sizes: Tensor, kept: tuple[int, int, int]
+    ) -> CacheEntries:
+        """One layer with fewer entries.
+
+        Args:
+            entries: of the layer.
+            is_visual: [N] bool, which of them are, on the CPU.
+            sizes: [N] float32, how many each stands for, on the CPU.
+            kept: how many of text and of pictures, and how many last ones stay as they are.
+        """
+        text, image, tail = kept
         tail = tail or int(text + image == 0)  # a layer is never left empty
-        places = torch.arange(len(entries), device=is_visual.device)
+        places = torch.arange(len(entries))
         end = len(entries) - tail
         older = places < end
         parts = ((places[~is_visual & older], text), (places[is_visual], image), (places[end:], tail))
-        kept = [
-            cluster_runs(entries, rows, n, self.spread, self.join, each=bool(is_visual[rows[0]]))
+        found = [
+            cluster(entries, rows, sizes[rows], n, Rule(self.spread, self.join, bool(is_visual[rows[0]])))
             for rows, n in parts
             if n > 0
         ]
-        place, keys, values, size = (torch.cat(column, 2) for column in zip(*kept, strict=True))
+        place, keys, values, size = (torch.cat(column, 2) for column in zip(*found, strict=True))
         order = place.argsort(-1)
         wide = order[..., None].expand(*order.shape, keys.shape[-1])
         return entries.merged(
@@ -190,6 +204,36 @@ def _is_visual(entries: CacheEntries) -> Tensor | None:
     return None if entries.is_visual is None else entries.is_visual[0, 0]
 
 
+def _sizes(entries: CacheEntries) -> Tensor:
+    """[N] float32."""
+    return entries.keys.new_ones(len(entries), dtype=torch.float32) if entries.size is None else entries.size[0, 0]
+
+
+def _on_host(columns: Sequence[Tensor]) -> list[Tensor]:
+    """The columns of all layers on the CPU, fetched together."""
+    if columns[0].device.type == "cpu" or len({column.device for column in columns}) > 1:
+        return [column.cpu() for column in columns]
+    return list(torch.cat(list(columns)).cpu().split([len(column) for column in columns]))
+
+
+def _visual_on_host(view: LayerView) -> Tensor | None:
+    """[N] bool, on the CPU: which entries are visual; of those of this pass alone that may be known there."""
+    is_visual, known = _is_visual(view.entries), view.known
+    if is_visual is None:
+        return None
+    if known is not None and known.is_visual is not None and len(is_visual) == len(known.is_visual):
+        return known.is_visual
+    return is_visual.cpu()
+
+
+def _query_places_on_host(view: LayerView) -> Tensor:
+    """[S] int64, on the CPU: `LayerView.query_places`."""
+    if view.query_index is not None:
+        return view.query_index.cpu()
+    longest = max(view.entries.lengths)
+    return torch.arange(longest - view.queries.shape[2], longest)
+
+
 def _most_recent(budget: int, pictures: int) -> int:
     """How many entries of a layer may stay as they are: half, unless pictures need one each, and older text another."""
     room = budget - pictures - 1
@@ -208,15 +252,15 @@ def _readings(q: Tensor, entries: CacheEntries, is_visual: Tensor, scale: float)
     grouped = q.reshape(keys.shape[0], -1, q.shape[2])  # the heads of a group ask the same entries
     logits = (grouped @ keys.mT).float() * scale
     exact = logits.softmax(-1).to(values.dtype) @ values
-    runs = runs_of(is_visual)
-    lengths = runs[:, 1] - runs[:, 0]
-    owner, rows, count = torch.repeat_interleave(lengths), is_visual.nonzero()[:, 0], lengths.to(keys.dtype)
+    runs, lengths = len(bounds := runs_of(is_visual)), bounds[:, 1] - bounds[:, 0]
+    facts = torch.repeat_interleave(lengths), is_visual.nonzero()[:, 0], lengths, (~is_visual).nonzero()[:, 0]
+    owner, rows, lengths, text = (x.to(keys.device, non_blocking=True) for x in facts)
+    count = lengths.to(keys.dtype)
     means = []
     for x in (keys, values):
-        pooled = x.new_zeros(x.shape[0], len(runs), x.shape[2]).index_add_(1, owner, x[:, rows])
+        pooled = x.new_zeros(x.shape[0], runs, x.shape[2]).index_add_(1, owner, x[:, rows])
         means.append(pooled / count[:, None])
     of_pictures = (grouped @ means[0].mT).float() * scale + count.log()
-    text = (~is_visual).nonzero()[:, 0]
     weights = torch.cat([logits[:, :, text], of_pictures], -1).softmax(-1).to(values.dtype)
     pooled = weights @ torch.cat([values[:, text], means[1]], 1)
     return exact.reshape(q.shape), pooled.reshape(q.shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,25 +69,42 @@ def cluster_runs(
         place [1, G, count] int64, the entry at which each result stands; keys and values [1, G, count, D]; sizes
         [1, G, count] float32.
     """
+    stand_for = torch.ones(len(rows)) if entries.size is None else entries.size[0, 0, rows].cpu()
+    return cluster(entries, rows.cpu(), stand_for, count, Rule(spread, join, each))
+
+
+class Rule(NamedTuple):
+    """How entries become fewer; as of `cluster_runs`."""
+
+    spread: str = "farthest"
+    join: bool = True
+    each: bool = False
+
+
+def cluster(
+    entries: CacheEntries, rows: Tensor, stand_for: Tensor, count: int, rule: Rule
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`cluster_runs`, of rows ([n] int64) on the CPU that stand for so many entries each ([n] float32, likewise)."""
     sizes = entries.keys.new_ones(entries.keys.shape[:3]) if entries.size is None else entries.size
+    device = sizes.device
     if count >= len(rows):
-        place = rows.expand(*entries.keys.shape[:2], len(rows))
-        return place, entries.keys[:, :, rows], entries.values[:, :, rows], sizes[:, :, rows]
+        there = rows.to(device, non_blocking=True)
+        place = there.expand(*entries.keys.shape[:2], len(rows))
+        return place, entries.keys[:, :, there], entries.values[:, :, there], sizes[:, :, there]
     runs = _run_lengths(rows)
     lengths = [length for run in runs for length in _pieces(run)]
-    stand_for = [float(part.sum()) for part in sizes[0, 0, rows].split(lengths)]
-    kept = share_out(lengths, stand_for, count)
-    if each and count >= len(runs) and not all(kept):
+    weights = [float(part.sum()) for part in stand_for.split(lengths)]
+    kept = share_out(lengths, weights, count)
+    if rule.each and count >= len(runs) and not all(kept):
         firsts = [int(i == 0) for run in runs for i, _ in enumerate(_pieces(run))]
-        kept = share_out(lengths, stand_for, count, firsts if count < len(lengths) else [1] * len(lengths))
-    starts = torch.tensor([0, *lengths], device=rows.device).cumsum(0)[:-1]
-    table = torch.tensor([lengths, kept], device=rows.device)
+        kept = share_out(lengths, weights, count, firsts if count < len(lengths) else [1] * len(lengths))
+    starts, table = torch.tensor([0, *lengths]).cumsum(0)[:-1], torch.tensor([lengths, kept])
     found = []
     for length, m in table.unique(dim=1).T.tolist():
         if m:
             first = starts[(table[0] == length) & (table[1] == m)]
-            index = rows[first[:, None] + torch.arange(length, device=rows.device)]  # [runs, length]
-            found.append(_clustered(entries, sizes, index, m, spread, join))
+            index = rows[first[:, None] + torch.arange(length)].to(device, non_blocking=True)  # [runs, length]
+            found.append(_clustered(entries, sizes, index, m, rule))
     place, keys, values, size = (torch.cat(column, 2) for column in zip(*found, strict=True))
     return place, keys, values, size
 
@@ -104,7 +122,7 @@ def _pieces(length: int) -> list[int]:
 
 
 def _clustered(
-    entries: CacheEntries, sizes: Tensor, index: Tensor, m: int, spread: str, join: bool
+    entries: CacheEntries, sizes: Tensor, index: Tensor, m: int, rule: Rule
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Runs of one length, [runs, n] places, as m entries each; flat [1, G, runs * m, ...]."""
     keys, values, size = entries.keys[0][:, index], entries.values[0][:, index], sizes[0][:, index]
@@ -112,11 +130,11 @@ def _clustered(
     place = index.expand(groups, runs, n)
     if m < n:
         alike = normalize(torch.cat([normalize(keys.float(), dim=-1), normalize(values.float(), dim=-1)], -1), dim=-1)
-        if spread == "farthest":
+        if rule.spread == "farthest":
             centre = farthest_first(alike @ alike.mT, m)
         else:
             centre = ((torch.arange(m, device=index.device) + 0.5) * n / m).long().expand(groups, runs, m)
-        if join:
+        if rule.join:
             keys, values, size = _joined(keys, values, size, alike, centre)
         else:
             wide = centre[..., None].expand(groups, runs, m, width)

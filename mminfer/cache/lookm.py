@@ -116,16 +116,23 @@ class LookM(CacheTechnique):
             return entries
         bounded = not self.text_prior or (self.budget is not None and self.text_overflow == "evict")
         if self.budget is not None and self.text_prior:
-            self._warn_of_overflow(entries.is_visual, important, recent)
-        kept = lookm_keep(entries.score, entries.is_visual, important, recent, self.text_prior, bounded)
+            self._warn_of_overflow(self._texts(view, recent), important, recent)
+        texts = None if bounded else self._texts(view, recent)
+        kept = lookm_keep(entries.score, entries.is_visual, important, recent, self.text_prior, bounded, texts)
         if kept.shape[-1] == len(entries):
             return entries
         keys, values = lookm_merge(entries.keys, entries.values, kept, self.merge)
         return entries.merged(kept, keys, values)
 
-    def _warn_of_overflow(self, is_visual: Tensor, important: int, recent: int) -> None:
+    def _texts(self, view: LayerView, recent: int) -> int:
+        """Entries of text before the recent window, the most of all heads; known where all are of this pass."""
+        entries, is_visual = view.entries, view.entries.is_visual
+        if view.known is not None and view.known.is_visual is not None and len(entries) == len(view.is_visual):
+            is_visual = view.known.is_visual[None, None]
+        return 0 if is_visual is None else int((~is_visual[:, :, : len(entries) - recent]).sum(2).amax())
+
+    def _warn_of_overflow(self, text: int, important: int, recent: int) -> None:
         """Once in a process for each setting: the same words again are not shown."""
-        text = int((~is_visual[:, :, : is_visual.shape[2] - recent]).sum(2).amax())
         if text <= important:
             return
         does = "the text that is looked at least leaves" if self.text_overflow == "evict" else "the cache grows"

@@ -6,6 +6,7 @@ import torch
 from mminfer_kernels import best_match, gather_rows, merge_rows
 
 from mminfer.errors import ConfigError, shown
+from mminfer.layout import places_of
 
 MERGES = ("average", "weighted", "pivot", "none")
 SINKS = 4  # first tokens, always kept where text has no priority
@@ -62,6 +63,7 @@ def lookm_keep(
     num_recent: int,
     text_prior: bool = True,
     bounded: bool = False,
+    texts: int | None = None,
 ) -> torch.Tensor:
     """Places that stay: the last `num_recent`, all text, and the best visual entries up to `num_important`.
 
@@ -74,6 +76,8 @@ def lookm_keep(
         text_prior: False keeps the first four entries instead of text, within K, and the best scores of the
             rest.
         bounded: whether K holds for text, too: then of more text than that the best scores stay.
+        texts: entries of text before the recent window, the most of all heads, if the caller knows; None: the device
+            is asked.
 
     Returns:
         [B, G, S] int64, ascending; S is at least 1.
@@ -100,7 +104,12 @@ def lookm_keep(
     else:
         first = (places < SINKS)[:older].expand(batch, 1, older)
     least = max(num_important, 1 - num_recent)
-    quotas = [least] * batch if bounded else first.sum(-1).amax(1).clamp(min=least).tolist()
+    if bounded or not text_prior:
+        quotas = [least if bounded else max(least, min(SINKS, older))] * batch
+    elif texts is not None:
+        quotas = [max(least, texts)] * batch
+    else:
+        quotas = first.sum(-1).amax(1).clamp(min=least).tolist()
     if len(set(quotas)) > 1:
         raise ValueError(f"sequences keep {quotas} entries before the window: compress them one at a time")
     ranked = _ranked(score[:, :, :older], first, bounded)
@@ -169,5 +178,4 @@ def lookm_merge(
 def _complement(kept: torch.Tensor, entries: int) -> torch.Tensor:
     """Places not in `kept`, ascending: [B, G, N - S]."""
     dropped = torch.ones(*kept.shape[:-1], entries, dtype=torch.bool, device=kept.device)
-    dropped.scatter_(-1, kept, False)
-    return dropped.nonzero()[:, -1].view(*kept.shape[:-1], -1)
+    return places_of(dropped.scatter_(-1, kept, False), entries - kept.shape[-1])

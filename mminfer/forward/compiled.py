@@ -79,7 +79,7 @@ class CompiledStep:
         """Logits [B, 1, vocabulary], the new entries written ahead in the cache; None: the step failed."""
         start, graphs = time.perf_counter(), _graphs()
         layers, places = zip(*(_buffers(layer) for layer in cache.layers), strict=True)
-        arguments = self._adapter.layer_arguments(cache.next_position.to(hidden_states.device)[:, None])
+        arguments = self._adapter.layer_arguments(cache.next_position[:, None], hidden_states.device)
         try:
             with routed_attention(self._adapter.text_config):
                 logits: Tensor = _compiled()(self._adapter, hidden_states, tables, layers, places, arguments)

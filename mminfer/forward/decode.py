@@ -98,7 +98,7 @@ class Decoder:
     def _module_step(self, hidden_states: Tensor, tables: Tables, cache: CompressedCache) -> Tensor:
         note_backend("decode_step", "host")
         adapter = self.adapter
-        arguments = adapter.layer_arguments(cache.next_position.to(hidden_states.device)[:, None])
+        arguments = adapter.layer_arguments(cache.next_position[:, None], hidden_states.device)
         with routed_attention(adapter.text_config):
             for layer, kind, layer_cache in zip(adapter.layers, adapter.layer_kinds, cache.layers, strict=True):
                 hidden_states = layer(

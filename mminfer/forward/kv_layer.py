@@ -179,10 +179,12 @@ class PaddedLayer(CompressedLayer):
             return None
         first = tensors[0]
         out = first.new_empty(len(tensors), first.shape[1], capacity, *first.shape[3:])
-        out[:, :, self.num_columns :] = spare
+        if first.dim() == 3:  # of keys and values nobody reads what was not written
+            out[:, :, self.num_columns :] = spare
         for row, own in zip(out, tensors, strict=True):
             padding = self.num_columns - own.shape[2]
-            row[:, :padding] = 0
+            if padding:
+                row[:, :padding] = 0
             row[:, padding : self.num_columns] = own[0]
         return out
 

@@ -14,11 +14,20 @@ from mminfer.errors import InputError
 from mminfer.forward.attention import Visibility, causal_attention
 from mminfer.forward.kv_layer import CompressedLayer
 from mminfer.forward.packed_attention import of_heads, packed_attention
-from mminfer.layout import TokenLayout
+from mminfer.layout import RowCounts, TokenLayout
 from mminfer.metrics.flops import causal_pairs
 from mminfer.metrics.records import LayerRecord
 from mminfer.models.adapter import ModelAdapter
-from mminfer.technique import CacheEntries, LayerView, LayerWork, checked_entries, kept_rows, mean_length
+from mminfer.technique import (
+    CacheEntries,
+    KnownRows,
+    LayerView,
+    LayerWork,
+    checked_entries,
+    is_bundled,
+    kept_rows,
+    mean_length,
+)
 
 
 @dataclass(frozen=True)
@@ -81,7 +90,7 @@ class LayerAttention:
         self.adapter, self.config = settings.adapter, settings.config
         self.queries, self.past = queries, past
         self.entries: list[CacheEntries] = []
-        self.demands: list[float] = []
+        self.demands: list[float | Tensor] = []
         self.kept: list[Tensor] = []
         self._work: list[LayerWork] = []
         self._mass_flops: list[int] = []
@@ -96,7 +105,7 @@ class LayerAttention:
             if start == stop:
                 self._pass_over(sequence, k, v)
                 continue
-            rows = self._query_rows(start, stop)
+            rows = self._query_rows(sequence)
             own_q = q[:, :, start:stop] if rows is None else q[:, :, rows]
             entries = self._new_entries(k[:, :, start:stop], v[:, :, start:stop], start, stop)
             part = self._run_sequence(sequence, self._view(sequence, own_q, rows, entries, scale), window)
@@ -119,10 +128,37 @@ class LayerAttention:
         self._work.append(LayerWork(self.layer_idx, self.tokens_seen[sequence], 0, 0, kept, 0, kept))
         self._mass_flops.append(0)
 
-    def _query_rows(self, start: int, stop: int) -> Tensor | None:
+    def _query_rows(self, sequence: int) -> Tensor | None:
         if self.queries is None:
             return None
-        return self.queries[(self.queries >= start) & (self.queries < stop)]
+        first, last = (sum(self._numbers_of(self.queries)[:n]) for n in (sequence, sequence + 1))
+        return self.queries[first:last]
+
+    def _numbers_of(self, rows: Tensor) -> tuple[int, ...]:
+        """How many of these rows ([K] int64, ascending) belong to each sequence; of text rows that is known."""
+        if self.layout.num_sequences == 1:
+            return (len(rows),)
+        if self.layout.known is not None and rows is self.layout.text_rows:
+            return self.layout.text_lengths
+        return tuple(self.layout.sequence[rows].bincount(minlength=self.layout.num_sequences).tolist())
+
+    def _known(self, sequence: int) -> KnownRows | None:
+        """What the host knows of a sequence's rows, where they are on a GPU."""
+        known, (start, stop) = self.layout.known, self.layout.spans[sequence]
+        if known is None:
+            return None
+        is_visual = None if known.is_visual is None else known.is_visual[start:stop]
+        return KnownRows(known.visual_lengths[sequence], known.ends_visual[sequence], is_visual)
+
+    def counts_left(self) -> RowCounts | None:
+        """What the host knows of the rows that stay, where only visual ones may have left; None: nothing."""
+        known, lengths = self.layout.known, tuple(map(len, self.kept))
+        prune = getattr(self._prune, "technique", self._prune)  # of one that is recorded
+        if known is None or prune is None or not is_bundled(type(prune)) or len(lengths) < len(known.lengths):
+            return None
+        gone = [a - b for a, b in zip(known.lengths, lengths, strict=True)]
+        visual = tuple(a - b for a, b in zip(known.visual_lengths, gone, strict=True))
+        return RowCounts(lengths, visual, known.ends_visual)
 
     def _view(self, sequence: int, q: Tensor, rows: Tensor | None, entries: CacheEntries, scale: float) -> LayerView:
         """What there is of one sequence before its attention.
@@ -149,6 +185,7 @@ class LayerAttention:
             num_layers=self.adapter.spec.num_layers,
             prompt_tokens=self.settings.prompt_tokens[sequence],
             tokens_seen=self.tokens_seen[sequence],
+            known=self._known(sequence),
         )
 
     def _run_sequence(self, sequence: int, view: LayerView, window: int | None) -> Tensor:
@@ -248,7 +285,7 @@ class LayerAttention:
             rows=lengths,
             queries=tuple(w.queries for w in self._work),
             keys=tuple(w.seen if windowed else w.keys for w in self._work),
-            ffn=lengths if ffn is None else tuple(self.layout.sequence[ffn].bincount(minlength=len(lengths)).tolist()),
+            ffn=lengths if ffn is None else self._numbers_of(ffn),
             pairs=tuple(w.pairs for w in self._work),
             head_entries=tuple(e.lengths for e in self.entries),
             weighed=tuple(0 if e.log_mass is None else e.total for e in self.entries),

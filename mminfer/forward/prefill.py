@@ -88,7 +88,7 @@ def prompt_pass(
         InputError: an image does not fit into a chunk, or goes on from one pass into another; or the cache technique
             has no room for the prompt.
     """
-    layout = _placed(adapter, config, layout, cache, options.places_given)
+    layout = layout.placed_as(_placed(adapter, config, layout.on_host, cache, options.places_given))
     continuation = Continuation(layout.next_position, layout.resume_position, layout.last_in_run)
     earlier = cache.tokens or (0,) * layout.num_sequences
     record = PromptRecord(earlier, layout.lengths, layout.visual_lengths, pairs_ahead=_pairs_ahead(layout))
@@ -116,7 +116,7 @@ def prompt_pass(
 def _placed(
     adapter: ModelAdapter, config: InferenceConfig, layout: TokenLayout, cache: CompressedCache, places_given: bool
 ) -> TokenLayout:
-    """The layout at its rotary positions, behind what the cache holds; places_given: as of `PassOptions`."""
+    """The layout, on the CPU, at its rotary positions, behind what the cache holds; places_given: see `PassOptions`."""
     if cache.layers:
         layout = _continued(layout, cache, places_given and config.positions is None)
     if config.positions is not None:
@@ -142,13 +142,14 @@ def _run_chunks(
         left, records = _run_layers(adapter, config, chunk, cache)
         layers.append(records)
         if whole is not None:
-            whole[index] = left.hidden
+            whole.index_copy_(0, index.to(whole.device, non_blocking=True), left.hidden)
         if options.progress is not None:
             options.progress(len(index) * sum(record.prompt) // len(rows.layout))
     record.layers = joined_layers(layers)
     if whole is None and keeps_rows:
         whole = left.hidden
-    return PromptOutput(left.hidden[[stop - 1 for _, stop in left.layout.spans]], whole, record)
+    last = torch.cat([left.hidden[stop - 1 : stop] for _, stop in left.layout.spans])
+    return PromptOutput(last, whole, record)
 
 
 def _run_layers(
@@ -176,7 +177,7 @@ def _run_layers(
                 layers.append(layer_of(attend.entries, attend.tokens_seen, cache))
                 records.append(attend.record(ffn))
             if attend.kept:
-                rows = rows.select(torch.cat(attend.kept))
+                rows = rows.select(torch.cat(attend.kept), attend.counts_left())
         if across_layers:
             again.behind_all([attend for attend, _ in done], entered)
     if across_layers:
@@ -197,17 +198,25 @@ def _compress_together(
         if start == stop:  # it comes in with a later chunk, and stays as it is until then
             continue
         held, demands, seen = ([getattr(a, name)[b] for a in layers] for name in ("entries", "demands", "tokens_seen"))
-        asked = [look.found[b] for look in looked] or demands
+        asked = [look.found[b] for look in looked] or _numbers(demands)
         for attend, entries in zip(layers, compressed_layers(config.cache, held, asked, seen), strict=True):
             attend.replace_entries(b, entries)
 
 
+def _numbers(values: Sequence[float | Tensor]) -> list[float]:
+    """The numbers, those on a GPU fetched together."""
+    there = [x for x in values if isinstance(x, Tensor)]
+    fetched = iter(torch.stack([x.to(there[0].device) for x in there]).tolist() if there else [])
+    return [next(fetched) if isinstance(x, Tensor) else x for x in values]
+
+
 def _pairs_ahead(layout: TokenLayout) -> tuple[int, ...]:
     """Pairs of each sequence in which a row sees a later one; empty where none does."""
-    if layout.last_visible_row is None:
+    own = layout.on_host
+    if own.last_visible_row is None:
         return ()
-    ahead = layout.last_visible_row - torch.arange(len(layout), device=layout.last_visible_row.device)
-    return tuple(ahead.new_zeros(layout.num_sequences).index_add(0, layout.sequence, ahead).tolist())
+    ahead = own.last_visible_row - torch.arange(len(own))
+    return tuple(ahead.new_zeros(own.num_sequences).index_add(0, own.sequence, ahead).tolist())
 
 
 def _continued(layout: TokenLayout, cache: CompressedCache, in_place: bool) -> TokenLayout:

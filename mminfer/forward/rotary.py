@@ -61,7 +61,7 @@ class RotaryAhead:
             self._like = like
             ahead = position[:, None] + torch.arange(self._steps, dtype=position.dtype, device=position.device)
             self._positions = list(ahead.unbind(1))[::-1]
-            axes = ahead.to(hidden_states.device).expand(self._adapter.position_axes, *ahead.shape)
+            axes = ahead.to(hidden_states.device, non_blocking=True).expand(self._adapter.position_axes, *ahead.shape)
             self._tables = self._adapter.rotary(hidden_states, axes, self._precise, self._factors(length))
         step = self._steps - len(self._positions)
         self._positions.pop()

@@ -13,7 +13,7 @@ from mminfer.config import InferenceConfig
 from mminfer.errors import UnsupportedModelError
 from mminfer.forward.branches import ffn_branch
 from mminfer.forward.rotary import Tables
-from mminfer.layout import TokenLayout
+from mminfer.layout import RowCounts, TokenLayout
 from mminfer.models.adapter import ModelAdapter
 from mminfer.technique import CacheEntries
 
@@ -34,9 +34,9 @@ class Rows:
     tables: Tables
     rotate: Callable[[Tensor, Tensor], Tables]
 
-    def select(self, index: Tensor) -> Rows:
-        """The rows in `index` ([K] int64, ascending)."""
-        return Rows(*keep_rows(index, self.hidden, self.layout, self.tables), self.rotate)
+    def select(self, index: Tensor, counts: RowCounts | None = None) -> Rows:
+        """The rows in `index` ([K] int64, ascending, best on the CPU); counts: what the host knows of them."""
+        return Rows(*keep_rows(index, self.hidden, self.layout, self.tables, counts), self.rotate)
 
 
 class RowsAttention(Protocol):
@@ -52,10 +52,17 @@ class RowsAttention(Protocol):
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor: ...
 
 
-def keep_rows(kept: Tensor, hidden: Tensor, layout: TokenLayout, tables: Tables) -> tuple[Tensor, TokenLayout, Tables]:
+def keep_rows(
+    kept: Tensor, hidden: Tensor, layout: TokenLayout, tables: Tables, counts: RowCounts | None = None
+) -> tuple[Tensor, TokenLayout, Tables]:
     """Hidden states [T, C], layout and rotary tables of the rows in `kept` ([K] int64, ascending)."""
-    narrowed = {kind: (cos.index_select(-2, kept), sin.index_select(-2, kept)) for kind, (cos, sin) in tables.items()}
-    return hidden.index_select(0, kept), layout.select(kept), narrowed
+    there = kept.to(hidden.device, non_blocking=True)
+    turned: dict[int, tuple[Tensor, Tensor]] = {}  # kinds of layers may share their tables
+    for cos, sin in tables.values():
+        if id(cos) not in turned:
+            turned[id(cos)] = cos.index_select(-2, there), sin.index_select(-2, there)
+    narrowed = {kind: turned[id(cos)] for kind, (cos, _) in tables.items()}
+    return hidden.index_select(0, there), layout.select(kept, counts), narrowed
 
 
 def through_layer(
@@ -82,7 +89,7 @@ def through_layer(
             attention_mask=None,
             use_cache=False,
             attend=attend,
-            **adapter.layer_arguments(attend.layout.position[0][None]),
+            **adapter.layer_arguments(attend.layout.position[0][None], hidden.device),
         )
     if not attend.entries:
         raise UnsupportedModelError(

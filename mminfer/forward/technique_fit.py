@@ -50,7 +50,7 @@ def check_skip(adapter: ModelAdapter, config: InferenceConfig) -> None:
         return
     embeds, layout = adapter.embed(probe(adapter))
     every_second = torch.arange(len(layout), device=layout.modality.device) % 2
-    layout = replace(layout, modality=every_second.to(layout.modality))
+    layout = replace(layout, modality=every_second.to(layout.modality), host=None)
     settings = PassSettings(adapter, config, layout.lengths)
     tables = adapter.rotary(embeds[None], layout.position[:, None], False)
 

@@ -56,7 +56,7 @@ class Assembling:
         self.unread = []
         ids: Tensor = inputs["input_ids"]
         inputs["attention_mask"] = None  # one sequence, which is not padded
-        positions = self._adapter.host_positions(inputs, torch.ones_like(ids, dtype=torch.bool))[:, None]
+        positions = self._adapter.host_positions(inputs, torch.ones(ids.shape, dtype=torch.bool))[:, None]
         inputs["position_ids"] = positions if self._adapter.position_axes > 1 else positions[0]
         self.rendered += piece.text
         self.ids += read

@@ -151,11 +151,11 @@ class ModelAdapter:
 
         Args:
             inputs: the model's inputs; `position_ids` ([B, N], float or integer) are used where given.
-            mask: [B, N] bool, False on padding.
+            mask: [B, N] bool, False on padding, on the CPU.
         """
-        position_ids = inputs.get("position_ids")
+        position_ids = _on_cpu(inputs.get("position_ids"))
         if position_ids is None:  # columns, as the host counts them; what stands before a row shifts all of it alike
-            columns = torch.arange(mask.shape[1], device=mask.device)
+            columns = torch.arange(mask.shape[1])
             position_ids = (columns - mask.long().argmax(-1, keepdim=True)).clamp_min(0)
         return position_ids.expand(mask.shape)[mask].double()[None]
 
@@ -227,7 +227,7 @@ class ModelAdapter:
         scale = embedding_scale(self.language_model, self.spec.hidden_size)
         return embeds if scale == 1.0 else embeds * scale
 
-    def layer_arguments(self, position: Tensor) -> dict[str, Tensor]:
+    def layer_arguments(self, position: Tensor, device: torch.device) -> dict[str, Tensor]:
         """What the layers' attention must be told of rows at these positions ([..., T] float64), beside the rotary.
 
         Ministral 3 scales its queries by the position. Whole positions go as integers, as the host counts them.
@@ -235,7 +235,8 @@ class ModelAdapter:
         if not self._positions_wanted:
             return {}
         whole = position.long()
-        return {"position_ids": whole if torch.equal(whole.to(position), position) else position.float()}
+        ids = whole if torch.equal(whole.to(position), position) else position.float()
+        return {"position_ids": ids.to(device, non_blocking=True)}
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """Final norm and head: [..., C] -> [..., vocabulary]."""
@@ -251,25 +252,25 @@ class ModelAdapter:
         Raises:
             InputError: placeholders and features do not match, or the batch is not in the host's format.
         """
-        mask = attention_mask(inputs)
-        sequence = torch.arange(mask.shape[0], device=mask.device)[:, None].expand_as(mask)[mask]
-        if inputs.get("inputs_embeds") is not None:
-            embeds, ids = inputs["inputs_embeds"][mask], None
+        mask = attention_mask(inputs).cpu()  # all but features is put together there: one wait, before anything runs
+        sequence = torch.arange(mask.shape[0])[:, None].expand_as(mask)[mask]
+        given_embeds, ids = inputs.get("inputs_embeds"), None
+        if given_embeds is None:
+            ids = inputs["input_ids"].cpu()[mask]
+            embeds = self.model.get_input_embeddings()(ids.to(inputs["input_ids"].device, non_blocking=True))
         else:
-            ids = inputs["input_ids"][mask]
-            embeds = self.model.get_input_embeddings()(ids)
+            embeds = _packed(given_embeds, mask)
         packed = PackedRows(embeds)
         if given is not None:
-            rows = given.mask[mask].nonzero()[:, 0]
-            packed.put(rows, given.features, given.modality, given.part, rows.new_ones(len(rows)))
+            rows = given.mask.cpu()[mask].nonzero()[:, 0]
+            packed.put(rows, given.features, given.modality.cpu(), given.part.cpu(), rows.new_ones(len(rows)))
             ids = ids if ids is None else ids.index_fill(0, rows, -1)  # no placeholder, whatever stands there
         units = self.visual_units(inputs)
         for kind in PIXEL_INPUTS:
             of_kind = units.get(kind, [])
             rows = self._placeholder_rows(kind, ids, of_kind)
             if rows.numel() > 0:
-                lengths = torch.tensor([len(u.features) for u in of_kind], device=rows.device)
-                parts = torch.repeat_interleave(lengths)
+                parts = torch.repeat_interleave(torch.tensor([len(u.features) for u in of_kind]))
                 sizes = torch.cat([u.size for u in of_kind])
                 packed.put(
                     rows, torch.cat([u.features for u in of_kind]), torch.full_like(rows, int(kind)), parts, sizes
@@ -278,7 +279,18 @@ class ModelAdapter:
         position = self.host_positions(inputs, mask)
         last = position.new_full((mask.shape[0],), -1.0)
         last = last.scatter_reduce(0, sequence, position.amax(0), "amax", include_self=True)
-        return self.entering(packed.embeds), packed.layout(sequence, position, last + 1)
+        layout = self.marked(packed.layout(sequence, position, last + 1), inputs, mask)
+        return self.entering(packed.embeds), layout.to(embeds.device)
+
+    def marked(self, layout: TokenLayout, inputs: Mapping[str, Any], mask: Tensor) -> TokenLayout:
+        """The layout with what the family knows beyond it of the rows.
+
+        Args:
+            layout: of all rows, on the CPU.
+            inputs: the model's.
+            mask: [B, N] bool, False on padding, on the CPU.
+        """
+        return layout
 
     def _placeholder_rows(self, kind: Modality, ids: Tensor | None, units: list[VisualUnit]) -> Tensor:
         token = self.placeholder_id(kind)
@@ -295,3 +307,15 @@ class ModelAdapter:
                 f"pass the {name}s of exactly the placeholders in the prompt, as the processor prepares them"
             )
         return rows
+
+
+def _packed(padded: Tensor, mask: Tensor) -> Tensor:
+    """[B, N, C] -> [T, C]: the rows at which `mask` ([B, N] bool, on the CPU) is true."""
+    flat = padded.flatten(0, 1)
+    if bool(mask.all()):
+        return flat
+    return flat.index_select(0, mask.flatten().nonzero()[:, 0].to(flat.device, non_blocking=True))
+
+
+def _on_cpu(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.cpu()

@@ -8,9 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from mminfer.layout import GivenRows, TokenLayout
+from mminfer.layout import TokenLayout
 from mminfer.models.adapter import ModelAdapter
-from mminfer.models.spec import attention_mask
 from mminfer.models.vision import VisionTower
 
 
@@ -31,14 +30,12 @@ class Gemma3Adapter(ModelAdapter):
     tower_kind = Gemma3Tower
     bidirectional_images = True
 
-    def embed(self, inputs: Mapping[str, Any], given: GivenRows | None = None) -> tuple[Tensor, TokenLayout]:
-        embeds, layout = super().embed(inputs, given)
+    def marked(self, layout: TokenLayout, inputs: Mapping[str, Any], mask: Tensor) -> TokenLayout:
         types = inputs.get("token_type_ids")
         if types is None:  # then the host, too, has every token look back only
-            return embeds, layout
-        mask = attention_mask(inputs)
-        is_image = types[:, -mask.shape[1] :][mask] == 1
-        return embeds, replace(layout, block=_runs(is_image, layout.sequence))
+            return layout
+        is_image = types[:, -mask.shape[1] :].cpu()[mask] == 1
+        return replace(layout, block=_runs(is_image, layout.sequence))
 
 
 def _runs(is_image: Tensor, sequence: Tensor) -> Tensor:

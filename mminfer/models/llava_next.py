@@ -40,6 +40,6 @@ class LlavaNextAdapter(ModelAdapter):
         return [VisualUnit(x, self.patches(x)) for x in output.pooler_output]
 
     def patches(self, features: Tensor) -> Tensor:
-        """[n] float32: 0 at newlines, else 1."""
+        """[n] float32, on the CPU: 0 at newlines, else 1."""
         newline: Tensor = self.base.image_newline.to(features)
-        return features.ne(newline).any(-1).float()
+        return features.ne(newline).any(-1).float().cpu()

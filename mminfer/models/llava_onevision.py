@@ -44,8 +44,11 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
         units = []
         for video in output.pooler_output:  # [frames * per_frame, C], and a newline that older hosts add later
             newline = self.base.image_newline.to(video)[None]
-            patches = video[:-1] if torch.equal(video[-1:], newline) else video
-            frames = list(patches.split(per_frame))
+            whole = len(video) - len(video) % per_frame
+            odd = len(video) - whole > 1 or per_frame == 1  # not so many frames: then it is looked at
+            ended = torch.equal(video[-1:], newline) if odd else len(video) > whole
+            frames = list((video[:-1] if ended else video).split(per_frame))
             frames[-1] = torch.cat([frames[-1], newline])
-            units += [VisualUnit(x, self.patches(x)) for x in frames]
+            units += [VisualUnit.of_patches(x) for x in frames]
+            units[-1].size[-1] = 0
         return units

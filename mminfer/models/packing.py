@@ -11,6 +11,8 @@ from mminfer.layout import Modality, TokenLayout
 class PackedRows:
     """Rows of a prompt while they are put together; text until something else is put in their place.
 
+    What rows are is noted on the CPU; only what they hold is where the model is.
+
     Args:
         embeds: [T, C] embeddings of the token ids.
     """
@@ -18,15 +20,15 @@ class PackedRows:
     def __init__(self, embeds: Tensor) -> None:
         count = len(embeds)
         self.embeds = embeds
-        self._modality = torch.zeros(count, dtype=torch.int8, device=embeds.device)
-        self._image_id = torch.full((count,), -1, device=embeds.device)
-        self._size = torch.ones(count, device=embeds.device)
+        self._modality = torch.zeros(count, dtype=torch.int8)
+        self._image_id = torch.full((count,), -1)
+        self._size = torch.ones(count)
         self._num_parts = 0
         self._companions: Tensor | None = None  # [T, K, C]
 
     def put(self, rows: Tensor, features: Tensor, modality: Tensor, part: Tensor, size: Tensor) -> None:
-        """Embeddings ([K, C]), modality, part they belong to (counted from 0) and patches of some rows ([K] each)."""
-        self.embeds = self.embeds.index_copy(0, rows.to(self.embeds.device), features.to(self.embeds))
+        """Embeddings ([K, C]) of some rows; on the CPU modality, part (counted from 0) and patches of each ([K])."""
+        self.embeds = self.embeds.index_copy(0, self._there(rows), features.to(self.embeds))
         self._modality[rows] = modality.to(self._modality)
         visual = modality != Modality.TEXT
         self._image_id[rows[visual]] = (self._num_parts + part[visual]).to(self._image_id)
@@ -40,7 +42,10 @@ class PackedRows:
         features = torch.cat(companions).to(self.embeds)  # [K, levels, C]
         if self._companions is None:
             self._companions = features.new_zeros(len(self.embeds), *features.shape[1:])
-        self._companions[rows] = features
+        self._companions.index_copy_(0, self._there(rows), features)
+
+    def _there(self, rows: Tensor) -> Tensor:
+        return rows.to(self.embeds.device, non_blocking=True)
 
     def layout(self, sequence: Tensor, position: Tensor, next_position: Tensor) -> TokenLayout:
         visual = self._modality != Modality.TEXT
@@ -49,8 +54,8 @@ class PackedRows:
             modality=self._modality,
             image_id=self._image_id,
             size=self._size,
-            source=torch.arange(len(sequence), device=sequence.device),
+            source=torch.arange(len(sequence)),
             position=position,
             next_position=next_position,
-            companions=None if self._companions is None else self._companions[visual],
+            companions=None if self._companions is None else self._companions[self._there(visual.nonzero()[:, 0])],
         )

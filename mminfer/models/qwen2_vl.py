@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mminfer.layout import GivenRows, Modality, TokenLayout
+from mminfer.layout import Modality, TokenLayout
 from mminfer.models.adapter import ModelAdapter
 from mminfer.models.vision import PIXEL_INPUTS, VisionTower, VisionWork
 
@@ -40,9 +40,8 @@ class Qwen2VLAdapter(ModelAdapter):
     position_axes = 3
     host_state = ("rope_deltas",)
 
-    def embed(self, inputs: Mapping[str, Any], given: GivenRows | None = None) -> tuple[Tensor, TokenLayout]:
-        embeds, layout = super().embed(inputs, given)
-        return embeds, replace(layout, image_id=self.frame_ids(layout))
+    def marked(self, layout: TokenLayout, inputs: Mapping[str, Any], mask: Tensor) -> TokenLayout:
+        return replace(layout, image_id=self.frame_ids(layout))
 
     def frame_ids(self, layout: TokenLayout) -> Tensor:
         """[T] int64: a video comes as one unit, but no merge may cross its frames.
@@ -62,15 +61,15 @@ class Qwen2VLAdapter(ModelAdapter):
         return image_id
 
     def host_positions(self, inputs: Mapping[str, Any], mask: Tensor) -> Tensor:
-        position_ids = inputs.get("position_ids")
-        if position_ids is None and inputs.get("input_ids") is not None:
-            types = inputs.get("mm_token_type_ids")
-            if types is None:
-                types = self._token_types(inputs["input_ids"])
-            names = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
-            grids = {name: inputs[name] for name in names if inputs.get(name) is not None}
+        grids_named = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
+        names = ("position_ids", "input_ids", "mm_token_type_ids", *grids_named)
+        here = {n: x.cpu() if isinstance(x := inputs.get(n), Tensor) else x for n in names}
+        position_ids, ids, types, *_ = here.values()
+        if position_ids is None and ids is not None:
+            types = self._token_types(ids) if types is None else types
+            grids = {name: here[name] for name in grids_named if here[name] is not None}
             position_ids, _ = self.base.get_rope_index(
-                inputs["input_ids"], mm_token_type_ids=types, attention_mask=mask.long(), **grids
+                ids, mm_token_type_ids=types, attention_mask=mask.long(), **grids
             )
         if position_ids is None or position_ids.dim() == 2:
             return super().host_positions({**inputs, "position_ids": position_ids}, mask).expand(3, -1)

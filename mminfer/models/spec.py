@@ -39,7 +39,7 @@ class VisualUnit:
 
     Args:
         features: [n, C].
-        size: [n] float32, patches that each stands for.
+        size: [n] float32, patches that each stands for; on the CPU.
         companions: [n, K, C], what joins the hidden states behind the first K layers, if anything does.
     """
 
@@ -50,7 +50,7 @@ class VisualUnit:
     @classmethod
     def of_patches(cls, features: Tensor) -> VisualUnit:
         """A unit of which every token stands for one patch."""
-        return cls(features, features.new_ones(features.shape[0], dtype=torch.float32))
+        return cls(features, torch.ones(features.shape[0]))
 
 
 def rescaled(inv_freq: Tensor, factors: Tensor | None) -> Tensor:
@@ -72,18 +72,18 @@ def layer_kinds(config: Any) -> list[str]:
 
 
 def attention_mask(inputs: Mapping[str, Any]) -> Tensor:
-    """[B, N] bool."""
+    """[B, N] bool, on the CPU."""
     ids = inputs.get("input_ids")
     like = ids if ids is not None else inputs.get("inputs_embeds")
     if like is None or like.shape[1] == 0:
         raise InputError("the prompt is empty: pass input_ids or inputs_embeds of at least one token")
     mask = inputs.get("attention_mask")
     if mask is None:
-        return torch.ones(like.shape[:2], dtype=torch.bool, device=like.device)
+        return torch.ones(like.shape[:2], dtype=torch.bool)
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise InputError(f"attention_mask of shape {shape}: only a 2D padding mask [batch, tokens] is supported")
-    mask = mask[:, -like.shape[1] :].bool()
+    mask = mask[:, -like.shape[1] :].bool().cpu()
     if mask.shape != like.shape[:2]:
         raise InputError(
             f"attention_mask {list(mask.shape)} does not fit the tokens {list(like.shape[:2])}: one value each"

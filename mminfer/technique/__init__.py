@@ -30,7 +30,7 @@ from mminfer.technique.stages import (
     Stage,
     Technique,
 )
-from mminfer.technique.views import LayerView, LayerWork
+from mminfer.technique.views import KnownRows, LayerView, LayerWork
 
 __all__ = [
     "CACHE_SHARES",
@@ -43,6 +43,7 @@ __all__ = [
     "CacheEntries",
     "CacheTechnique",
     "EarlierEntries",
+    "KnownRows",
     "LayerRange",
     "LayerView",
     "LayerWork",

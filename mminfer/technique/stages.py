@@ -248,8 +248,11 @@ class CacheTechnique(Technique):
         """
         return None
 
-    def layer_demand(self, view: LayerView) -> float:
-        """How much of a shared budget the layer asks for. Only of those that work across layers."""
+    def layer_demand(self, view: LayerView) -> float | Tensor:
+        """How much of a shared budget the layer asks for; on a GPU a tensor of that, so that nobody waits for it.
+
+        Only of those that work across layers.
+        """
         return 1.0
 
     def compress_layers(

@@ -11,6 +11,21 @@ from mminfer.technique.entries import CacheEntries
 
 
 @dataclass(frozen=True, eq=False)
+class KnownRows:
+    """What the host knows of one sequence's rows on a GPU, so that it need not wait for that to ask.
+
+    Args:
+        visual: how many are visual.
+        ends_visual: whether the last one is.
+        is_visual: [R] bool, on the CPU; None: which of them are visual is not known there.
+    """
+
+    visual: int
+    ends_visual: bool
+    is_visual: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class LayerView:
     """One sequence in one layer of a prompt pass, right behind its attention: all that a technique may look at.
 
@@ -28,6 +43,7 @@ class LayerView:
         tokens_seen: tokens that the layer has taken in over all passes, this one included.
         attention_mass: [1, H, N] float32, the attention that each entry receives from all queries; None unless the
             cache technique asks for it, and there too where a layer's attention cannot give it.
+        known: what of `is_visual` the host knows without asking; None: it is asked.
     """
 
     queries: Tensor
@@ -40,6 +56,15 @@ class LayerView:
     prompt_tokens: int
     tokens_seen: int
     attention_mass: Tensor | None = None
+    known: KnownRows | None = None
+
+    @property
+    def rows(self) -> KnownRows:
+        """What the host knows of the rows of this pass; it waits for what it does not know yet."""
+        if self.known is not None:
+            return self.known
+        here = self.is_visual.cpu()
+        return KnownRows(int(here.sum()), len(here) > 0 and bool(here[-1]), here)
 
     @property
     def keys(self) -> Tensor:

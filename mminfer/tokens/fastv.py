@@ -64,7 +64,8 @@ class FastV(PruneTechnique):
         is_visual = torch.cat([view.is_visual[:-1], view.is_visual.new_zeros(1)])
         if view.queries.shape[2] == 0:
             return torch.arange(rows, device=is_visual.device)
-        return aim_keep(self.importance(view)[-rows:], is_visual, view.prompt_tokens, self.ratio)
+        visual = view.rows.visual - int(view.rows.ends_visual)
+        return aim_keep(self.importance(view)[-rows:], is_visual, view.prompt_tokens, self.ratio, visual)
 
     def importance(self, view: LayerView) -> Tensor:
         """[N] float32, of every key of one sequence: what the last query looks at; zero where there is no query.

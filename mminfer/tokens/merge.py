@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Self
 
 import torch
 from mminfer_kernels import best_match, gather_rows, merge_rows
 
 from mminfer.errors import ConfigError, shown
-from mminfer.layout import Modality, TokenLayout
+from mminfer.layout import Modality, RowCounts, TokenLayout, places_of
 from mminfer.technique import MERGE_SHARES, MergeTechnique, check_fraction
 
 if TYPE_CHECKING:
@@ -67,36 +67,44 @@ class AIMMerge(MergeTechnique):
             )
 
     def apply(self, inputs_embeds: torch.Tensor, layout: TokenLayout) -> tuple[torch.Tensor, TokenLayout]:
-        mergeable = (layout.image_id >= 0) & (layout.size > 0)
+        host = layout.on_host
+        mergeable = (host.image_id >= 0) & (host.size > 0)
         if self.ratio == 1 or not bool(mergeable.any()):
             return inputs_embeds, layout
-        stays, size, owner = ~mergeable, layout.size.clone(), torch.arange(len(layout), device=mergeable.device)
+        device = layout.device
+        stays, size = (~mergeable).to(device, non_blocking=True), layout.size.clone()
+        owner = torch.arange(len(layout), device=device)
         merged = []  # rows and tokens of the images of one length
-        for rows in _images_by_length(mergeable, self._units(layout)):  # [images, T]
+        gone = []  # as many rows of each image as leave, whichever these are
+        for images in _images_by_length(mergeable, self._units(host)):  # [images, T]
             if self.reference_order:
-                _check_for_their_order(rows, layout)
-            target = max(1, round(rows.shape[1] * self.ratio))
+                _check_for_their_order(images, layout)
+            target, rows = max(1, round(images.shape[1] * self.ratio)), images.to(device, non_blocking=True)
+            gone.append(images[:, target:].flatten())
             tokens, sizes = inputs_embeds[rows], layout.size[rows]
             while tokens.shape[1] > target:
                 r = min(tokens.shape[1] // 2, tokens.shape[1] - target)
                 place, tokens, sizes, joined = _merge_round(tokens, sizes, r, self.reference_order)
-                step = torch.arange(len(layout), device=rows.device)
+                step = torch.arange(len(layout), device=device)
                 step[rows] = rows.gather(1, joined)
                 owner = step[owner]
                 rows = rows.gather(1, place)
             if self.reference_order:
                 rows, owner = _in_their_order(rows, owner)
-            size[rows], stays[rows] = sizes, True
+            size[rows] = sizes
+            stays.index_fill_(0, rows.flatten(), True)
             merged.append((rows, tokens))
-        index = stays.nonzero()[:, 0]
+        left = torch.ones_like(mergeable).index_fill_(0, torch.cat(gone), False)
+        index = places_of(stays, len(left) - sum(map(len, gone)))
         out, new_row = inputs_embeds[index], stays.cumsum(0) - 1
         for rows, tokens in merged:
             out[new_row[rows]] = tokens
-        return out, layout.merge(index, size[index], owner)
+        return out, replace(layout.merge(index, size[index], owner), counts=_counts_left(layout, left))
 
     def unit_lengths(self, layout: TokenLayout) -> tuple[int, ...]:
-        mergeable = layout.is_visual & (layout.size > 0)
-        return tuple(torch.bincount(self._units(layout)[mergeable]).tolist())
+        host = layout.on_host
+        mergeable = host.is_visual & (host.size > 0)
+        return tuple(torch.bincount(self._units(host)[mergeable]).tolist())
 
     def _units(self, layout: TokenLayout) -> torch.Tensor:
         """[T] int64: what may merge with each other; -1 for text."""
@@ -123,6 +131,29 @@ class AIMMerge(MergeTechnique):
     @classmethod
     def sweeps(cls) -> dict[str, dict[str, Self]]:
         return {"AIM merge": {f"{share} %": cls(share / 100) for share in MERGE_SHARES}}
+
+
+def _counts_left(layout: TokenLayout, left: torch.Tensor) -> RowCounts | None:
+    """What the host knows of the rows left, for a layout on a GPU.
+
+    Args:
+        layout: before merging.
+        left: [T] bool, on the CPU: as many true values in each image as tokens of it are left.
+    """
+    known, own = layout.known, layout.on_host
+    if known is None:
+        return None
+    lengths = tuple(torch.bincount(own.sequence[left], minlength=layout.num_sequences).tolist())
+    visual = tuple(v - a + b for v, a, b in zip(known.visual_lengths, known.lengths, lengths, strict=True))
+    return RowCounts(lengths, visual, known.ends_visual, own.is_visual[left] if _in_runs(own) else None)
+
+
+def _in_runs(layout: TokenLayout) -> bool:
+    """Whether the rows of each image follow each other, so that the places of text among rows left are known."""
+    owner = layout.image_id[layout.is_visual]
+    texts = (~layout.is_visual).cumsum(0)[layout.is_visual]  # rows of text before each visual one
+    again = (owner[1:] == owner[:-1]) & (texts[1:] != texts[:-1])
+    return not bool(again.any()) and len(owner.unique_consecutive()) == len(owner.unique())
 
 
 def _in_their_order(rows: torch.Tensor, owner: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

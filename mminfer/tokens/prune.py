@@ -12,6 +12,7 @@ from mminfer_kernels.checks import MOST_ITERATIONS
 from torch import Tensor
 
 from mminfer.errors import ConfigError, shown
+from mminfer.layout import places_of
 from mminfer.technique import (
     MOST_FACTOR,
     MOST_LAYERS,
@@ -92,16 +93,15 @@ class AIMPrune(PruneTechnique):
         return kept[layer_idx + 1] < kept[layer_idx]
 
     def apply(self, view: LayerView) -> Tensor:
-        is_visual = view.is_visual
-        rows = len(is_visual)
-        if rows and bool(is_visual[-1]):  # a prompt that ends with an image: its last token asks for the next one
-            is_visual = torch.cat([is_visual[:-1], is_visual.new_zeros(1)])
+        rows, visual, is_visual = len(view.is_visual), view.rows.visual, view.is_visual
+        if view.rows.ends_visual:  # a prompt that ends with an image: its last token asks for the next one
+            is_visual, visual = torch.cat([is_visual[:-1], is_visual.new_zeros(1)]), visual - 1
         rate = self.schedule(view.num_layers)[view.layer_idx]
-        if not bool(is_visual.any()):
+        if visual == 0:
             return torch.arange(rows, device=is_visual.device)
         if rate == 0:
-            return (~is_visual).nonzero()[:, 0]
-        return aim_keep(self.importance(view)[-rows:], is_visual, view.prompt_tokens, rate)
+            return places_of(~is_visual, rows - visual)
+        return aim_keep(self.importance(view)[-rows:], is_visual, view.prompt_tokens, rate, visual)
 
     def importance(self, view: LayerView) -> Tensor:
         """[N] float32, of every key of one sequence; a row without a query casts no vote.
@@ -191,7 +191,9 @@ def aim_schedule(num_layers: int, start: int, end: int) -> list[float]:
     return [min(1.0, max(0.0, (end - 1 - layer) / (end - start))) for layer in range(num_layers)]
 
 
-def aim_keep(importance: torch.Tensor, visual_mask: torch.Tensor, prompt_tokens: int, rate: float) -> torch.Tensor:
+def aim_keep(
+    importance: torch.Tensor, visual_mask: torch.Tensor, prompt_tokens: int, rate: float, visual: int | None = None
+) -> torch.Tensor:
     """Which tokens of one sequence stay: all text, and the most important visual tokens.
 
     `int((N0 - T) * rate) + T` tokens stay, of N0 prompt tokens with T text tokens among them.
@@ -201,6 +203,7 @@ def aim_keep(importance: torch.Tensor, visual_mask: torch.Tensor, prompt_tokens:
         visual_mask: [N] bool, true at visual tokens.
         prompt_tokens: N0, the length of the prompt before any pruning.
         rate: fraction of the prompt's visual tokens to keep, in [0, 1].
+        visual: how many tokens are visual, so that a GPU need not be asked; None: it is.
 
     Returns:
         Kept places, int64, ascending; all of them where no more than the quota are left.
@@ -221,8 +224,9 @@ def aim_keep(importance: torch.Tensor, visual_mask: torch.Tensor, prompt_tokens:
         raise ConfigError(f"rate is {rate}, wanted a kept fraction in [0, 1]")
     if prompt_tokens < importance.shape[0]:
         raise ValueError(f"prompt_tokens is {prompt_tokens}, wanted at least the {importance.shape[0]} tokens left")
-    text = (~visual_mask).nonzero()[:, 0]
-    visual = visual_mask.nonzero()[:, 0]
-    quota = int((prompt_tokens - text.shape[0]) * rate)
-    best = importance[visual].argsort(descending=True, stable=True)[:quota]
-    return torch.cat((text, visual[best])).sort().values
+    visual = int(visual_mask.sum()) if visual is None else visual
+    text = len(importance) - visual
+    kept = text + min(int((prompt_tokens - text) * rate), visual)
+    most = torch.finfo(importance.dtype).max
+    ranked = importance.nan_to_num(nan=most).where(visual_mask, torch.inf)  # text first
+    return ranked.argsort(descending=True, stable=True)[:kept].sort().values
