@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from benchmarks.canaries import counted
 from benchmarks.canaries.asked import asked, worked
 from benchmarks.canaries.outcome import Outcome
-from benchmarks.models import answers, long_context, prompt_pass, replay_cost, turns
+from benchmarks.models import answers, long_context, merge_stage, prompt_pass, replay_cost, turns
 from benchmarks.peers import kvpress, openvino, replay
-from benchmarks.quality import length, streamed
+from benchmarks.quality import film, length, streamed
 from benchmarks.quality.settings import GROUPS, OFF
 from benchmarks.quality.smol_settings import BUDGETS, known_settings
 from mminfer import InferenceConfig
@@ -120,6 +120,14 @@ def _replay_cost() -> Canaries:
     return _by_setting(configs, worked)
 
 
+def _film() -> Canaries:
+    return _by_setting({name: InferenceConfig(merge=merge) for name, merge in film.settings().items()})
+
+
+def _merge_stage() -> Canaries:
+    return _by_setting({name: InferenceConfig(merge=merge) for name, merge in merge_stage.SETTINGS.items()}, worked)
+
+
 def _peers() -> Canaries:
     configs = {name: setting(TOKENS) for name, setting in kvpress.our_settings().items()}
     configs |= {name: InferenceConfig.from_preset(name) for name in openvino.OURS}
@@ -136,13 +144,16 @@ FILES: Mapping[str, Callable[[], Canaries]] = {
     "answers": lambda: _presets(answers.PRESETS),
     "batch_decode": lambda: _one("a batch", counted.batch),
     "decode": lambda: _one("a step", counted.step),
+    "film": _film,
     "kernels": lambda: Canaries(lambda row: row["op"], counted.ops),
     "length": _length,
     "long_context": _long_context,
+    "merge_stage": _merge_stage,
     "needle": _needle,
     "paper": lambda: Canaries(counted.figure_name, counted.one_by_one(counted.published, counted.figure_names())),
     "peers": _peers,
     "prompt_pass": lambda: _presets(prompt_pass.PRESETS),
+    "regions": _needle,
     "replay": _needle,
     "replay_cost": _replay_cost,
     "scores": _scores,
