@@ -103,7 +103,7 @@ def _buffers(layer: CompressedLayer) -> tuple[Buffers, Tensor]:
         return PackedBuffers(keys, values, first, log_mass, room), torch.stack([lengths, new_rows.view_as(lengths)])
     if not isinstance(layer, PaddedLayer):
         raise TypeError(f"a layer of type {type(layer).__name__}")
-    keys, values = layer.reserve(1)
+    keys, values = layer.reserve_written(1)  # attention is masked over whole buffers
     for column in (keys, values):
         torch._dynamo.maybe_mark_dynamic(column, 2)
     return LayerBuffers(keys, values, layer.left_padding), torch.tensor([layer.num_columns], device=keys.device)

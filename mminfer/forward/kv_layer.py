@@ -157,6 +157,7 @@ class PaddedLayer(CompressedLayer):
         if len(set(lengths)) > 1:
             self.left_padding = torch.tensor([self.num_columns - n for n in lengths], device=keys.device)
         columns = [e.columns for e in entries]
+        self._spare_is_written = False
         headroom = HEADROOM if cache.headroom is None else cache.headroom
         capacity = self.num_columns + (headroom or at_rest(self.num_columns))
         self._buffers = {
@@ -179,7 +180,7 @@ class PaddedLayer(CompressedLayer):
             return None
         first = tensors[0]
         out = first.new_empty(len(tensors), first.shape[1], capacity, *first.shape[3:])
-        if first.dim() == 3:  # of keys and values nobody reads what was not written
+        if first.dim() == 3:  # spare keys and values stay as memory has them: see `reserve_written`
             out[:, :, self.num_columns :] = spare
         for row, own in zip(out, tensors, strict=True):
             padding = self.num_columns - own.shape[2]
@@ -245,6 +246,14 @@ class PaddedLayer(CompressedLayer):
             return self.reserve(spare_columns)
         return keys, values
 
+    def reserve_written(self, spare_columns: int) -> tuple[Tensor, Tensor]:
+        """`reserve`, for those who read spare columns under a mask: nan that memory happens to hold would show."""
+        keys, values = self.reserve(spare_columns)
+        if not self._spare_is_written:
+            keys[:, :, self.num_columns :], values[:, :, self.num_columns :] = 0, 0
+            self._spare_is_written = True
+        return keys, values
+
     def step_cache(self) -> LayerCache:
         return LayerCache(*self.reserve(1), self.left_padding, self.num_columns)
 
@@ -262,6 +271,7 @@ class PaddedLayer(CompressedLayer):
                 new[:, :, used:] = NEW.get(name, 0)
                 resized[name] = new
         self._buffers = {**self._buffers, **resized}  # all at once, so that an interrupt leaves none behind the others
+        self._spare_is_written = True
 
     def select_rows(self, rows: Tensor) -> None:
         if rows.tolist() == list(range(self.batch_size)):

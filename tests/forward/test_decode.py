@@ -254,17 +254,6 @@ def test_rotary_frequencies_that_follow_the_length():
     assert_same(run(model, inputs)[0], host)
 
 
-@pytest.fixture
-def traced(monkeypatch):
-    """torch.compile without its slow half: the graph runs as it was traced."""
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    step = torch.compile(compiled._step, fullgraph=True, backend="eager")
-    monkeypatch.setattr(compiled, "_compiled", lambda: step)
-    yield
-    torch._dynamo.reset()
-
-
 @pytest.mark.parametrize(
     "family", ["mistral3", *(pytest.param(f, marks=pytest.mark.slow) for f in ("internvl", "gemma3", "qwen3_vl"))]
 )

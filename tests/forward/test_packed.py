@@ -12,7 +12,6 @@ from mminfer import AIMPrune, Digest, InferenceConfig, InputError, LookM, Operat
 from mminfer.cache.h2o import H2O
 from mminfer.cache.random_evict import RandomEvict
 from mminfer.cache.snapkv import SnapKV
-from mminfer.forward import compiled
 from mminfer.forward.attention import Visibility
 from mminfer.forward.kv_cache import CACHE_NAME, CompressedCache
 from mminfer.forward.packed_attention import packed_attention
@@ -34,17 +33,6 @@ GREEDY = {
 BATCH = [[9, IMAGE, 7], [12], [3, IMAGE, 1, IMAGE, 4]]
 native = pytest.mark.skipif(not cpu_takes(torch.empty(0)), reason="no C++ library here")
 ways = pytest.mark.parametrize("technique", [ByLot(), ByLot(weighed=True)], ids=["plain", "weighed"])
-
-
-@pytest.fixture
-def traced(monkeypatch):
-    """torch.compile without its slow half: the graph runs as it was traced."""
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    step = torch.compile(compiled._step, fullgraph=True, backend="eager")
-    monkeypatch.setattr(compiled, "_compiled", lambda: step)
-    yield
-    torch._dynamo.reset()
 
 
 def extended(inputs, tokens):
