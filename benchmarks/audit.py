@@ -41,7 +41,7 @@ SPEED = (*TECHNIQUES, *PASS, "mminfer/forward", "kernels/mminfer_kernels", "csrc
 BEHIND: dict[str, tuple[str, ...]] = {
     "answers": (*SPEED, "benchmarks/models/answers.py"),
     "batch_decode": (*SPEED, "benchmarks/models/batch_decode.py"),
-    "decode": (*SPEED, "benchmarks/models/decode.py"),
+    "decode": (*SPEED, "benchmarks/models/caches.py", "benchmarks/models/decode.py"),
     "film": (*FIDELITY, *(f"benchmarks/quality/{name}.py" for name in ("film", "lot", "needle"))),
     "kernels": ("kernels/mminfer_kernels", "csrc/include", "csrc/cpu", "benchmarks/kernels"),
     "length": (*FIDELITY, "benchmarks/quality/length.py"),

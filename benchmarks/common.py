@@ -78,6 +78,14 @@ def write_rows(name: str, rows: Iterable[Mapping[str, Any]], key: Sequence[str] 
     return path
 
 
+def show_rows(name: str, rows: Sequence[Mapping[str, Any]], key: Sequence[str] = ()) -> None:
+    """Prints rows and puts them into results/<name>.csv, as `write_rows` does; "-": only prints them."""
+    for row in rows:
+        print(row, flush=True)
+    if name != "-":
+        print(write_rows(name, rows, key=key), flush=True)
+
+
 def read_rows(name: str) -> list[dict[str, str]]:
     """The rows of results/<name>.csv."""
     with (RESULTS / f"{name}.csv").open(newline="") as file:

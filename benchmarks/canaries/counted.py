@@ -13,7 +13,7 @@ from benchmarks.canaries.outcome import Outcome
 from benchmarks.common import ROOT
 from benchmarks.kernels.cases import CASES
 from benchmarks.models import turns
-from benchmarks.models.decode import random_cache
+from benchmarks.models.caches import random_cache
 from benchmarks.paper.counts import figures
 from benchmarks.quality import scores, streamed
 from benchmarks.quality.needle import contexts

@@ -14,9 +14,8 @@ import argparse
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-from benchmarks.gpu.writing import Rows
+from benchmarks.gpu.writing import Rows, part_parser
 
 PARTS = {"engine": 0.45, "parity": 0.3, "ops": 0.25}  # in their order, with the share of the time of each
 GRACE_S = 60.0  # a part may go on with what it has begun
@@ -35,12 +34,9 @@ def run_part(part: str, args: argparse.Namespace, seconds: float) -> dict[str, s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the rows; what lies there is replaced")
+    parser = part_parser(__doc__)
     parser.add_argument("--minutes", type=float, default=8, help="for all parts together")
     parser.add_argument("--part", default="all", choices=("all", *PARTS))
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--tiny", action="store_true", help="small sizes, for trying")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     rows = Rows(args.out / "parts.csv", ("part", "status", "s"), args.device)

@@ -10,35 +10,33 @@ its static cache, compiled as its users do. Then the time to the first token of 
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import DynamicCache, Qwen2Config, StaticCache
+from transformers import Qwen2Config
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from benchmarks.gpu.clock import counted, wall
-from benchmarks.gpu.writing import Rows, in_words
+from benchmarks.gpu.writing import Rows, in_words, part_parser
+from benchmarks.models.caches import host_cache, random_cache
 from benchmarks.models.geometries import behind_a_token_tower, llava_onevision_05b_engine, video_prompt
+from benchmarks.models.ways import COMPILED, HOST, STATIC
 from mminfer import Engine, InferenceConfig, patched
-from mminfer.forward.kv_cache import CACHE_NAME, CompressedCache, Continuation
-from mminfer.forward.packed_layer import layer_of
-from mminfer.technique import CacheEntries
+from mminfer.forward.kv_cache import CACHE_NAME
 
 COLUMNS = (
     "what", "tokens", "batch", "setting", "ms", "of_host", "gpu_ms", "launches", "waits", "to_host", "first_ms",
     "next_length_ms", "peak_mib", "text", "error",
 )  # fmt: skip
-HOST = "host"
 PROMPT_SETTINGS = (HOST, "off", "aim", "lookm-20", "replay-20", "digest-20", "skip-ffn", "balanced", "regions")
 LONG_SETTINGS = (HOST, "off", "aim", "replay-20")
 NANO_SETTINGS = ("off", "v2pe-16", "aim", "lookm-20", "replay-20", "digest-20", "skip-ffn", "regions", "balanced")
+ROOM = 256  # of a static cache, for the steps that are timed
 FRAMES, NEXT_FRAMES, LONG_FRAMES = 32, 33, 160  # of 196 tokens
 CACHE, BATCHES, SHARES = 32_768, (1, 8, 32), ((1.0, False), (0.2, False), (0.2, True), (0.05, False))
 
@@ -108,47 +106,6 @@ def prompt_passes(model: Any, device: str, tiny: bool, repeats: int) -> Iterator
             yield row | ({} if host_ms is None else {"of_host": round(row["ms"] / host_ms, 3)})
 
 
-def held(model: Any, batch: int, entries: int, tokens: int, differing: bool) -> CompressedCache:
-    """What a prompt of so many tokens would leave, with so many entries a head, or as many of all heads that differ."""
-    text, cache = model.config.get_text_config(), CompressedCache()
-    groups, size = text.num_key_value_heads, text.hidden_size // text.num_attention_heads
-    lengths = [2 * entries * (n + 1) // (groups + 1) for n in range(groups)] if differing else [entries] * groups
-
-    def own(length: int, heads: int = 1) -> CacheEntries:
-        keys, values = (torch.randn(1, heads, length, size, device=model.device, dtype=model.dtype) for _ in range(2))
-        return CacheEntries(keys, values)
-
-    def sequence() -> CacheEntries:
-        return CacheEntries.of_heads([own(n).weighed() for n in lengths]) if differing else own(entries, groups)
-
-    layers = [
-        layer_of([sequence() for _ in range(batch)], [tokens] * batch, cache) for _ in range(text.num_hidden_layers)
-    ]
-    end = torch.full((batch,), float(tokens), dtype=torch.float64, device=model.device)
-    cache.commit(layers, tokens, [tokens] * batch, Continuation.behind_text(end))
-    return cache
-
-
-def static_cache(model: Any, batch: int, tokens: int) -> Any:
-    """The host's own of a fixed size, full but for a few places."""
-    return filled(StaticCache(config=model.config.get_text_config(), max_cache_len=tokens + 256), model, batch, tokens)
-
-
-def host_cache(model: Any, batch: int, tokens: int) -> Any:
-    """The host's own that grows, as full."""
-    return filled(DynamicCache(config=model.config), model, batch, tokens)
-
-
-def filled(cache: Any, model: Any, batch: int, tokens: int) -> Any:
-    """The cache with random entries for so many tokens."""
-    text = model.config.get_text_config()
-    shape = (batch, text.num_key_value_heads, tokens, text.hidden_size // text.num_attention_heads)
-    for layer in range(text.num_hidden_layers):
-        keys, values = (torch.randn(shape, device=model.device, dtype=model.dtype) for _ in range(2))
-        cache.update(keys, values, layer, {"cache_position": torch.arange(tokens, device=model.device)})
-    return cache
-
-
 def decoding(model: Any, device: str, tiny: bool, repeats: int) -> Iterator[dict[str, Any]]:
     """Single steps over full and compressed caches, and the host's own, static and compiled too."""
     tokens = 64 if tiny else CACHE
@@ -180,13 +137,13 @@ def steps(model: Any, batch: int, tokens: int) -> dict[str, tuple[bool, Callable
         return made
 
     found = {
-        HOST: (False, step(lambda: host_cache(model, batch, tokens))),
-        "host, static cache": (False, step(lambda: static_cache(model, batch, tokens))),
-        "host, static cache, compiled": (False, step(lambda: static_cache(model, batch, tokens), True)),
+        HOST: (False, step(lambda: host_cache(model, tokens, batch=batch))),
+        STATIC: (False, step(lambda: host_cache(model, tokens, ROOM, batch))),
+        COMPILED: (False, step(lambda: host_cache(model, tokens, ROOM, batch), True)),
     }
     for share, differing in SHARES:
         entries, heads = round(share * tokens), ", heads differ" if differing else ""
-        ours = step(lambda n=entries, differing=differing: held(model, batch, n, tokens, differing))
+        ours = step(lambda n=entries, differing=differing: random_cache(model, n, tokens, batch, differing))
         found[f"ours, {100 * share:g} %{heads}"] = (True, ours)
     return found
 
@@ -233,11 +190,7 @@ def nano_answers(device: str, tiny: bool, repeats: int) -> Iterator[dict[str, An
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the rows")
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--tiny", action="store_true", help="small sizes, for trying")
-    parser.add_argument("--seconds", type=float, default=240, help="after which nothing more is begun")
+    parser = part_parser(__doc__, seconds=240)
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     out, until = Rows(args.out / "engine.csv", COLUMNS, args.device), time.monotonic() + args.seconds

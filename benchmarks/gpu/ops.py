@@ -8,11 +8,9 @@ that of torch's fastest run for the same, or of attention alone for scores that 
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import mminfer_kernels as ops
@@ -22,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import normalize, rms_norm, scaled_dot_product_attention, silu
 
 from benchmarks.gpu.clock import busy
-from benchmarks.gpu.writing import Rows, in_words
+from benchmarks.gpu.writing import Rows, in_words, part_parser
 
 COLUMNS = ("op", "size", "dtype", "run", "ms", "first_ms", "tflops", "tb_a_s", "of_torch", "error")
 HEADS, GROUPS, SIZE, HIDDEN, FFN = 28, 4, 128, 3584, 18_944
@@ -182,11 +180,7 @@ def measure(found: Measured, dtype: torch.dtype, device: str, repeats: int) -> I
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the rows")
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--tiny", action="store_true", help="small sizes, for trying")
-    parser.add_argument("--seconds", type=float, default=120, help="after which nothing more is begun")
+    parser = part_parser(__doc__, seconds=120)
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     torch.manual_seed(0)

@@ -8,18 +8,16 @@ Of prompts too long for a reference some queries are computed one by one.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from mminfer_kernels import decode_attention, packed_decode_attention, prompt_attention, prompt_attention_peak
 from torch import Tensor
 
-from benchmarks.gpu.writing import Rows, in_words
+from benchmarks.gpu.writing import Rows, in_words, part_parser
 from benchmarks.kernels.call import Call
 from benchmarks.kernels.cases import CASES
 
@@ -147,12 +145,7 @@ LONG_CHECKS = {"prompt_attention": _whole_prompt, "prompt_attention_peak": _peak
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the rows")
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--tiny", action="store_true", help="small sizes, for trying")
-    parser.add_argument("--seconds", type=float, default=120, help="after which nothing more is begun")
-    args = parser.parse_args()
+    args = part_parser(__doc__, seconds=120).parse_args()
     torch.manual_seed(0)
     rows, until = Rows(args.out / "parity.csv", COLUMNS, args.device), time.monotonic() + args.seconds
     for told, run in itertools.chain(long_prompts(args.device, args.tiny), every_case(args.device, args.tiny)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import os
 from collections.abc import Mapping, Sequence
@@ -51,6 +52,17 @@ class Rows:
         self._writer.writerow({**row, **self._origin})
         self._file.flush()
         os.fsync(self._file.fileno())
+
+
+def part_parser(description: str | None, seconds: float | None = None) -> argparse.ArgumentParser:
+    """What every part is told; seconds: for a part alone, after which it begins nothing more. None: it is all parts."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the rows; what lies there is replaced")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--tiny", action="store_true", help="small sizes, for trying")
+    if seconds is not None:
+        parser.add_argument("--seconds", type=float, default=seconds, help="after which nothing more is begun")
+    return parser
 
 
 def in_words(error: BaseException) -> str:

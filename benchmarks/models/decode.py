@@ -17,15 +17,13 @@ from typing import Any
 import torch
 import torch._dynamo.config
 import torch._inductor.config
-from transformers import DynamicCache, StaticCache
 
 from benchmarks.common import write_rows
 from benchmarks.models.batch_decode import batch_rows
+from benchmarks.models.caches import host_cache, random_cache
 from benchmarks.models.geometries import llava_onevision_05b, llava_onevision_mha, nano_prompt
 from benchmarks.models.ways import HOST, Clock, Timed, Way, host_ways, in_turn, our_way
-from mminfer.forward.kv_cache import CACHE_NAME, CompressedCache, Continuation
-from mminfer.forward.kv_layer import PaddedLayer
-from mminfer.technique import CacheEntries
+from mminfer.forward.kv_cache import CACHE_NAME
 
 MODELS = ("nano", "llava-onevision-0.5b", "cache", "batch")
 
@@ -42,36 +40,6 @@ def generate_rows(name: str, model: Any, inputs: dict[str, Any], tokens: int, re
         return clock.token_ms
 
     return rows_of(name, inputs["input_ids"].shape[1], in_turn(ways, call, repeats), HOST, repeats)
-
-
-def random_cache(model: Any, entries: int, tokens: int) -> CompressedCache:
-    """What a prompt of so many tokens would leave, with so many entries a head."""
-    text = model.config.get_text_config()
-    shape = (1, text.num_key_value_heads, entries, text.hidden_size // text.num_attention_heads)
-    cache = CompressedCache()
-    layers = [
-        PaddedLayer([CacheEntries(torch.randn(shape), torch.randn(shape))], [tokens], cache)
-        for _ in range(text.num_hidden_layers)
-    ]
-    end = torch.tensor([float(tokens)], dtype=torch.float64)
-    cache.commit(layers, tokens, [tokens], Continuation.behind_text(end))
-    return cache
-
-
-def host_cache(model: Any, tokens: int, room: int | None = None) -> Any:
-    """The host's own, as full.
-
-    Args:
-        model: whose.
-        tokens: entries a head.
-        room: for how many more, of a static cache; None: it grows.
-    """
-    text = model.config.get_text_config()
-    cache = DynamicCache(config=text) if room is None else StaticCache(config=text, max_cache_len=tokens + room)
-    shape = (1, text.num_key_value_heads, tokens, text.hidden_size // text.num_attention_heads)
-    for layer in range(text.num_hidden_layers):
-        cache.update(torch.randn(shape), torch.randn(shape), layer)
-    return cache
 
 
 def step_rows(

@@ -15,7 +15,7 @@ import mminfer_kernels
 import torch
 from torch import Tensor
 
-from benchmarks.common import SEED, write_rows
+from benchmarks.common import SEED, show_rows
 from mminfer import AIMMerge, RegionMerge
 from mminfer.layout import Modality, TokenLayout
 from mminfer.technique import MergeTechnique
@@ -94,10 +94,7 @@ def main() -> None:
         for tokens in args.tokens:
             for pictures in args.pictures:
                 rows = measure(tokens, pictures, kind, args.repeats)
-                for row in rows:
-                    print(row, flush=True)
-                if args.out != "-":
-                    write_rows(args.out, rows, key=KEY)
+                show_rows(args.out, rows, KEY)
 
 
 if __name__ == "__main__":

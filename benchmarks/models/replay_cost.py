@@ -18,7 +18,7 @@ from typing import Any
 import mminfer_kernels
 import torch
 
-from benchmarks.common import SEED, write_rows
+from benchmarks.common import SEED, show_rows
 from benchmarks.quality.smol import loaded
 from benchmarks.reader.assembling import prepared
 from mminfer import Engine, InferenceConfig, Replay
@@ -111,10 +111,7 @@ def main() -> None:
         name, plain = opened(model, args.cache)
         for count in args.rows:
             rows = measure(plain, name, count, args.repeats)
-            for row in rows:
-                print(row, flush=True)
-            if args.out != "-":
-                print(write_rows(args.out, rows, key=("model", "tokens", "setting")), flush=True)
+            show_rows(args.out, rows, ("model", "tokens", "setting"))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import InternVLProcessor
 
-from benchmarks.common import write_rows
+from benchmarks.common import show_rows
 from benchmarks.quality.lot import DropByLot
 from benchmarks.quality.needle import CHUNK, Cell, contexts, judge, refer
 from mminfer import AIMMerge, Engine, InferenceConfig, RegionMerge
@@ -140,10 +140,7 @@ def main() -> None:
     chosen = {name: merge for name, merge in settings().items() if args.settings is None or name in args.settings}
     for frames in args.frames:
         rows = list(measure(chosen, args.images, frames, args.questions, args.seed))
-        for row in rows:
-            print(row, flush=True)
-        if args.out != "-":
-            print(write_rows(args.out, rows, key=KEY), flush=True)
+        show_rows(args.out, rows, KEY)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks.common import write_rows
+from benchmarks.common import show_rows
 from benchmarks.quality.settings import GROUPS, OFF, Settings
 from mminfer import Engine
 from mminfer.bench.fidelity import Continuation, Fidelity, continuation, fidelity, forced, logits_of
@@ -135,10 +135,7 @@ def main() -> None:
     for images in args.images:
         for protocol in args.protocols:
             rows = list(measure(settings, images, args.questions, args.seed, Protocol(protocol)))
-            for row in rows:
-                print(row, flush=True)
-            if args.out != "-":
-                print(write_rows(args.out, rows, key=KEY), flush=True)
+            show_rows(args.out, rows, KEY)
 
 
 if __name__ == "__main__":

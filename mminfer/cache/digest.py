@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 import torch
 from torch import Tensor
 
-from mminfer.cache.digest_rules import PIECE, SPREADS, Rule, cluster, runs_of, share_out
+from mminfer.cache.digest_rules import PIECE, SPREADS, Rule, cluster_runs, runs_of, share_out
 from mminfer.errors import ConfigError, shown
 from mminfer.technique import (
     CACHE_SHARES,
@@ -159,7 +159,7 @@ class Digest(CacheTechnique):
         older = places < end
         parts = ((places[~is_visual & older], text), (places[is_visual], image), (places[end:], tail))
         found = [
-            cluster(entries, rows, sizes[rows], n, Rule(self.spread, self.join, bool(is_visual[rows[0]])))
+            cluster_runs(entries, rows, sizes[rows], n, Rule(self.spread, self.join, bool(is_visual[rows[0]])))
             for rows, n in parts
             if n > 0
         ]

@@ -51,40 +51,37 @@ def share_out(
     return [int(x) for x in whole]
 
 
-def cluster_runs(
-    entries: CacheEntries, rows: Tensor, count: int, spread: str = "farthest", join: bool = True, each: bool = False
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Some entries of one sequence as fewer, each run by itself.
+class Rule(NamedTuple):
+    """How entries become fewer.
 
     Args:
-        entries: of which `size` is how many entries of the prompt each stands for; without that column, one each.
-        rows: [n] int64, ascending: which entries; a gap begins a new run.
-        count: entries to keep of them; runs share by the tokens they stand for, so that what was digested in earlier
-            passes does not shrink beside what is new.
         spread: "farthest" or "even", see `Digest`.
         join: whether the others are averaged into the nearest, or dropped.
         each: whether no run goes empty, where there is one entry for each.
-
-    Returns:
-        place [1, G, count] int64, the entry at which each result stands; keys and values [1, G, count, D]; sizes
-        [1, G, count] float32.
     """
-    stand_for = torch.ones(len(rows)) if entries.size is None else entries.size[0, 0, rows].cpu()
-    return cluster(entries, rows.cpu(), stand_for, count, Rule(spread, join, each))
-
-
-class Rule(NamedTuple):
-    """How entries become fewer; as of `cluster_runs`."""
 
     spread: str = "farthest"
     join: bool = True
     each: bool = False
 
 
-def cluster(
+def cluster_runs(
     entries: CacheEntries, rows: Tensor, stand_for: Tensor, count: int, rule: Rule
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`cluster_runs`, of rows ([n] int64) on the CPU that stand for so many entries each ([n] float32, likewise)."""
+    """Some entries of one sequence as fewer, each run by itself.
+
+    Args:
+        entries: of which `size` is how many entries of the prompt each stands for; without that column, one each.
+        rows: [n] int64, ascending, on the CPU: which entries; a gap begins a new run.
+        stand_for: [n] float32, on the CPU: their sizes.
+        count: entries to keep of them; runs share by the tokens they stand for, so that what was digested in earlier
+            passes does not shrink beside what is new.
+        rule: how.
+
+    Returns:
+        place [1, G, count] int64, the entry at which each result stands; keys and values [1, G, count, D]; sizes
+        [1, G, count] float32.
+    """
     sizes = entries.keys.new_ones(entries.keys.shape[:3]) if entries.size is None else entries.size
     device = sizes.device
     if count >= len(rows):

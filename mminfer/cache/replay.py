@@ -101,7 +101,8 @@ class Replay(CacheTechnique):
 
     @property
     def replay(self) -> ReplayPlan:
-        return ReplayPlan(self.stretch, self.fit, self.text, self.alike, self.fast, self.by_output)
+        own = {name: getattr(self, name) for name in ("stretch", "text", "alike", "fast")}
+        return ReplayPlan(**own, references=self.fit, outputs=self.by_output)
 
     def check_prompt(self, layout: TokenLayout, spec: ModelSpec, tokens_seen: Sequence[int]) -> None:
         heads = spec.num_key_value_heads

@@ -99,7 +99,7 @@ class ReplayedRows:
                 Stretch(sequence, sources, groups, _some(torch.cat(asking), plan.references, sharing))
             )
             start += len(rows)
-        self.layout = replace(self.layout, position=position, run_before=None)
+        self.layout = replace(self.layout, position=position, run_before=None, host=None)
 
     def scratch(self, shape: Sequence[int], like: Tensor) -> Tensor:
         """Memory of this shape that each layer and stretch writes anew: fresh one costs more than what is written."""

@@ -8,6 +8,7 @@ import torch
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import engine, ops, parity
 from benchmarks.gpu.writing import Rows
+from benchmarks.models.caches import random_cache
 
 
 def read(path):
@@ -63,7 +64,7 @@ def test_prompts_and_steps_are_timed_beside_the_hosts():
 
 def test_a_cache_whose_heads_differ_holds_as_much_as_one_of_heads_alike():
     model = engine.model_of("cpu", True)
-    alike, differing = (engine.held(model, 1, 30, 64, differs) for differs in (False, True))
+    alike, differing = (random_cache(model, 30, 64, heads_differ=differs) for differs in (False, True))
     own = [[sum(layer.head_lengths[0]) for layer in cache.layers] for cache in (alike, differing)]
     assert own[0] == own[1] and len(set(differing.layers[0].head_lengths[0])) > 1
 

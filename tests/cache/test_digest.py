@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from mminfer import AIMMerge, AIMPrune, ConfigError, Engine, InferenceConfig, OperatorSkip, patched
 from mminfer.bench.contexts import made_contexts
 from mminfer.cache.digest import Digest
-from mminfer.cache.digest_rules import PIECE, cluster_runs, farthest_first, runs_of, share_out
+from mminfer.cache.digest_rules import PIECE, Rule, cluster_runs, farthest_first, runs_of, share_out
 from mminfer.cache.random_evict import RandomEvict
 from mminfer.forward.kv_cache import CACHE_NAME
 from mminfer.forward.room import HEADROOM
@@ -19,6 +19,11 @@ from mminfer.metrics.fidelity import kl_divergence
 from mminfer.technique import CacheEntries
 from tests.tiny import FAMILIES, IMAGE, LAYERS, fitting, refusal, skip_if_refused, tiny_inputs, tiny_model, tiny_rows
 from tests.views import layer_view
+
+
+def clustered(entries, rows, count, **rule):
+    stand_for = torch.ones(len(rows)) if entries.size is None else entries.size[0, 0, rows]
+    return cluster_runs(entries, rows, stand_for, count, Rule(**rule))
 
 
 def made(pattern, groups=2, size=4, seed=0):
@@ -95,7 +100,7 @@ def test_every_run_keeps_something_of_what_is_enough_for_all(lengths, share):
     entries = made([n for length in lengths for n in (1, length)])
     rows = entries.is_visual[0, 0].nonzero()[:, 0]
     count = len(lengths) + int(share * (len(rows) - len(lengths)))
-    place, _, _, size = cluster_runs(entries, rows, count, each=True)
+    place, _, _, size = clustered(entries, rows, count, each=True)
     assert place.shape[-1] == count
     if count >= sum(-(-length // PIECE) for length in lengths):  # and so does every piece of a long one
         assert size.sum(-1).tolist() == [[len(rows)] * 2]
@@ -135,7 +140,7 @@ def test_what_is_alike_becomes_one_mean_by_size():
     keys = two[[0, 1, 0, 1]].expand(1, 2, 4, 4)
     values = keys + 0.01 * torch.arange(4.0)[:, None]
     sized = CacheEntries(keys, values, entries.is_visual, size=torch.tensor([3.0, 1, 1, 1]).expand(1, 2, 4))
-    place, k, v, size = cluster_runs(sized, torch.arange(4), 2)
+    place, k, v, size = clustered(sized, torch.arange(4), 2)
     for head in range(2):
         by_place = {p % 2: i for i, p in enumerate(place[0, head].tolist())}
         assert set(by_place) == {0, 1}
@@ -149,7 +154,7 @@ def test_runs_share_by_length_and_long_ones_are_cut(count, stand_for):
     """The long run is cut into three; where there is not one entry for each piece, the rest is in nothing."""
     entries = made([10, 300, 5, 20, 4])
     rows = entries.is_visual[0, 0].nonzero()[:, 0]
-    place, k, _, size = cluster_runs(entries, rows, count)
+    place, k, _, size = clustered(entries, rows, count)
     assert place.shape == (1, 2, count) and k.shape == (1, 2, count, 4)
     torch.testing.assert_close(size.sum(-1), torch.full((1, 2), float(stand_for)))
     assert all(len(set(p.tolist())) == count for p in place[0])
@@ -162,7 +167,7 @@ def test_without_joining_what_stays_is_as_it_was():
     entries = made([4, 40, 4])
     rows = entries.is_visual[0, 0].nonzero()[:, 0]
     for spread in ("farthest", "even"):
-        place, k, v, size = cluster_runs(entries, rows, 8, spread, join=False)
+        place, k, v, size = clustered(entries, rows, 8, spread=spread, join=False)
         index = place[..., None].expand(*place.shape, 4)
         assert torch.equal(k, entries.keys.gather(2, index)) and torch.equal(v, entries.values.gather(2, index))
         assert (size == 5).all()
