@@ -44,7 +44,7 @@ class FilmProcessor(InternVLProcessor):
 
 
 @dataclass(frozen=True)
-class OfFilm(MergeTechnique):
+class OfFilm(MergeTechnique, register=False):
     """A merging that takes tiles for frames: InternVL's layout has no word for frames in a row.
 
     Args:
