@@ -14,7 +14,7 @@ from pathlib import Path
 from benchmarks import audit
 from benchmarks.canaries import stored
 from benchmarks.quality.smol_cells import MODELS
-from benchmarks.tables import cost, kernels, needle, paper, peers, quality, regions, smol
+from benchmarks.tables import cost, kernels, lost, needle, paper, peers, quality, regions, smol
 from mminfer.bench.protocols import Protocol
 
 REPORT = Path(__file__).with_name("REPORT.md")
@@ -84,7 +84,7 @@ SECTIONS: list[Section] = [
         "Its budgets, the other rules at a fifth, and itself without a part: shares of attention alone "
         "(whatever entries write), nothing fitted, every head alike (an even budget), heads sure of nothing, text not "
         "replayed, rows like the one before them left out.",
-        [needle.replayed_by_seed, needle.replayed],
+        [needle.replayed_by_seed, needle.replayed, lost.lost],
     ),
     (
         "What fewer tokens lose",

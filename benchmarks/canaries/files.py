@@ -149,6 +149,7 @@ FILES: Mapping[str, Callable[[], Canaries]] = {
     "length": _length,
     "long_context": _long_context,
     "merge_stage": _merge_stage,
+    "lost": _smol,
     "needle": _needle,
     "paper": lambda: Canaries(counted.figure_name, counted.one_by_one(counted.published, counted.figure_names())),
     "peers": _peers,
@@ -158,6 +159,7 @@ FILES: Mapping[str, Callable[[], Canaries]] = {
     "replay_cost": _replay_cost,
     "scores": _scores,
     "smol": _smol,
+    "smol_regions": _smol,
     "streamed": _streamed,
     "turns": lambda: Canaries(_setting, counted.one_by_one(counted.chat, turns.SETTINGS)),
 }

@@ -11,6 +11,7 @@ from benchmarks.tables.markdown import markdown, origin
 from mminfer.bench.protocols import Protocol
 
 Row = dict[str, str]
+READER = "smol_regions"  # file of the rows on pages: those of `smol` are of another run
 
 
 def _rows(name: str) -> list[Row]:
@@ -19,10 +20,14 @@ def _rows(name: str) -> list[Row]:
 
 def reader() -> str:
     """What stays right on the real model's pages, by kind of page, with what is left of the tokens; next-turn."""
-    own = {key: cell for key, cell in smol.cells().items() if key[0] == PIXELS and key[2] == str(Protocol.NEXT_TURN)}
+    own = {
+        key: cell for key, cell in smol.cells(READER).items() if key[0] == PIXELS and key[2] == str(Protocol.NEXT_TURN)
+    }
     names = [name for name in REGIONS if any(key[1] == name for key in own)]
     if len(names) < 2:
-        return "No rows of regions on pages yet: `python -m benchmarks.quality.smol --rules regions` makes them."
+        return (
+            "No rows of regions on pages yet: `python -m benchmarks.quality.smol --rules regions --out smol_regions`."
+        )
     pages = [p for p in dict.fromkeys(key[3] for key in own if key[1] == "regions") if p != ALL]
     table, shown = [], []
     for name in names:

@@ -62,17 +62,17 @@ class Cell:
         return f"{100 * self.total('right') / self.total('questions'):.1f}"
 
 
-def cells() -> dict[Key, Cell]:
+def cells(file: str = "smol") -> dict[Key, Cell]:
     """All cells that were measured; none where there is no file."""
-    path = RESULTS / "smol.csv"
-    return _cells(path.stat().st_mtime_ns) if path.exists() else {}
+    path = RESULTS / f"{file}.csv"
+    return _cells(file, path.stat().st_mtime_ns) if path.exists() else {}
 
 
-@lru_cache(maxsize=1)
-def _cells(changed: int) -> dict[Key, Cell]:
-    """Those of the file as it was changed then: every table asks for them."""
+@lru_cache(maxsize=2)
+def _cells(file: str, changed: int) -> dict[Key, Cell]:
+    """Those of a file as it was changed then: every table asks for them."""
     found: dict[Key, list[Row]] = {}
-    for row in read_rows("smol"):
+    for row in read_rows(file):
         key = row["model"], row["setting"], row["protocol"], row["pages"], row["kind"]
         found.setdefault(key, []).append(row)
     return {key: Cell(tuple(rows)) for key, rows in found.items()}

@@ -110,9 +110,9 @@ def test_the_pages_table_has_kinds_as_columns(results):
             counts = {"questions": 30, "right": stayed, "full_right": 20, "stayed": stayed, "cache_kept": 74}
             row = {"model": "pixels", "setting": setting, "protocol": "next-turn", "pages": pages, "kind": kind}
             rows.append(row | counts | {"same": 50, "kl": 1})
-    written(results / "smol.csv", rows[:6])
+    written(results / "smol_regions.csv", rows[:6])
     assert regions.reader().startswith("No rows")  # of the preset alone there is nothing to compare
-    written(results / "smol.csv", rows)
+    written(results / "smol_regions.csv", rows)
     table = regions.reader()
     assert table.splitlines()[0].endswith("| kept, dense text | entries, dense text | kept, sparse text | "
                                           "entries, sparse text |")  # fmt: skip

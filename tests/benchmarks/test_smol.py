@@ -5,10 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks.quality import smol, smol_cells
+from benchmarks import common
+from benchmarks.quality import lost, smol, smol_cells
 from benchmarks.quality.smol_cells import ALL, EMBEDDINGS, PIXELS, Answer, Reading, Told, answer_tokens
 from benchmarks.quality.smol_settings import Setting, chosen_settings, known_settings, preset_settings
-from benchmarks.reader.books import DENSE, JOB, PAGE_KINDS, Book, Question
+from benchmarks.reader.books import DENSE, JOB, PAGE_KINDS, Book, Question, books
+from benchmarks.tables import lost as lost_table
 from mminfer import AIMMerge, Digest, InferenceConfig, InputError, LookM
 from mminfer.bench.fidelity import Fidelity
 from mminfer.bench.protocols import Protocol
@@ -158,3 +160,29 @@ def test_a_rule_that_comes_later_is_known_by_its_name():
 def test_answers_are_as_long_as_their_kind(engine):
     questions = [Question("code", "", "1234", 0), Question("job", "", "doctor", 0)]
     assert answer_tokens(engine.processor.tokenizer, questions) == {"code": 5, "job": 1}
+
+
+def test_what_is_lost_where(engine, monkeypatch, tmp_path):
+    """Every layer that is whole again brings the divergence down, and with all of them there is none."""
+    monkeypatch.setattr("benchmarks.reader.books.PAGES", 1)
+    monkeypatch.setattr(smol_cells, "LONG", 4)
+    monkeypatch.setattr(smol_cells, "ANSWER", 2)
+    made = [next(iter(books(1, 1, engine.processor.tokenizer)))]
+    readings = [smol.refer(engine, book, EMBEDDINGS, Protocol.NEXT_TURN).reading for book in made]
+    found = list(lost.rows(engine, readings, budget=20, heads_of=1))
+    assert [row["what"] for row in found[:5]] == [
+        "all compressed",
+        *("layer restored", "layer alone compressed") * 2,
+    ]
+    of = {(row["what"], row["layer"], row["head"]): row["kl"] for row in found}
+    assert len(found) == 5 + 3 and 0 < of["layer restored", 0, ""] < of["all compressed", "", ""]
+    assert of["layer restored", 0, ""] == pytest.approx(of["layer alone compressed", 1, ""], abs=1e-4)
+    every = frozenset((layer, head) for layer in range(2) for head in range(3))
+    assert lost.told(engine, readings, lost.Partly(ratio=0.2, whole=every))["kl"] == pytest.approx(0, abs=1e-4)
+    facts = {"model": EMBEDDINGS, "seed": 1, "books": 1}
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    monkeypatch.setattr(lost_table, "RESULTS", tmp_path)
+    assert "benchmarks.quality.lost" in lost_table.lost()
+    common.write_rows("lost", [facts | row for row in found])
+    lines = lost_table.lost().splitlines()
+    assert lines[2].startswith("| all | 100 % |") and sum(", head" in line for line in lines) == 3
