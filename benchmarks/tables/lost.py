@@ -25,7 +25,7 @@ def lost() -> str:
     missing = int(whole["full_right"]) - int(whole["stayed"])
     about = (
         f"{whole['setting']}, by {whole['model']}, next-turn, {whole['books']} books. Restored: all layers are "
-        "compressed but that this one, or this head, has all of its entries; brought back: of the KL of the first line. "
+        "compressed but that this one, or this head, has all its entries; brought back: of the KL of the first line. "
         f"Answers: of the {missing} of {whole['full_right']} that all compressed loses. Of an even share: how many "
         "entries it has of the shared budget, 100 % were it shared evenly"
     )
