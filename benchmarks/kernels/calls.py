@@ -174,6 +174,26 @@ def add_rows(like: Tensor, tokens: int, kept: int, columns: int) -> Call:
     return Call("add_rows", ops.add_rows, (x, index, added), added.numel(), moved, {"inplace": True}, mutates=True)
 
 
+def row_dots(like: Tensor, lines: int, columns: int) -> Call:
+    """Of the tokens of a square grid with those to their right."""
+    x, at = _normal(like, lines * lines, columns), torch.arange(lines * lines - 1, device=like.device)
+    flops, moved = 2 * len(at) * columns, bytes_of(x, at, at) + 4 * len(at)
+    return Call("row_dots", ops.row_dots, (x, at, at + 1), flops, moved)
+
+
+def grow_regions(like: Tensor, lines: int, columns: int) -> Call:
+    """Of a square grid whose lower half is blank, but for a little noise: squares of two by two."""
+    grid = torch.arange(lines * lines, device=like.device).view(lines, lines)
+    pairs = torch.cat([torch.stack([grid[:, :-1].flatten(), grid[:, 1:].flatten()]),
+                       torch.stack([grid[:-1].flatten(), grid[1:].flatten()])], 1)  # fmt: skip
+    x = _normal(like, lines * lines, columns)
+    x[len(x) // 2 :] = 1 + 0.01 * x[len(x) // 2 :]
+    sizes = torch.ones(len(x), device=like.device)
+    flops = 2 * (pairs.shape[1] + 2 * len(x)) * columns  # at least: each pair once
+    moved = bytes_of(x, sizes, pairs) + 8 * len(x)
+    return Call("grow_regions", ops.grow_regions, (x, sizes, pairs, 0.99, 4), flops, moved, rest=(None, None, None))
+
+
 def swiglu(like: Tensor, rows: int, columns: int) -> Call:
     gate, up = _normal(like, rows, columns), _normal(like, rows, columns)
     return Call("swiglu", ops.swiglu, (gate, up), 4 * gate.numel(), 3 * gate.nbytes)

@@ -39,6 +39,7 @@ TOKENS, FEW, MORE = "{tokens:,} tokens", {"tokens": 160}, {"tokens": 320}
 ROWS, FEW_ROWS = {"tokens": 6272, "kept": 1568, "columns": 896}, {"tokens": 64, "kept": 16, "columns": 96}
 MATRIX, FEW_BY_FEW = "{rows:,} x {columns:,}", {"rows": 96, "columns": 80}
 OF_ROWS, KEYS = "{kept:,} of {tokens:,} x {columns:,}", "{keys:,} keys, {groups} groups"
+GRID, SMALL_GRID = {"lines": 24, "columns": 896}, {"lines": 6, "columns": 48}
 STEP = {"layers": 8, "entries": 8192, "hidden": 896, "inner": 4864, "vocabulary": 151_936}
 SMALL_STEP = {"layers": 2, "entries": 96, "hidden": 64, "inner": 160, "vocabulary": 320}
 CASES: tuple[Case, ...] = (
@@ -63,6 +64,8 @@ CASES: tuple[Case, ...] = (
     Case("gather_rows", OF_ROWS, calls.gather_rows, ROWS, FEW_ROWS),
     Case("gather_rms_norm", OF_ROWS, calls.gather_rms_norm, ROWS, FEW_ROWS),
     Case("add_rows", "{kept:,} to {tokens:,} x {columns:,}", calls.add_rows, ROWS, FEW_ROWS),
+    Case("row_dots", "{lines} x {lines} tokens x {columns:,}", calls.row_dots, GRID, SMALL_GRID),
+    Case("grow_regions", "{lines} x {lines} tokens x {columns:,}", calls.grow_regions, GRID, SMALL_GRID),
     Case("swiglu", MATRIX, calls.swiglu, {"rows": 1568, "columns": 4864}, FEW_BY_FEW),
     Case("rotary_table", TOKENS, calls.rotary_table, {"tokens": 6372}, FEW),
     Case("apply_rotary", TOKENS, calls.apply_rotary, {"tokens": 6372}, FEW),

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 import torch
-from mminfer_kernels import gather_rows
+from mminfer_kernels import gather_rows, grow_regions, row_dots
 from torch import Tensor
 
 from mminfer.errors import ConfigError, shown
@@ -15,10 +15,12 @@ from mminfer.layout import TokenLayout
 from mminfer.technique import MERGE_SHARES, MergeTechnique, check_fraction, is_number, is_whole
 from mminfer.tokens.averaging import average
 from mminfer.tokens.grid import Grid, grid_of
-from mminfer.tokens.growing import ROUNDING, Bounds, products, regions
 
 if TYPE_CHECKING:
     from mminfer.models.spec import ModelSpec
+
+
+ROUNDING = 1e-5  # by which a float32 cosine of equal tokens may miss 1
 
 
 @dataclass(frozen=True)
@@ -99,14 +101,17 @@ class RegionMerge(MergeTechnique):
         some = touched.nonzero()[:, 0]
         if not len(some):
             return region
-        bounds, sequence = Bounds(self.threshold, self.largest), layout.sequence[grid.rows]
+        group = spare = None
         if self.ratio is not None:
+            sequence = layout.sequence[grid.rows]
             count = sequence.bincount(minlength=layout.num_sequences)
-            least = (count.double() * self.ratio).round().long().clamp_min(1)
-            bounds = replace(bounds, group=sequence[some], spare=count - least)
+            group, spare = sequence[some], count - (count.double() * self.ratio).round().long().clamp_min(1)
         block = (grid.y // 2 * grid.width.max() + grid.x // 2)[some]  # equal tokens join into squares
         pairs, rows = (touched.cumsum(0) - 1)[pairs], grid.rows[some]
-        region[some] = some[regions(gather_rows(x, rows), layout.size[rows], pairs, bounds, block)]
+        grown = grow_regions(
+            gather_rows(x, rows), layout.size[rows], pairs, self.threshold, self.largest, group, spare, block
+        )
+        region[some] = some[grown]
         return region
 
     def cost(self, spec: ModelSpec, lengths: Sequence[int]) -> int:
@@ -139,13 +144,13 @@ def _both(other: Tensor) -> Tensor:
 def _in_areas(x: Tensor, grid: Grid, threshold: float) -> tuple[Tensor, Tensor]:
     """`Grid.beside` of those pairs alone that lie in a square of two by two whose four sides are alike; x: [T, C]."""
     right, below = grid.beside()
-    norms = products(x, grid.rows, grid.rows).sqrt().clamp_min(1e-12)
+    norms = row_dots(x, grid.rows, grid.rows).sqrt().clamp_min(1e-12)
 
     def alike(other: Tensor, asked: Tensor) -> Tensor:
         """[P] bool: those asked for whose cosine with their other one reaches the threshold."""
         first, out = asked.nonzero()[:, 0], torch.zeros_like(asked)
         second = other[first]
-        dots = products(x, grid.rows[first], grid.rows[second])
+        dots = row_dots(x, grid.rows[first], grid.rows[second])
         out[first] = dots >= threshold * norms[first] * norms[second]
         return out
 

@@ -169,6 +169,31 @@ def gather_rms_norm(draw: Random) -> dict:
     return {"x": x, "index": index, "weight": torch.randn(x.shape[-1]).to(x.dtype), "eps": 1e-6}
 
 
+def row_dots(draw: Random) -> dict:
+    count, pairs = draw.choice(SIZES[1:]), draw.choice(SIZES)
+    x = torch.randn(count, draw.choice(SIZES)).to(draw.choice(DTYPES))
+    return {"x": x, "first": torch.randint(count, (pairs,)), "second": torch.randint(count, (pairs,))}
+
+
+def grow_regions(draw: Random) -> dict:
+    """Neighbours on a line, in two groups."""
+    count = draw.choice(SIZES[1:])
+    at = torch.arange(count)
+    pairs = torch.stack([at[:-1], at[1:]])
+    group = (at >= count // 2).long()
+    bounded = draw.random() < 0.5
+    return {
+        "x": torch.randn(count, draw.choice(SIZES)).to(draw.choice(DTYPES)),
+        "sizes": torch.rand(count) + 0.5,
+        "pairs": pairs[:, group[pairs[0]] == group[pairs[1]]],
+        "threshold": draw.choice((None, 0.0, 0.3)),
+        "largest": draw.choice((None, 3)),
+        "group": group if bounded else None,
+        "spare": torch.tensor([count // 4, 1]) if bounded else None,
+        "block": draw.choice((None, at // 2)),
+    }
+
+
 def swiglu(draw: Random) -> dict:
     x, _, _ = rows(draw)
     return {"gate": x, "up": torch.randn_like(x)}
@@ -252,7 +277,8 @@ OPS = {
     for make in (
         prompt_attention, prompt_attention_mass, prompt_attention_peak, column_mass, power_iterate, decode_attention,
         packed_prompt_attention, packed_decode_attention, best_match, merge_rows, add_rows, gather_rows,
-        gather_rms_norm, swiglu, rotary_table, rotary, apply_rotary, decode_step, packed_decode_step,
+        gather_rms_norm, row_dots, grow_regions, swiglu, rotary_table, rotary, apply_rotary, decode_step,
+        packed_decode_step,
     )
 } | {"rotary_": rotary}  # fmt: skip
 

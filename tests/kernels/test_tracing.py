@@ -11,6 +11,7 @@ from mminfer_kernels import (
     decode_attention,
     gather_rms_norm,
     gather_rows,
+    grow_regions,
     merge_rows,
     packed_decode_attention,
     packed_prompt_attention,
@@ -21,6 +22,7 @@ from mminfer_kernels import (
     rotary,
     rotary_,
     rotary_table,
+    row_dots,
     swiglu,
     tracing,
 )
@@ -54,6 +56,8 @@ def inputs_of(name):
         "_add_rows_": (x, index, rows, "auto"),
         "gather_rows": (x, index),
         "gather_rms_norm": (x, index, x[0, 0]),
+        "row_dots": (x[0], index[0], index[1]),
+        "grow_regions": (x[0], torch.rand(7) + 1, torch.stack([torch.arange(6), torch.arange(1, 7)]), 0.0, 3),
         "swiglu": (x, x.flip(1)),
         "rotary": (turned, k, position, inv_freq),
         "rotary_": (turned, k, position, inv_freq),
@@ -65,7 +69,8 @@ def inputs_of(name):
 NAMES = [
     "prompt_attention", "prompt_attention_mass", "prompt_attention_peak", "column_mass", "power_iterate",
     "packed_prompt_attention", "decode_attention", "packed_decode_attention", "best_match", "merge_rows",
-    "_add_rows_", "gather_rows", "gather_rms_norm", "swiglu", "rotary", "rotary_", "rotary_table", "apply_rotary",
+    "_add_rows_", "gather_rows", "gather_rms_norm", "row_dots", "grow_regions", "swiglu", "rotary", "rotary_",
+    "rotary_table", "apply_rotary",
 ]  # fmt: skip
 
 
@@ -101,6 +106,8 @@ CALLS = {
     "_add_rows_": lambda x, index, rows, backend: add_rows(x, index, rows, backend=backend),
     "gather_rows": gather_rows,
     "gather_rms_norm": gather_rms_norm,
+    "row_dots": row_dots,
+    "grow_regions": grow_regions,
     "swiglu": swiglu,
     "rotary": rotary,
     "rotary_table": lambda position, inv_freq: rotary_table(position, inv_freq, 0.5, dtype=torch.bfloat16),

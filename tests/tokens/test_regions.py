@@ -7,13 +7,14 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from mminfer_kernels import grow_regions
+from mminfer_kernels.regions.reference import Bounds, _Joins
 from torch.nn.functional import normalize
 
 from mminfer import ConfigError, InferenceConfig, OperatorSkip, RegionMerge
 from mminfer.layout import Modality, TokenLayout
 from mminfer.models.registry import adapter_for
 from mminfer.tokens.grid import grid_of
-from mminfer.tokens.growing import Bounds, _Joins, regions
 from tests.doors import same_by_both_doors
 from tests.tiny import FAMILIES, IMAGE, MARKED_FAMILIES, VIDEO, fitting, tiny_inputs, tiny_model
 
@@ -60,7 +61,7 @@ def told_apart(values):
 
 
 class Slow:
-    """The rule of `regions`, region by region."""
+    """The rule of `grow_regions`, region by region."""
 
     def __init__(self, x, sizes, bounds):
         units = normalize(x.double(), dim=-1)
@@ -160,7 +161,10 @@ def test_regions_are_what_the_rule_says(grids, threshold, largest, ratio, weight
     if ratio is not None:
         counts = grid.view.bincount()
         bounds = Bounds(threshold, largest, grid.view, counts - (counts * ratio).round().long())
-    assert regions(x, sizes, pairs, bounds).tolist() == Slow(x, sizes, bounds).owners(pairs)
+    wanted = Slow(x, sizes, bounds).owners(pairs)
+    for backend in ("reference", "auto"):
+        found = grow_regions(x, sizes, pairs, threshold, largest, bounds.group, bounds.spare, backend=backend)
+        assert found.tolist() == wanted, backend
 
 
 def test_a_join_does_not_stand_without_those_that_led_to_it():

@@ -1,4 +1,4 @@
-"""Regions that grow from neighbours: in rounds, those join that are each other's best, by Ward's rule."""
+"""The rule of `grow_regions` in plain PyTorch: in rounds, those join that are each other's best, by Ward's rule."""
 
 from __future__ import annotations
 
@@ -31,38 +31,34 @@ class Bounds:
     spare: Tensor | None = None
 
 
-def products(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """[E] float32: products of rows of x, [P, C], with others of its rows."""
+def row_dots(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """See `mminfer_kernels.row_dots`."""
+    wide = torch.promote_types(x.dtype, torch.float32)
     step = max(1, (CACHED if x.device.type == "cpu" else GATHERED) // max(1, x.shape[1]))
     pairs = zip(first.split(step), second.split(step), strict=True)
-    return torch.cat([(x.index_select(0, a).float().mul_(x.index_select(0, b))).sum(-1) for a, b in pairs])
+    return torch.cat([(x.index_select(0, a).to(wide).mul_(x.index_select(0, b))).sum(-1) for a, b in pairs])
 
 
-def regions(x: Tensor, sizes: Tensor, pairs: Tensor, bounds: Bounds, block: Tensor | None = None) -> Tensor:
-    """Regions of alike neighbours.
-
-    In rounds: of the pairs of neighbouring regions that may join, those join that are each other's best. The best is
-    the one whose union scatters least beyond its parts (Ward). Regions that were refused stay apart at that border.
-    Where a group has no more than so many regions to lose, only the cheapest joins of all stand.
-
-    Args:
-        x: [P, C], of which the directions count.
-        sizes: [P] float32, how many patches each stands for.
-        pairs: [2, E] int64, neighbours; no pair twice.
-        bounds: how far they grow.
-        block: [P] int64: of equally good pairs those within a block go first; None: in their order.
-
-    Returns:
-        [P] int64: the first member of each one's region.
-    """
-    found, joins = _Regions(normalize(x.float(), dim=-1), sizes, bounds.largest), _Joins(len(x), bounds, pairs.device)
+def grow_regions(
+    x: Tensor,
+    sizes: Tensor,
+    pairs: Tensor,
+    threshold: float | None,
+    largest: int | None,
+    group: Tensor | None,
+    spare: Tensor | None,
+    block: Tensor | None,
+) -> Tensor:
+    """See `mminfer_kernels.grow_regions`."""
+    bounds, units = Bounds(threshold, largest, group, spare), normalize(x.float(), dim=-1)
+    found, joins = _Regions(units, sizes.float(), largest), _Joins(len(x), bounds, pairs.device)
     edges = found.within(torch.stack([pairs.amin(0), pairs.amax(0)]))
     dots = found.dots(edges)
     while edges.shape[1]:
         union = found.union(edges, dots)
         may = joins.undecided(edges, union.cost)
-        if bounds.threshold is not None:
-            may &= union.alike >= bounds.threshold - ROUNDING
+        if threshold is not None:
+            may &= union.alike >= threshold - ROUNDING
         kept = may.nonzero()[:, 0]
         edges, dots, cost = edges[:, kept], dots[kept], union.cost[kept]
         chosen = _mutual(edges, cost, len(x), block)
@@ -104,7 +100,7 @@ class _Regions:
 
     def dots(self, edges: Tensor) -> Tensor:
         """[E] float32: products of two regions' sums."""
-        return products(self._sums, edges[0], edges[1])
+        return row_dots(self._sums, edges[0], edges[1])
 
     def union(self, edges: Tensor, dots: Tensor) -> _Union:
         """Of the two regions of each edge."""
@@ -151,7 +147,7 @@ class _Joins:
     def undecided(self, edges: Tensor, cost: Tensor) -> Tensor:
         """[E] bool: the edges that may come to be joined yet."""
         if self._limit is None or self._group is None:
-            return torch.ones_like(cost, dtype=torch.bool)
+            return cost == cost  # what is not a number is never joined
         return torch.maximum(cost, self._height[edges].amax(0)) <= self._limit[self._group[edges[0]]]
 
     def note(self, edges: Tensor, cost: Tensor) -> None:
