@@ -105,13 +105,11 @@ class Digest(CacheTechnique):
             return 0.0
         asking = (~is_visual[_query_places_on_host(view)]).nonzero()[:, 0]
         asking = asking if len(asking) else torch.arange(queries.shape[2])
-        chosen = asking[torch.linspace(0, len(asking) - 1, min(self.queries, len(asking))).round().long()]
+        count = min(self.queries, len(asking))
+        chosen = asking[torch.linspace(0, len(asking) - 1, count, dtype=torch.float32).round().long()]
         chosen = chosen.to(queries.device, non_blocking=True)
-        exact, pooled = _readings(queries[0, :, chosen], entries, is_visual, view.scale)
-        change = exact - pooled
-        change = (change - change.mean(1, keepdim=True)).square().sum((0, 2)).sqrt()
-        whole = exact.square().sum((0, 2)).sqrt().clamp_min(1e-12)
-        demand = (change / whole).float().quantile(0.25)
+        with torch.autocast(queries.device.type, enabled=False):
+            demand = _change_of_readings(queries[0, :, chosen], entries, is_visual, view.scale).quantile(0.25)
         return float(demand) if demand.device.type == "cpu" else demand  # on a GPU read with those of all layers
 
     def compress_layers(
@@ -246,21 +244,32 @@ def _text_behind_pictures(is_visual: Tensor) -> int:
     return len(is_visual) - (int(visual[-1]) + 1 if len(visual) else 0)
 
 
+def _change_of_readings(q: Tensor, entries: CacheEntries, is_visual: Tensor, scale: float) -> Tensor:
+    """[S] float32: by how much of itself what queries ([H, S, D]) read changes where every picture is one entry."""
+    exact, pooled = _readings(q, entries, is_visual, scale)
+    change = exact - pooled
+    change = (change - change.mean(1, keepdim=True)).square().sum((0, 2)).sqrt()
+    return change / exact.square().sum((0, 2)).sqrt().clamp_min(1e-12)
+
+
 def _readings(q: Tensor, entries: CacheEntries, is_visual: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """[H, S, D] each: what these queries ([H, S, D]) read among all entries, and with every picture as one of them."""
-    keys, values = entries.keys[0], entries.values[0]
-    grouped = q.reshape(keys.shape[0], -1, q.shape[2])  # the heads of a group ask the same entries
-    logits = (grouped @ keys.mT).float() * scale
-    exact = logits.softmax(-1).to(values.dtype) @ values
+    """What these queries ([H, S, D]) read among all entries, and with every picture as one of them.
+
+    [H, S, D] float32 each: in half precision logits would overflow, or round, and sums of many rows stand still.
+    """
+    keys, values = entries.keys[0].float(), entries.values[0].float()
+    grouped = q.reshape(keys.shape[0], -1, q.shape[2]).float() * scale  # heads of a group ask the same entries
+    logits = grouped @ keys.mT
+    exact = logits.softmax(-1) @ values
     runs, lengths = len(bounds := runs_of(is_visual)), bounds[:, 1] - bounds[:, 0]
     facts = torch.repeat_interleave(lengths), is_visual.nonzero()[:, 0], lengths, (~is_visual).nonzero()[:, 0]
     owner, rows, lengths, text = (x.to(keys.device, non_blocking=True) for x in facts)
-    count = lengths.to(keys.dtype)
+    count = lengths.float()
     means = []
     for x in (keys, values):
         pooled = x.new_zeros(x.shape[0], runs, x.shape[2]).index_add_(1, owner, x[:, rows])
         means.append(pooled / count[:, None])
-    of_pictures = (grouped @ means[0].mT).float() * scale + count.log()
-    weights = torch.cat([logits[:, :, text], of_pictures], -1).softmax(-1).to(values.dtype)
+    of_pictures = grouped @ means[0].mT + count.log()
+    weights = torch.cat([logits[:, :, text], of_pictures], -1).softmax(-1)
     pooled = weights @ torch.cat([values[:, text], means[1]], 1)
     return exact.reshape(q.shape), pooled.reshape(q.shape)

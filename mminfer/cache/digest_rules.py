@@ -82,7 +82,9 @@ def cluster_runs(
         place [1, G, count] int64, the entry at which each result stands; keys and values [1, G, count, D]; sizes
         [1, G, count] float32.
     """
-    sizes = entries.keys.new_ones(entries.keys.shape[:3]) if entries.size is None else entries.size
+    sizes = entries.size
+    if sizes is None:
+        sizes = entries.keys.new_ones(entries.keys.shape[:3], dtype=torch.float32)
     device = sizes.device
     if count >= len(rows):
         there = rows.to(device, non_blocking=True)
@@ -101,7 +103,8 @@ def cluster_runs(
         if m:
             first = starts[(table[0] == length) & (table[1] == m)]
             index = rows[first[:, None] + torch.arange(length)].to(device, non_blocking=True)  # [runs, length]
-            found.append(_clustered(entries, sizes, index, m, rule))
+            with torch.autocast(device.type, enabled=False):
+                found.append(_clustered(entries, sizes, index, m, rule))
     place, keys, values, size = (torch.cat(column, 2) for column in zip(*found, strict=True))
     return place, keys, values, size
 
@@ -130,7 +133,8 @@ def _clustered(
         if rule.spread == "farthest":
             centre = farthest_first(alike @ alike.mT, m)
         else:
-            centre = ((torch.arange(m, device=index.device) + 0.5) * n / m).long().expand(groups, runs, m)
+            middles = torch.arange(m, dtype=torch.float32, device=index.device) + 0.5
+            centre = (middles * n / m).long().expand(groups, runs, m)
         if rule.join:
             keys, values, size = _joined(keys, values, size, alike, centre)
         else:

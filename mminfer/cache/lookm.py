@@ -170,7 +170,7 @@ class LookM(CacheTechnique):
             return _sum_of_groups(view.attention_mass, groups)
         queries, query_index = view.queries, view.query_index
         if query_index is not None and len(query_index) == 0:
-            return torch.zeros(1, groups, len(view.entries), device=view.keys.device)
+            return torch.zeros(1, groups, len(view.entries), dtype=torch.float32, device=view.keys.device)
         voting = self._voting(queries.shape[2], queries.device)
         if voting is not None:
             queries, query_index = queries.index_select(2, voting), view.query_places[voting]

@@ -94,5 +94,5 @@ def by_age(score: Tensor, new: Tensor) -> Tensor:
     others = torch.cat([score[~unjudged], new])
     if not len(others):
         return score
-    places = (torch.arange(count, device=score.device) + 0.5) / count
+    places = (torch.arange(count, dtype=score.dtype, device=score.device) + 0.5) / count
     return score.masked_scatter(unjudged, others.clamp_max(1).quantile(places))

@@ -163,5 +163,9 @@ def _placed(position: Tensor, is_visual: bool) -> Tensor:
 def _some(rows: Tensor, count: int, times: int) -> Tensor:
     """[times, n] int64: at most `count` of the rows for each time, evenly spread and others each time, if there are."""
     count = min(count, len(rows))
-    places = torch.arange(count * times, device=rows.device).add(0.5).mul(len(rows) / max(count * times, 1))
+    places = (
+        torch.arange(count * times, dtype=torch.float32, device=rows.device)
+        .add(0.5)
+        .mul(len(rows) / max(count * times, 1))
+    )
     return rows[places.long()].view(count, times).mT

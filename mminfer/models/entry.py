@@ -46,7 +46,7 @@ def embedding_scale(language_model: Any, hidden_size: int) -> float:
 
 def _read_scale(language_model: Any, hidden_size: int) -> float:
     device = running_device(language_model.get_input_embeddings())
-    probe = torch.linspace(0.5, 2.0, 2 * hidden_size, device=device).view(1, 2, hidden_size)
+    probe = torch.linspace(0.5, 2.0, 2 * hidden_size, dtype=torch.float32, device=device).view(1, 2, hidden_size)
     hidden = _at_first_layer(language_model, probe)
     if hidden.shape == probe.shape:
         scale = float(hidden.flatten()[0].double() / probe.flatten()[0].double())

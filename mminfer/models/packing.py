@@ -22,7 +22,7 @@ class PackedRows:
         self.embeds = embeds
         self._modality = torch.zeros(count, dtype=torch.int8)
         self._image_id = torch.full((count,), -1)
-        self._size = torch.ones(count)
+        self._size = torch.ones(count, dtype=torch.float32)
         self._num_parts = 0
         self._companions: Tensor | None = None  # [T, K, C]
 

@@ -50,7 +50,7 @@ class VisualUnit:
     @classmethod
     def of_patches(cls, features: Tensor) -> VisualUnit:
         """A unit of which every token stands for one patch."""
-        return cls(features, torch.ones(features.shape[0]))
+        return cls(features, torch.ones(features.shape[0], dtype=torch.float32))
 
 
 def rescaled(inv_freq: Tensor, factors: Tensor | None) -> Tensor:

@@ -73,7 +73,7 @@ class FastV(PruneTechnique):
         Where an earlier pass left heads of different lengths, of the rows of this pass alone.
         """
         if view.queries.shape[2] == 0:
-            return torch.zeros(len(view.entries), device=view.keys.device)
+            return torch.zeros(len(view.entries), dtype=torch.float32, device=view.keys.device)
         if view.entries.is_packed:
             of_heads = [_looked_at(x)[..., -len(view.is_visual) :] for x in view.heads()]
             return torch.cat(of_heads, 1).mean(1)[0]

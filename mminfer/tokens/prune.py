@@ -109,7 +109,7 @@ class AIMPrune(PruneTechnique):
         Where an earlier pass left heads of different lengths, of the rows of this pass alone.
         """
         if view.query_index is not None and len(view.query_index) == 0:
-            return torch.zeros(len(view.entries), device=view.keys.device)
+            return torch.zeros(len(view.entries), dtype=torch.float32, device=view.keys.device)
         if view.entries.is_packed:  # each head begins with the same on each of its keys, be they many or few
             of_heads = [len(x.entries) * self._mass(x)[..., -len(view.is_visual) :] for x in view.heads()]
             mass = torch.cat(of_heads, 1).div_(max(view.entries.lengths))

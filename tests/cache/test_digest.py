@@ -392,3 +392,32 @@ def test_generated_tokens_stand_for_one_entry_each():
         sizes = chat.cache.layers[0].row(0).size
         assert (sizes[..., 1 - length :] == 1).all() and (sizes > 0).all()
     assert not chat.send("x", 2, min_new_tokens=2).logits.isnan().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_demand_in_half_precision_is_float32s(dtype):
+    """Logits beyond what float16 holds, readings whose squares are, and more patches than bfloat16 can count."""
+    generator = torch.Generator().manual_seed(0)
+    entries = made([40, 700, 40], size=64)
+    keys = 40 * entries.keys + 20 * torch.randn(64, generator=generator)
+    entries = replace(entries, keys=keys.to(dtype), values=(20 * entries.values + 30).to(dtype))
+    queries = (20 * torch.randn(1, 4, len(entries), 64, generator=generator)).to(dtype)
+    digest = Digest(0.2)
+
+    def demand(cast):
+        own = replace(entries, keys=cast(entries.keys), values=cast(entries.values))
+        view = layer_view(queries=cast(queries), entries=own, is_visual=own.is_visual[0, 0], scale=0.01)
+        return digest.layer_demand(view)
+
+    exact = demand(torch.Tensor.float)
+    assert exact > 0.01
+    assert demand(lambda x: x) == pytest.approx(exact, rel=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert demand(torch.Tensor.float) == pytest.approx(exact, rel=1e-5)
+
+
+def test_sizes_of_entries_without_any_are_counted_in_float32():
+    entries = replace(made([600]), size=None)
+    entries = replace(entries, keys=entries.keys.bfloat16(), values=entries.values.bfloat16())
+    *_, size = clustered(entries, torch.arange(600), 5)
+    assert size.dtype == torch.float32 and (size.sum(-1) == 600).all()

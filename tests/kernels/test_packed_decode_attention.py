@@ -125,6 +125,17 @@ def test_every_instruction_set(isa):
         agree(packed_decode_attention, q, keys, values, *inputs[3:], log_mass=torch.rand(len(keys)))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_logits_of_the_reference_are_float32s(dtype):
+    """Before they are scaled float16 could not hold them, and bfloat16 rounds them by whole numbers."""
+    q, keys, values, first, lengths = packed([[200, 90]], 64, heads=4)
+    q, keys, values = (x.to(dtype) for x in (80 * q, 80 * keys, values))
+    found = packed_decode_attention(q, keys, values, first, lengths, scale=2e-4, backend="reference")
+    wide = [x.float() for x in (q, keys, values)]
+    exact = packed_decode_attention(*wide, first, lengths, scale=2e-4, backend="reference")
+    torch.testing.assert_close(found.float(), exact, rtol=0, atol=2 * torch.finfo(dtype).eps)
+
+
 @pytest.mark.parametrize("lengths", [[[9000, 1, 50]], [[50, 50, 9000]], [[3000, 3001, 2999]]])
 def test_unequal_heads_are_cut_over_threads(native, lengths):
     """However many threads there are, and where a head begins and ends among the parts."""

@@ -20,11 +20,11 @@ def best_match(src: torch.Tensor, dst: torch.Tensor) -> tuple[torch.Tensor, torc
     if src.numel() == 0:
         return src.new_zeros(leading, dtype=torch.float32), torch.zeros(leading, dtype=torch.int64)
     sources, targets = src.reshape(-1, *src.shape[-2:]), dst.reshape(-1, *dst.shape[-2:])
-    best = torch.full(sources.shape[:-1], -torch.inf)
+    best = torch.full(sources.shape[:-1], -torch.inf, dtype=torch.float32)
     index = torch.zeros(sources.shape[:-1], dtype=torch.int64)
     scales = _inverse_lengths(targets)
     pairs = sources.shape[1] * targets.shape[1]
-    scratch = torch.empty(min(TILE_ROWS * TILE_COLUMNS, len(sources) * pairs))
+    scratch = torch.empty(min(TILE_ROWS * TILE_COLUMNS, len(sources) * pairs), dtype=torch.float32)
     if pairs <= len(scratch):
         _many(sources, targets, scales, best, index, scratch)
     else:

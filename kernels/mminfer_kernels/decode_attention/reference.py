@@ -48,13 +48,13 @@ def packed_decode_attention(
     """See `mminfer_kernels.packed_decode_attention`; logits and their softmax are float32 at least."""
     batch, heads, _, size = q.shape
     groups = first.shape[1]
-    scale = size**-0.5 if scale is None else scale
+    scale, wide = size**-0.5 if scale is None else scale, torch.promote_types(q.dtype, torch.float32)
     folded = q.reshape(batch, groups, heads // groups, size)
     out = torch.empty_like(folded, memory_format=torch.contiguous_format)
     for b, (starts, counts) in enumerate(zip(first.tolist(), lengths.tolist(), strict=True)):
         for g, (start, count) in enumerate(zip(starts, counts, strict=True)):
             rows = slice(start, start + count)
-            logits = (folded[b, g] @ keys[rows].mT * scale).to(torch.promote_types(q.dtype, torch.float32))
+            logits = folded[b, g].to(wide) * scale @ keys[rows].to(wide).mT
             if log_mass is not None:
                 logits += log_mass[rows]
             out[b, g] = logits.softmax(-1).to(q.dtype) @ values[rows]

@@ -140,7 +140,7 @@ class _Joins:
 
     def __init__(self, count: int, bounds: Bounds, device: torch.device) -> None:
         self._spare, self._group = bounds.spare, bounds.group
-        self._height = torch.zeros(count, device=device)
+        self._height = torch.zeros(count, dtype=torch.float32, device=device)
         self._edges, self._costs = torch.empty(2, 0, dtype=torch.int64, device=device), self._height[:0]
         self._limit = None if self._spare is None else torch.where(self._spare > 0, torch.inf, -torch.inf)
 
