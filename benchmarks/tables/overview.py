@@ -64,9 +64,9 @@ def _mean(rows: list[Row], column: str) -> float:
 
 
 HOSTS = {  # the host's ways to decode, by their names among the rows
-    "host": "with its growing cache",
-    "host, static cache": "with its static cache",
-    "host, static cache, compiled": "with that under `torch.compile`",
+    "host": "its growing cache",
+    "host, static cache": "its static cache",
+    "host, static cache, compiled": "that under `torch.compile`",
 }
 
 
@@ -77,13 +77,14 @@ def decoding() -> str:
     told = []
     for model, name in (("nano", "the bundled model"), ("llava-onevision-0.5b", "a 0.5B geometry")):
         hosts = [(how, times[model, way]) for way, how in HOSTS.items() if (model, way) in times]
-        ratios = [f"{ms / times[model, 'off']:.1f} times as fast as the host {how}" for how, ms in hosts]
-        told.append(f"{' and '.join(ratios)} on {name}")
+        ratios = ", ".join(f"{ms / times[model, 'off']:.1f} ({how})" for how, ms in hosts)
+        told.append(f"on {name} {ratios}")
     whole = [r for r in read_rows("answers") if r["setting"] == "off"]
     low, *_, high = sorted(float(r["tpot_speedup"]) for r in whole)
     fewest, *_, most = sorted(int(r["images"]) for r in whole)
     return (
-        f"With nothing compressed a token is decoded {'; '.join(told)} ({commits(rows)}). In whole answers to "
+        "With nothing compressed a token is decoded so many times as fast as by the host with its cache of each kind: "
+        f"{'; '.join(told)} ({commits(rows)}). In whole answers to "
         f"{fewest} to {most} pictures it is {low:.1f} to {high:.1f} times as fast as with the growing cache "
         f"({commits(whole)}). The smaller the model, the more the host's own overhead weighs, which varies from run to "
         "run."
