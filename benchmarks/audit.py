@@ -38,6 +38,7 @@ ASKED = ("mminfer/nano/checkpoint/model.safetensors", "mminfer/bench/contexts.py
 FIDELITY = (*TECHNIQUES, *PASS, *ASKED)
 SPEED = (*TECHNIQUES, *PASS, "mminfer/forward", "kernels/mminfer_kernels", "csrc/include", "csrc/cpu")
 # By file of rows, the code whose change may make them stale.
+YARDSTICK = (*TECHNIQUES, *PASS, "benchmarks/reader", *(f"benchmarks/quality/{x}.py" for x in ("smol", "smol_cells")))
 BEHIND: dict[str, tuple[str, ...]] = {
     "answers": (*SPEED, "benchmarks/models/answers.py"),
     "batch_decode": (*SPEED, "benchmarks/models/batch_decode.py"),
@@ -46,6 +47,7 @@ BEHIND: dict[str, tuple[str, ...]] = {
     "kernels": ("kernels/mminfer_kernels", "csrc/include", "csrc/cpu", "benchmarks/kernels"),
     "length": (*FIDELITY, "benchmarks/quality/length.py"),
     "long_context": (*SPEED, "benchmarks/models/long_context.py"),
+    "lost": (*YARDSTICK, "benchmarks/quality/lost.py"),
     "merge_stage": ("mminfer/tokens", "kernels/mminfer_kernels", "csrc/cpu", "benchmarks/models/merge_stage.py"),
     "needle": (*FIDELITY, "benchmarks/quality/needle.py", "benchmarks/quality/settings.py"),
     "paper": ("mminfer/metrics/flops.py", "mminfer/tokens", "benchmarks/paper"),
@@ -55,7 +57,8 @@ BEHIND: dict[str, tuple[str, ...]] = {
     "replay": (*FIDELITY, "benchmarks/quality/needle.py", "benchmarks/quality/settings.py"),
     "replay_cost": (*SPEED, "benchmarks/models/replay_cost.py"),
     "scores": ("mminfer/cache", *PASS, "benchmarks/quality/scores.py"),
-    "smol": (*TECHNIQUES, *PASS, "benchmarks/reader", "benchmarks/quality/smol.py", "benchmarks/quality/smol_cells.py"),
+    "smol": YARDSTICK,
+    "smol_regions": YARDSTICK,
     "streamed": (*FIDELITY, "benchmarks/quality/streamed.py"),
     "turns": (*TECHNIQUES, *PASS, "benchmarks/models/turns.py"),
 }
