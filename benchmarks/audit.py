@@ -37,8 +37,8 @@ PASS = (
 ASKED = ("mminfer/nano/checkpoint/model.safetensors", "mminfer/bench/contexts.py", "mminfer/metrics/fidelity.py")
 FIDELITY = (*TECHNIQUES, *PASS, *ASKED)
 SPEED = (*TECHNIQUES, *PASS, "mminfer/forward", "kernels/mminfer_kernels", "csrc/include", "csrc/cpu")
-# By file of rows, the code whose change may make them stale.
 YARDSTICK = (*TECHNIQUES, *PASS, "benchmarks/reader", *(f"benchmarks/quality/{x}.py" for x in ("smol", "smol_cells")))
+# By file of rows, the code whose change may make them stale.
 BEHIND: dict[str, tuple[str, ...]] = {
     "answers": (*SPEED, "benchmarks/models/answers.py"),
     "batch_decode": (*SPEED, "benchmarks/models/batch_decode.py"),
