@@ -142,6 +142,12 @@ def changed(path, tmp_path, facts=None, tensors=None):
     return tmp_path / "changed"
 
 
+def widened(tensors):
+    scores = {name: x for name, x in tensors.items() if name.endswith("score")}
+    assert {x.dtype for x in scores.values()} == {torch.bfloat16}
+    tensors |= {name: x.float() for name, x in scores.items()}
+
+
 def longer(lengths):
     lengths[0][0][0] += 1
 
@@ -195,3 +201,19 @@ def test_files_by_head_do_not_fit_where_heads_are_alike(engine, tmp_path):
 
     with pytest.raises(InputError, match="head_lengths cannot be"):
         other.load_chat(changed(tmp_path / "other", tmp_path, claim))
+
+
+def test_half_precision_chats_hold_scores_in_two_bytes(tmp_path):
+    """Copied, saved and loaded so; a file whose scores take four is taken as well."""
+    engine = Engine.from_pretrained("nano", config=InferenceConfig(cache=Replay(0.4)), dtype="bfloat16")
+    chat = engine.chat()
+    chat.read(CONTENT[:2])
+    chat.save(tmp_path / "chat")
+    wide = changed(tmp_path / "chat", tmp_path, tensors=widened)
+    chats = [chat.fork(), engine.load_chat(tmp_path / "chat"), engine.load_chat(wide)]
+    for other in (chat, *chats):
+        other.read(CONTENT[2:4])
+        assert {layer.buffers["score"].dtype for layer in other.cache.layers} == {torch.bfloat16}
+        assert other.cache.head_lengths == chat.cache.head_lengths
+    for other in chats:
+        assert_same(asked(other), asked(chat.fork()))

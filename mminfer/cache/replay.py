@@ -10,7 +10,7 @@ import torch
 
 from mminfer.cache.digest_rules import runs_of
 from mminfer.cache.replay_fit import fitted_entries
-from mminfer.cache.replay_rules import BELOW, FOR_PICTURE, asked_for, one_for_each, shared_choice, with_scores
+from mminfer.cache.replay_rules import BELOW, FOR_PICTURE, asked_for, at_rest, one_for_each, shared_choice, with_scores
 from mminfer.errors import ConfigError, InputError, shown
 from mminfer.technique import (
     CACHE_SHARES,
@@ -133,13 +133,13 @@ class Replay(CacheTechnique):
         sure = min(0.5, 2 * whole / max(sum(tokens_seen), 1)) if self.sure is None else self.sure
         keep = shared_choice(scores, total, sure)
         if all(bool(kept.all()) for kept in keep):
-            return judged
+            return [at_rest(entries) for entries in judged]
         out = []
         for i, (entries, looked) in enumerate(zip(judged, replayed, strict=True)):
             own = keep[i * heads : (i + 1) * heads]
             fitted = fitted_entries(entries, looked, own) if self.fit else entries
             chosen = torch.cat(own)[None, None] if entries.is_packed else torch.stack(own)[None]
-            out.append(fitted.select_heads(chosen))
+            out.append(at_rest(fitted.select_heads(chosen)))
         return out
 
     def _judged(self, entries: CacheEntries, looked: Sequence[ReplayedStretch]) -> CacheEntries:

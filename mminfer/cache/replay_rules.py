@@ -14,6 +14,7 @@ FOR_PICTURE = 1.0  # what is added to the score of one entry of each picture: fr
 BELOW = 1 - 2**-20  # the largest score of an entry that is not
 LARGEST = 1e30  # of what is told of an entry
 LEAST = 1e-30  # of an entry that was judged; 0 says that it was not
+BELOW_AT_REST = 1 - 2**-8  # as `BELOW`, in bfloat16
 
 
 def shared_choice(scores: Sequence[Tensor], total: int, sure: float) -> list[Tensor]:
@@ -76,6 +77,18 @@ def with_scores(entries: CacheEntries, fresh: Tensor) -> CacheEntries:
         parts.append(torch.cat([by_age(head.score[0, 0, : len(head) - count], new), new]))
     joined = torch.cat(parts)[None, None] if entries.is_packed else torch.stack(parts)[None]
     return replace(entries, score=joined)
+
+
+def at_rest(entries: CacheEntries) -> CacheEntries:
+    """The entries with scores as they are held until a later pass: in two bytes where keys are of a half type.
+
+    None comes to be promised by it, and none that was promised no longer is.
+    """
+    score = entries.score
+    if score is None or entries.keys.element_size() > 2:
+        return entries
+    held = torch.where(score < FOR_PICTURE, score.clamp_max(BELOW_AT_REST), score).to(torch.bfloat16)
+    return replace(entries, score=held)
 
 
 def by_age(score: Tensor, new: Tensor) -> Tensor:

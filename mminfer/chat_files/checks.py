@@ -116,6 +116,8 @@ def check_shapes(shapes: Mapping[str, Shape], facts: dict[str, Any], identity: C
         rows = (1, heads, entries) if lengths is None else (1, 1, entries)
         for column, name in layer.items():
             like = _COLUMN_DTYPES.get(column)
+            if column == "score" and dtype.itemsize <= 2 and shapes[name].dtype == torch.bfloat16:
+                like = torch.bfloat16  # a technique may hold it so
             fitting = Shape(dtype, (*rows, spec.head_dim)) if like is None else Shape(like, rows)
             _require(shapes[name] == fitting, name, shapes[name])
 

@@ -2,7 +2,7 @@
 
 HEADROOM = 64  # entries a head, where a cache grows and nobody says how many are to come
 LEAST_GROWTH = 32  # of heads that differ in length, where an eighth of their entries is less
-AT_REST = 128  # room for one entry in so many, where none is known to come: less than a hundredth
+AT_REST = 512  # room for one entry in so many, where none is known to come: a five-hundredth at most
 
 
 def at_rest(entries: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +57,7 @@ class OutputWeights:
 
     def usual(self, outputs: Tensor) -> Tensor:
         """[] float32: of what attention writes to a middling row."""
-        return self._project(outputs.transpose(0, 1).flatten(1)).float().norm(dim=-1).median()
+        return self._project(outputs.transpose(0, 1).flatten(1)[None])[0].float().norm(dim=-1).median()
 
 
 def output_weights(attention: nn.Module, heads: int, like: Tensor) -> OutputWeights | None:
@@ -74,8 +75,14 @@ def sampled(outputs: Sequence[Tensor]) -> Tensor:
 
 def _weight(project: nn.Module, width: int, like: Tensor) -> Tensor:
     """[C, width]: read, or asked for by rows that are 1 in one place, where it is quantized, elsewhere or wrapped."""
-    if type(project) is nn.Linear and project.weight.is_floating_point() and not project.weight.is_meta:
+    if _is_plain(project) and project.weight.is_floating_point() and not project.weight.is_meta:
         return project.weight.detach()
     ones = torch.eye(width, dtype=like.dtype, device=like.device)
-    asked: Tensor = project(torch.cat([ones, torch.zeros_like(ones[:1])]))
+    asked: Tensor = project(torch.cat([ones, torch.zeros_like(ones[:1])])[None])[0]  # as layers ask: [B, N, C]
     return (asked[:-1] - asked[-1:]).mT
+
+
+def _is_plain(project: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether its weights are all there is to it: no hook, and no forward of its own, adds to what it gives."""
+    hooked = project._forward_hooks or project._forward_pre_hooks or "forward" in vars(project)
+    return type(project) is nn.Linear and not hooked

@@ -22,7 +22,8 @@ class CacheEntries:
         keys: [1, G, S, D], rotated.
         values: [1, G, S, D].
         is_visual: [1, G, S] bool.
-        score: [1, G, S] float32, the attention that each entry received so far; 0 for one that is new.
+        score: [1, G, S] float32, the attention that each entry received so far; 0 for one that is new. A
+            technique may hold it in bfloat16 until the next pass.
         size: [1, G, S] float32, how many entries of the prompt each stands for; 1 for one that is new.
         source: [1, G, S] int64, the row of its pass's packed prompt that each came from.
         log_mass: [1, G, S] float32, added to the logits of attention, so that an entry counts for several; 0 for one

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 
 from mminfer import ConfigError, Replay
 from mminfer.cache.replay_fit import MOST, RIDGE, fit_stretch, fitted, fitted_entries, fitted_masses
-from mminfer.cache.replay_rules import one_for_each, shared_choice
+from mminfer.cache.replay_rules import FOR_PICTURE, at_rest, one_for_each, shared_choice
+from mminfer.forward.kv_cache import CompressedCache
+from mminfer.forward.packed_layer import layer_of
 from mminfer.technique import CacheEntries, EarlierEntries, ReplayedStretch
 
 GROUPS, REPEAT, SIZE = 2, 3, 8
@@ -286,3 +288,46 @@ def test_a_budget_above_everything_changes_nothing():
 def test_settings_out_of_range_are_refused_by_name(setting):
     with pytest.raises(ConfigError, match=f"Replay.*{next(iter(setting))}"):
         Replay(**setting)
+
+
+@pytest.mark.parametrize("ratio", [0.5, 1.0])
+def test_half_precision_holds_three_per_cent_beside_keys_and_values(ratio):
+    """Of heads of 64, at rest: scores in two bytes, kinds, log-masses where entries were fitted, and spare room."""
+    wide = made(1200)
+    keys, values = torch.randn(2, 1, GROUPS, 1200, 64, dtype=torch.bfloat16)
+    stretch = replace(looked(1200), queries=torch.randn(GROUPS * REPEAT, 20, 64, dtype=torch.bfloat16))
+    kept = compressed(Replay(ratio), [replace(wide, keys=keys, values=values)], [[stretch]], [1200])[0]
+    cache = CompressedCache()
+    cache.headroom = 0
+    layer = layer_of([kept], [1200], cache)
+    assert layer.allocated_bytes <= 1.03 * (kept.keys.nbytes + kept.values.nbytes)
+
+
+def test_scores_at_rest_promise_what_they_promised():
+    """Rounded to two bytes, none rises to where entries are promised, and what was judged stays judged."""
+    score = torch.cat(
+        [1 - 10.0 ** -torch.arange(1.0, 8), torch.rand(50), torch.tensor([0.0, 1e-30, 1.0, 1.001, 2.999])]
+    )
+    score = score.clamp_max(1 - 2**-20).where(score < FOR_PICTURE, score)[None, None]
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        keys = torch.zeros(1, 1, score.shape[2], 4, dtype=dtype)
+        held = at_rest(CacheEntries(keys, keys, score=score)).score
+        assert torch.equal(held >= FOR_PICTURE, score >= FOR_PICTURE) and torch.equal(held == 0, score == 0)
+        torch.testing.assert_close(held.float(), score, rtol=2**-8, atol=0)
+        order = score[0, 0].argsort()
+        assert bool((held[0, 0, order].diff() >= 0).all())
+
+
+def test_later_passes_take_scores_in_two_bytes():
+    def half(entries):
+        return replace(entries, keys=entries.keys.bfloat16(), values=entries.values.bfloat16())
+
+    technique, halves, wholes = Replay(budget=20, fit=0), None, None
+    for turn in range(3):
+        new, asked = made(60, seed=turn, visual=[(3, 20)]), looked(60, seed=turn)
+        seen = [60 * (turn + 1)]
+        wholes = compressed(technique, [new if wholes is None else wholes.extend(new)], [[asked]], seen)[0]
+        halves = compressed(technique, [half(new) if halves is None else halves.extend(half(new))], [[asked]], seen)[0]
+        assert halves.score.dtype == torch.bfloat16 and wholes.score.dtype == torch.float32
+        assert halves.head_lengths == wholes.head_lengths
+        assert torch.equal(halves.keys, wholes.keys.bfloat16())

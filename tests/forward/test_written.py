@@ -21,7 +21,8 @@ class Wrapped(nn.Module):
         self.inner = inner
 
     def forward(self, x):
-        return self.inner(x)
+        batch, rows, _ = x.shape  # as layers ask
+        return self.inner(x).view(batch, rows, -1)
 
 
 class Doubled(nn.Module):
@@ -43,13 +44,17 @@ def one_by_one(project, values):
     return norms
 
 
-@pytest.mark.parametrize("kind", ["plain", "bias", "wrapped", "parametrized", "hooked"])
+@pytest.mark.parametrize("kind", ["plain", "bias", "wrapped", "parametrized", "hooked", "steered", "replaced"])
 @torch.no_grad()
 def test_a_value_by_itself_through_the_projection(kind):
     torch.manual_seed(0)
     project = nn.Linear(HEADS * SIZE, CHANNELS, bias=kind != "plain")
     if kind == "parametrized":
         parametrize.register_parametrization(project, "weight", Doubled())
+    if kind == "steered":
+        project.register_forward_hook(lambda module, args, out: out * torch.arange(CHANNELS))
+    if kind == "replaced":
+        project.forward = lambda x: nn.functional.linear(x, project.weight.flip(0) * 3 + project.weight)
     values = torch.randn(GROUPS, 5, SIZE)
     wanted = one_by_one(project, values)
     asked = Wrapped(project) if kind == "wrapped" else project
