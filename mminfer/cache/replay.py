@@ -4,13 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
+from torch import Tensor
 
 from mminfer.cache.digest_rules import runs_of
-from mminfer.cache.replay_fit import fitted_entries
-from mminfer.cache.replay_rules import BELOW, FOR_PICTURE, asked_for, at_rest, one_for_each, shared_choice, with_scores
+from mminfer.cache.replay_parts import fitted_together
+from mminfer.cache.replay_rules import (
+    BELOW,
+    FOR_PICTURE,
+    asked_for,
+    at_rest,
+    one_for_each,
+    run_numbers,
+    shared_choice,
+    side_by_side,
+    with_scores,
+)
 from mminfer.errors import ConfigError, InputError, shown
 from mminfer.technique import (
     CACHE_SHARES,
@@ -107,7 +119,7 @@ class Replay(CacheTechnique):
     def check_prompt(self, layout: TokenLayout, spec: ModelSpec, tokens_seen: Sequence[int]) -> None:
         heads = spec.num_key_value_heads
         for sequence, (start, stop) in enumerate(layout.spans):
-            pictures, tokens = len(runs_of(layout.is_visual[start:stop])), tokens_seen[sequence] + stop - start
+            pictures, tokens = len(runs_of(layout.on_host.is_visual[start:stop])), tokens_seen[sequence] + stop - start
             share = self.ratio * tokens if self.budget is None else self.budget
             if pictures and share < tokens and pictures + heads > max(int(share * heads), heads):
                 raise InputError(
@@ -125,36 +137,19 @@ class Replay(CacheTechnique):
         replayed: Sequence[Sequence[ReplayedStretch]],
         tokens_seen: Sequence[int],
     ) -> list[CacheEntries]:
-        heads = len(layers[0].lengths)
-        judged = [self._judged(entries, looked) for entries, looked in zip(layers, replayed, strict=True)]
+        judged, heads = _judged(layers, replayed), len(layers[0].lengths)
         whole = sum(tokens_seen) * self.ratio if self.budget is None else self.budget * len(layers)
         total = max(int(whole * heads), heads * len(layers))
-        scores = [head.score[0, 0] for entries in judged for head in entries.heads() if head.score is not None]
+        scores = side_by_side([entries.score.float().flatten() for entries in judged if entries.score is not None])
         sure = min(0.5, 2 * whole / max(sum(tokens_seen), 1)) if self.sure is None else self.sure
-        keep = shared_choice(scores, total, sure)
-        if all(bool(kept.all()) for kept in keep):
+        keep = shared_choice(scores, [length for entries in judged for length in entries.lengths], total, sure)
+        if bool(keep.all()):
             return [at_rest(entries) for entries in judged]
-        out = []
-        for i, (entries, looked) in enumerate(zip(judged, replayed, strict=True)):
-            own = keep[i * heads : (i + 1) * heads]
-            fitted = fitted_entries(entries, looked, own) if self.fit else entries
-            chosen = torch.cat(own)[None, None] if entries.is_packed else torch.stack(own)[None]
-            out.append(at_rest(fitted.select_heads(chosen)))
-        return out
-
-    def _judged(self, entries: CacheEntries, looked: Sequence[ReplayedStretch]) -> CacheEntries:
-        """The entries with the scores of those that are new."""
-        if not looked:
-            return entries
-        peaks = torch.cat([asked_for(stretch) for stretch in looked], 1).nan_to_num_(0.0)  # of a model that gives nan
-        count = peaks.shape[1]
-        is_visual = entries.heads()[0].last(count).is_visual
-        if is_visual is None:
-            raise ValueError("entries that do not know what is visual")
-        fresh = peaks.clamp_max(BELOW) + FOR_PICTURE * one_for_each(peaks, runs_of(is_visual[0, 0]))
-        if entries.total == fresh.numel():  # nothing came before
-            fresh[:, 0] += ALWAYS
-        return with_scores(entries, fresh)
+        flags = keep.split([entries.total for entries in judged])
+        of_layers = zip(judged, flags, strict=True)
+        kept = [entries.select_heads(own.view(entries.keys.shape[:3])) for entries, own in of_layers]
+        fitted = fitted_together(judged, replayed, flags, kept) if self.fit else kept
+        return [at_rest(entries) for entries in fitted]
 
     def describe(self) -> str:
         entries = f"{100 * self.ratio:g} % of the entries" if self.budget is None else f"{self.budget:,} entries a head"
@@ -184,3 +179,26 @@ class Replay(CacheTechnique):
             "Replay": {f"{share} %": cls(share / 100) for share in CACHE_SHARES},
             "Replay, fast": {f"{share} %": cls(share / 100, fast=True) for share in CACHE_SHARES},
         }
+
+
+def _judged(layers: Sequence[CacheEntries], replayed: Sequence[Sequence[ReplayedStretch]]) -> list[CacheEntries]:
+    """The entries of all layers with the scores of those that are new."""
+    if not all(replayed):
+        raise ValueError("a layer of which nobody has replayed a row")
+    peaks = asked_for([stretch for looked in replayed for stretch in looked]).nan_to_num_(0.0)  # of a model giving nan
+    counts, groups = [looked[-1].last for looked in replayed], peaks.shape[0]
+    run = run_numbers([_is_visual(entries, count) for entries, count in zip(layers, counts, strict=True)])
+    fresh = peaks.clamp_max_(BELOW) + FOR_PICTURE * one_for_each(peaks, run.to(peaks.device))
+    ends = zip(accumulate(counts), counts, layers, strict=True)
+    first = [end - count for end, count, entries in ends if entries.total == groups * count]  # nothing came before
+    always = torch.zeros(fresh.shape[1]).index_fill_(0, torch.tensor(first, dtype=torch.int64), ALWAYS)
+    fresh += always.to(fresh.device, non_blocking=True)
+    return with_scores(layers, fresh.split(counts, 1))
+
+
+def _is_visual(entries: CacheEntries, count: int) -> Tensor:
+    """[count] bool, of the last entries of each head."""
+    is_visual = entries.heads()[0].is_visual
+    if is_visual is None:
+        raise ValueError("entries that do not know what is visual")
+    return is_visual[0, 0, -count:]

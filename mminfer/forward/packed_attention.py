@@ -58,8 +58,8 @@ def packed_attention(q: Tensor, entries: CacheEntries, scale: float, visible: Vi
 def _in_one_call(q: Tensor, entries: CacheEntries, scale: float, query_index: Tensor | None) -> Tensor:
     """The same where each query sees its own place and all before it."""
     lengths = entries.lengths
-    first = torch.tensor([0, *accumulate(lengths[:-1])], device=q.device)
-    of_all, mass = torch.tensor(lengths, device=q.device), entries.log_mass
+    first, of_all = (torch.tensor(x).to(q.device, non_blocking=True) for x in ([0, *accumulate(lengths[:-1])], lengths))
+    mass = entries.log_mass
     from_end = None if query_index is None else query_index - max(lengths)
     keys, values = entries.keys[0, 0], entries.values[0, 0]
     return packed_prompt_attention(

@@ -45,7 +45,7 @@ class PackedStore:
     @cached_property
     def first(self) -> Tensor:
         """[B, G] int64: `starts`."""
-        return torch.tensor([starts[:-1] for starts in self.starts], device=self.device)
+        return torch.tensor([starts[:-1] for starts in self.starts]).to(self.device, non_blocking=True)
 
     @cached_property
     def segments(self) -> Segments:
@@ -55,7 +55,7 @@ class PackedStore:
     @cached_property
     def base(self) -> Tensor:
         """[B, G] int64: `lengths`."""
-        return torch.tensor(self.lengths, device=self.device)
+        return torch.tensor(self.lengths).to(self.device, non_blocking=True)
 
     def stretches(self, column: Tensor, sequence: int, new: int) -> list[Tensor]:
         """The rows of a column in use in each head of a sequence, as views; new: entries since the layer was made."""

@@ -52,6 +52,8 @@ class ReplayAttention:
         self.layout, self._asking = replay.layout, queries
         self.queries: Tensor | None = None  # all rows look
         self.entries = attended.entries
+        known = attended.layout.host
+        self._source = (attended.layout if known is None else known).source.cpu()
         self.found: list[list[ReplayedStretch]] = [[] for _ in attended.entries]
         self.flops = [0] * len(attended.entries)
         self._read: list[list[tuple[Tensor, Tensor]]] = [[] for _ in attended.entries]
@@ -59,9 +61,8 @@ class ReplayAttention:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
         k, v = k.to(q.dtype), v.to(q.dtype)
-        out = q.new_empty(1, q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)  # each row is in a group
-        for stretch in self._replay.stretches:
-            self._look(stretch, q, k, v, scale, out)
+        read = [part for stretch in self._replay.stretches for part in self._look(stretch, q, k, v, scale)]
+        out = torch.cat([part.transpose(1, 2) for part in read], 1).transpose(1, 2)  # as the host reads it next
         self._new = None
         if self._asking is None:
             return out
@@ -69,11 +70,11 @@ class ReplayAttention:
         silent[self._asking] = False
         return out.masked_fill_(silent[None, None, :, None], 0)
 
-    def _look(self, stretch: Stretch, q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor) -> None:
-        """One stretch's rows; what they read goes to `out`."""
+    def _look(self, stretch: Stretch, q: Tensor, k: Tensor, v: Tensor, scale: float) -> list[Tensor]:
+        """What one stretch's rows read, [1, H, n, D] of each of its groups."""
         first, held, earlier = self._entries(stretch)
         ahead = 0 if earlier is None else earlier.keys.shape[1]
-        counted, longest = ahead + len(held), max(len(group.rows) for group in stretch.groups)
+        counted, longest = ahead + len(held), max(map(len, stretch.groups))
         shape = (2, *held.keys.shape[:2], counted + longest, held.keys.shape[3])
         keys_values = self._replay.scratch(shape, held.keys)
         keys_values[0, :, :, ahead:counted], keys_values[1, :, :, ahead:counted] = held.keys, held.values
@@ -82,25 +83,27 @@ class ReplayAttention:
         log_mass = None
         if earlier is not None and earlier.log_mass is not None:
             log_mass = pad(earlier.log_mass, (0, counted + longest - ahead))[None]
-        peaks = q.new_zeros(held.keys.shape[1], counted, dtype=torch.float32)
-        pairs = 0
+        out, peaks, pairs = [], None, 0
         for group in stretch.groups:
-            stop = counted + len(group.rows)
+            stop = counted + len(group)
             for place, own in zip(keys_values, (k, v), strict=True):
                 place[:, :, counted:stop] = own[:, :, group.place]
             keys, values, asked = keys_values[0, :, :, :stop], keys_values[1, :, :, :stop], q[:, :, group.place]
             mass = None if log_mass is None else log_mass[:, :, :stop]
-            out[:, :, group.place], peak = prompt_attention_peak(asked, keys, values, scale, None, counted, mass)
-            peaks = peaks.maximum(peak[0].float())
-            again = 0 if shares_logits(asked, keys, values) else len(group.rows) * counted
-            pairs += 2 * causal_pairs(len(group.rows), counted) + again
+            read, peak = prompt_attention_peak(asked, keys, values, scale, None, counted, mass)
+            out.append(read)
+            peaks = peak[0].float() if peaks is None else peaks.maximum(peak[0].float())
+            again = 0 if shares_logits(asked, keys, values) else len(group) * counted
+            pairs += 2 * causal_pairs(len(group), counted) + again
         self.flops[stretch.sequence] += 2 * q.shape[1] * q.shape[3] * pairs
         if self._replay.outputs:
-            read = sampled([out[:, :, group.place] for group in stretch.groups])
-            self._read[stretch.sequence].append((held.values[0], read))
+            self._read[stretch.sequence].append((held.values[0], sampled(out)))
+        if peaks is None:
+            raise ValueError("a stretch without rows that look at it")
         self.found[stretch.sequence].append(
             ReplayedStretch(first, peaks[:, ahead:], _of_references(q[0], stretch.references), earlier, scale)
         )
+        return out
 
     def weigh(self) -> None:
         """Adds to what was found what the entries write, once the layer is through: until then it may skip rows."""
@@ -131,8 +134,8 @@ class ReplayAttention:
         if self._new is None or self._new[0] != b:  # packed ones are copied: once, not for each stretch
             self._new = b, entries.last(stop - start).unpacked()
         fresh = self._new[1]
-        source = attended.layout.source[start:stop]
-        first, last = torch.searchsorted(source, torch.tensor(stretch.sources, device=source.device)).tolist()
+        source = self._source[start:stop]
+        first, last = torch.searchsorted(source, torch.tensor(stretch.sources)).tolist()
         held = CacheEntries(fresh.keys[:, :, first:last], fresh.values[:, :, first:last])
         if entries.total > fresh.total:
             return first, held, _earlier(entries, len(fresh), max(self._replay.stretch - (last - first), 1))
@@ -238,5 +241,7 @@ def _look_only(look: ReplayAttention, hidden: Tensor, table: tuple[Tensor, Tenso
 
 def _of_references(q: Tensor, references: Tensor) -> Tensor:
     """[H, R, D]: of queries [H, K, D], those of the references."""
-    own = references.repeat(len(q) // len(references), 1)
-    return q.gather(1, own[:, :, None].expand(*own.shape, q.shape[2]))
+    heads, width = len(references), q.shape[2]
+    by_group = q.unflatten(0, (-1, heads))  # [G, H / G, K, D]
+    own = references[None, :, :, None].expand(len(by_group), *references.shape, width)
+    return by_group.gather(2, own).flatten(0, 1)

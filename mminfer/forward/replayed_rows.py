@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from math import prod
 
 import torch
@@ -20,23 +19,26 @@ from mminfer.technique import ReplayPlan
 GROUP = 512  # rows that are replayed together: more would find each other
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Group:
-    """Rows that go by together, a picture or a piece of text.
+    """Rows that go by together, a picture or a piece of text each.
 
     Args:
-        rows: [n] int64, among those replayed.
+        first: the first among those replayed, where the others follow it.
+        last: one past the last.
         is_visual: whether they are a picture's.
     """
 
-    rows: Tensor
+    first: int
+    last: int
     is_visual: bool
 
-    @cached_property
-    def place(self) -> slice | Tensor:
-        """The rows as an index: a slice where they stand side by side, so that what is taken there is not copied."""
-        first, last = self.rows[0].item(), self.rows[-1].item()
-        return slice(first, last + 1) if last - first + 1 == len(self.rows) else self.rows
+    def __len__(self) -> int:
+        return self.last - self.first
+
+    @property
+    def place(self) -> slice:
+        return slice(self.first, self.last)
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +69,7 @@ class ReplayedRows:
         sharing: query heads that share entries.
 
     Attributes:
-        rows: [K] int64, those of them that go by again.
+        rows: [K] int64, those of them that go by again, group by group.
         layout: of these, at the positions that follow their stretch.
         stretch: entries that each looks at.
         outputs: whether what entries write is asked for.
@@ -76,30 +78,34 @@ class ReplayedRows:
     def __init__(self, hidden: Tensor, layout: TokenLayout, plan: ReplayPlan, sharing: int) -> None:
         self.stretch, self.outputs = plan.stretch, plan.outputs
         self._scratch: Tensor | None = None
+        own = layout.on_host
         wanted = _worth_replaying(hidden, layout, plan)
         parts = [
             (sequence, first, last)
             for sequence, (start, stop) in enumerate(layout.spans)
-            for first, last in _stretches(layout, start, stop, plan.stretch)
+            for first, last in _stretches(own, start, stop, plan.stretch)
         ]
-        chosen = [_replayed_rows(layout, wanted, first, last, plan.text) for _, first, last in parts]
-        self.rows = torch.cat(chosen)
-        self.layout = layout.select(self.rows)
-        position = self.layout.position.clone()
+        chosen: list[Tensor] = []
         self.stretches: list[Stretch] = []
-        start = 0
-        for (sequence, first, last), rows in zip(parts, chosen, strict=True):
-            groups = _groups(self.layout, start, start + len(rows))
-            behind = layout.position[:, first:last].amax().floor() + 1
-            for group in groups:
-                position[:, group.rows] = _placed(position[:, group.rows], group.is_visual) + behind
-            sources = (int(layout.source[first]), int(layout.source[last - 1]) + 1)
-            asking = [g.rows for g in groups if g.is_visual] or [g.rows for g in groups]
-            self.stretches.append(
-                Stretch(sequence, sources, groups, _some(torch.cat(asking), plan.references, sharing))
-            )
-            start += len(rows)
-        self.layout = replace(self.layout, position=position, run_before=None, host=None)
+        for sequence, first, last in parts:
+            runs = _runs(own, _replayed_rows(own, wanted, first, last, plan.text))
+            ends = itertools.accumulate(map(len, runs), initial=sum(map(len, chosen)))
+            is_visual = [bool(own.is_visual[run[0]]) for run in runs]
+            groups = [Group(a, b, v) for (a, b), v in zip(itertools.pairwise(ends), is_visual, strict=True)]
+            asking = [torch.arange(g.first, g.last) for g in groups if g.is_visual or not any(is_visual)]
+            references = _some(torch.cat(asking), plan.references, sharing).to(layout.device, non_blocking=True)
+            sources = (int(own.source[first]), int(own.source[last - 1]) + 1)
+            self.stretches.append(Stretch(sequence, sources, groups, references))
+            chosen += runs
+        rows = torch.cat(chosen)
+        again, device = own.select(rows), layout.device
+        position = again.position.clone()
+        for (_, first, last), stretch in zip(parts, self.stretches, strict=True):
+            behind = own.position[:, first:last].amax().floor() + 1
+            for group in stretch.groups:
+                position[:, group.place] = _placed(position[:, group.place], group.is_visual) + behind
+        self.rows = rows.to(device, non_blocking=True)
+        self.layout = layout.select(rows).placed_as(replace(again, position=position, run_before=None))
 
     def scratch(self, shape: Sequence[int], like: Tensor) -> Tensor:
         """Memory of this shape that each layer and stretch writes anew: fresh one costs more than what is written."""
@@ -125,47 +131,40 @@ def _stretches(layout: TokenLayout, start: int, stop: int, size: int) -> list[tu
 
 
 def _worth_replaying(hidden: Tensor, layout: TokenLayout, plan: ReplayPlan) -> Tensor:
-    """[T] bool: all but visual rows that are alike the one before them, of the same image."""
-    wanted = torch.ones_like(layout.is_visual)
+    """[T] bool, on the CPU: all but visual rows that are alike the one before them, of the same image."""
+    wanted, own = torch.ones(len(layout), dtype=torch.bool), layout.on_host
     if plan.alike < 1 and len(layout) > 1:
-        alike = cosine_similarity(hidden[1:].float(), hidden[:-1].float(), dim=-1) >= plan.alike
-        wanted[1:] = ~(alike & layout.is_visual[1:] & (layout.image_id[1:] == layout.image_id[:-1]))
+        alike = (cosine_similarity(hidden[1:].float(), hidden[:-1].float(), dim=-1) >= plan.alike).cpu()
+        wanted[1:] = ~(alike & own.is_visual[1:] & (own.image_id[1:] == own.image_id[:-1]))
     return wanted
 
 
 def _replayed_rows(layout: TokenLayout, wanted: Tensor, first: int, last: int, text: bool) -> Tensor:
     """[n] int64, ascending: the rows of a stretch that go by again."""
-    rows = torch.arange(first, last, device=layout.sequence.device)
-    visual = layout.is_visual[first:last]
+    rows, visual = torch.arange(first, last), layout.is_visual[first:last]
     return rows[wanted[first:last] if text or not bool(visual.any()) else wanted[first:last] & visual]
 
 
-def _groups(layout: TokenLayout, start: int, stop: int) -> list[Group]:
-    """Rows start .. stop by pictures, and what is text, in pieces of `GROUP` at most."""
-    rows, visual = torch.arange(start, stop, device=layout.sequence.device), layout.is_visual[start:stop]
-    own = layout.image_id[start:stop]
-    gap = (layout.source[start + 1 : stop] - layout.source[start : stop - 1] > 1) & (own[1:] != own[:-1])
+def _runs(layout: TokenLayout, rows: Tensor) -> list[Tensor]:
+    """These rows ([n] int64, ascending) by pictures, and behind them what is text, in pieces of `GROUP` at most."""
+    visual, own, source = layout.is_visual[rows], layout.image_id[rows], layout.source[rows]
+    gap = (source.diff() > 1) & (own[1:] != own[:-1])
     breaks = gap | (visual[1:] != visual[:-1])
-    ends = torch.cat([breaks.nonzero()[:, 0] + 1, breaks.new_tensor([stop - start], dtype=torch.int64)])
+    ends = torch.cat([breaks.nonzero()[:, 0] + 1, torch.tensor([len(rows)])])
     runs = rows.split(ends.diff(prepend=ends.new_zeros(1)).tolist())
-    groups = [Group(piece, True) for run in runs if bool(visual[run[0] - start]) for piece in run.split(GROUP)]
-    text = rows[~visual]
-    return groups + [Group(piece, False) for piece in text.split(GROUP) if len(piece)]
+    pictures = [run for run in runs if len(run) and bool(layout.is_visual[run[0]])]
+    return [piece for run in (*pictures, rows[~visual]) for piece in run.split(GROUP) if len(piece)]
 
 
 def _placed(position: Tensor, is_visual: bool) -> Tensor:
     """Positions ([A, n]) moved to the beginning; text, which may be of several runs, closes ranks."""
     if is_visual:
         return position - position[:, 0].amin()
-    return torch.arange(position.shape[1], dtype=position.dtype, device=position.device).expand_as(position)
+    return torch.arange(position.shape[1], dtype=position.dtype).expand_as(position)
 
 
 def _some(rows: Tensor, count: int, times: int) -> Tensor:
     """[times, n] int64: at most `count` of the rows for each time, evenly spread and others each time, if there are."""
     count = min(count, len(rows))
-    places = (
-        torch.arange(count * times, dtype=torch.float32, device=rows.device)
-        .add(0.5)
-        .mul(len(rows) / max(count * times, 1))
-    )
+    places = torch.arange(count * times, dtype=torch.float32).add(0.5).mul(len(rows) / max(count * times, 1))
     return rows[places.long()].view(count, times).mT

@@ -115,17 +115,16 @@ class CacheEntries:
         """Those that are to stay, packed: each head keeps as many as it is told to, none at least.
 
         Args:
-            keep: [1, G, S] bool; of packed ones [1, 1, S].
+            keep: [1, G, S] bool, best on the CPU; of packed ones [1, 1, S].
         """
+        here = keep.cpu()  # how many stay must be known there
         if self.head_lengths is None:
-            lengths = keep[0].sum(-1)
+            lengths = here[0].sum(-1).tolist()
         else:
-            counts, owner = torch.tensor(self.head_lengths), torch.arange(len(self.head_lengths))
-            owner = torch.repeat_interleave(owner, counts).to(keep.device)
-            lengths = owner.new_zeros(len(counts)).index_add(0, owner, keep[0, 0].long())
-        _, head, place = keep.nonzero(as_tuple=True)
+            lengths = [int(own.sum()) for own in here[0, 0].split(self.head_lengths)]
+        head, place = (x.to(self.keys.device, non_blocking=True) for x in here[0].nonzero(as_tuple=True))
         kept = {n: None if x is None else x[0, head, place][None, None] for n, x in self.columns.items()}
-        return CacheEntries.of(kept, tuple(lengths.tolist()))
+        return CacheEntries.of(kept, tuple(lengths))
 
     def merged(self, places: Tensor, keys: Tensor, values: Tensor, size: Tensor | None = None) -> CacheEntries:
         """The entries at these places, with keys and values that others were merged into.

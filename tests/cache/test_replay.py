@@ -6,13 +6,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.functional import pad
 
 from mminfer import ConfigError, Replay
-from mminfer.cache.replay_fit import MOST, RIDGE, fit_stretch, fitted, fitted_entries, fitted_masses
-from mminfer.cache.replay_rules import FOR_PICTURE, at_rest, one_for_each, shared_choice
+from mminfer.cache import replay_parts
+from mminfer.cache.replay_fit import MOST, RIDGE, Asked, fitted, fitted_masses
+from mminfer.cache.replay_parts import fitted_together
+from mminfer.cache.replay_rules import FOR_PICTURE, at_rest, one_for_each, run_numbers, shared_choice
 from mminfer.forward.kv_cache import CompressedCache
 from mminfer.forward.packed_layer import layer_of
-from mminfer.technique import CacheEntries, EarlierEntries, ReplayedStretch
+from mminfer.technique import NOTHING, CacheEntries, EarlierEntries, ReplayedStretch
 
 GROUPS, REPEAT, SIZE = 2, 3, 8
 
@@ -33,6 +36,32 @@ def looked(count, first=0, seed=1, rows=20):
     return ReplayedStretch(first, torch.rand(GROUPS, count, generator=generator), queries, None, SIZE**-0.5)
 
 
+def fitted_alone(queries, keys, values, keep, movable, scale, log_mass=None):
+    """Values and log-masses of one head's entries that stay ([N] bool), of which some are movable."""
+    places = keep.nonzero()[:, 0]
+    mass, count = None if log_mass is None else log_mass[None], torch.tensor([len(places)])
+    values, mass = fitted(
+        Asked(queries[None], keys[None], values[None], places[None], count, movable[None], scale, mass)
+    )
+    return values[0], mass[0]
+
+
+def fitted_heads(entries, stretches, keep):
+    """Values and log-masses of one layer's entries that stay, [G, N] bool, written over those of all of them."""
+    kept = entries.select_heads(keep[None])
+    (found,) = fitted_together([entries], [stretches], [keep.flatten()], [kept])
+    values, mass = entries.values.clone(), entries.weighed().log_mass.clone()
+    values[0][keep], mass[0][keep] = found.values[0, 0], found.weighed().log_mass[0, 0]
+    return values[0], mass[0]
+
+
+def in_head(head, keep):
+    """[G, N] bool: what a head keeps, beside others that keep all."""
+    flags = torch.ones(GROUPS, len(keep), dtype=torch.bool)
+    flags[head] = keep
+    return flags
+
+
 def read(queries, keys, values, scale=SIZE**-0.5):
     return (queries @ keys.mT * scale).softmax(-1) @ values
 
@@ -43,7 +72,7 @@ def test_heads_share_one_budget(lengths, share, sure, seed):
     generator = torch.Generator().manual_seed(seed)
     scores = [torch.rand(n, generator=generator) for n in lengths]
     total = max(len(lengths), int(share * sum(lengths)))
-    keep = shared_choice(scores, total, sure)
+    keep = shared_choice(torch.cat(scores), lengths, total, sure).split(lengths)
     assert [len(k) for k in keep] == lengths
     assert sum(int(k.sum()) for k in keep) == total
     least = max(int(sure * total / len(lengths)), 1)
@@ -60,7 +89,7 @@ def test_what_is_promised_stays_before_what_heads_are_sure_of():
     crowded, quiet = torch.rand(30) * 0.1, torch.rand(30) * 0.9
     crowded[:16] += 1  # pictures
     for sure in (0.0, 0.5, 1.0):
-        keep = shared_choice([crowded, quiet], 20, sure)
+        keep = shared_choice(torch.cat([crowded, quiet]), [30, 30], 20, sure).split(30)
         assert bool(keep[0][:16].all()) and sum(int(k.sum()) for k in keep) == 20
         assert int(keep[1].sum()) >= (4 if sure == 1 else 1)
 
@@ -73,7 +102,7 @@ def test_values_are_the_least_squares_under_the_ridge(rows, held):
     keep = torch.arange(30) % 3 > 0
     movable = torch.ones(20, dtype=torch.bool)
     movable[0] = not held
-    found, mass = fitted(queries, keys, values, keep, movable, SIZE**-0.5)
+    found, mass = fitted_alone(queries, keys, values, keep, movable, SIZE**-0.5)
     shares = (queries @ keys[keep].mT * SIZE**-0.5 + mass).softmax(-1)
     missing = read(queries, keys, values) - shares @ values[keep]
     shares = shares * movable
@@ -98,27 +127,27 @@ def test_masses_come_close_to_the_best_positive_ones(rows, keep_one_in):
     for _ in range(20_000):  # plain projected gradients, until nothing moves
         gradient = shares.mT @ (shares @ best - 1) + ridge * (best - 1)
         best = (best - gradient / (shares.square().sum() + ridge)).clamp(1 / MOST, MOST)
-    found = fitted_masses(shares)
+    found = fitted_masses(shares.mT[None], torch.tensor([shares.shape[1]]))[0]
     assert loss(found) <= loss(best) + 0.05 * (loss(torch.ones_like(best)) - loss(best))
     assert loss(found) < 0.9 * loss(torch.ones_like(best))
 
 
 def test_fitting_brings_replayed_readings_closer_and_touches_nothing_else():
-    entries, stretch = made(24).weighed().heads()[1], looked(20, rows=40)
-    keys, before = entries.keys[0, 0, :20], entries.values.clone()[0, 0]
+    entries, stretch = made(4 + 20), looked(20, rows=40)
+    keys, before = entries.keys[0, 1, 4:], entries.values[0, 1]
     keep = torch.arange(20) % 2 == 0
-    fit_stretch(entries, slice(0, 20), keep, stretch, 1)
-    values, mass = entries.values[0, 0], entries.log_mass[0, 0]
+    values, mass = fitted_heads(entries, [stretch], in_head(1, torch.cat([torch.ones(4).bool(), keep])))
+    assert torch.equal(values[0], entries.values[0, 0]) and not bool(mass[0].any())
+    values, mass = values[1], mass[1]
     queries = stretch.queries.view(GROUPS, -1, SIZE)[1]
-    want = read(queries, keys, before[:20])
+    want = read(queries, keys, before[4:])
     logits = queries @ keys[keep].mT * SIZE**-0.5
-    found = (logits + mass[:20][keep]).softmax(-1) @ values[:20][keep]
-    assert float((found - want).norm()) < 0.7 * float((read(queries, keys[keep], before[:20][keep]) - want).norm())
+    found = (logits + mass[4:][keep]).softmax(-1) @ values[4:][keep]
+    assert float((found - want).norm()) < 0.7 * float((read(queries, keys[keep], before[4:][keep]) - want).norm())
     of_all = (queries @ keys.mT * SIZE**-0.5).logsumexp(-1)
-    missing = [float((kept.logsumexp(-1) - of_all).abs().mean()) for kept in (logits, logits + mass[:20][keep])]
+    missing = [float((kept.logsumexp(-1) - of_all).abs().mean()) for kept in (logits, logits + mass[4:][keep])]
     assert missing[1] < 0.5 * missing[0]
-    assert torch.equal(values[:20][~keep], before[:20][~keep]) and torch.equal(values[20:], before[20:])
-    assert not bool(mass[:20][~keep].any()) and not bool(mass[20:].any())
+    assert torch.equal(values[:4], before[:4]) and not bool(mass[:4].any())
 
 
 @pytest.mark.parametrize("older", [0, 5])
@@ -130,81 +159,132 @@ def test_stretches_are_fitted_where_something_left_them(older, weighed):
     first, second = (looked(count, first=start, seed=start) for start, count in ((0, 14), (14, 10)))
     keep = torch.ones(GROUPS, older + 24, dtype=torch.bool)
     keep[0, older + 14 :: 2] = keep[1, older : older + 14 : 2] = False
-    before = entries.values.clone()
-    found, wanted = fitted_entries(entries, [first, second], list(keep)), entries.weighed()
-    wanted = replace(wanted, values=wanted.values.clone(), log_mass=wanted.log_mass.clone())
+    whole, (held,) = entries.values.clone(), [entries.select_heads(keep[None])]
+    (found,) = fitted_together([entries], [[first, second]], [keep.flatten()], [held])
+    wanted = held.weighed()
+    values, mass = wanted.values.clone(), wanted.log_mass.clone()
     for head, stretch in ((0, second), (1, first)):
+        own = torch.ones_like(keep)
         rows = slice(older + stretch.first, older + stretch.last)
-        fit_stretch(wanted.heads()[head], rows, keep[head, rows], stretch, head)
-    assert torch.equal(found.values, wanted.values) and torch.equal(found.log_mass, wanted.log_mass)
-    assert not torch.equal(found.values, before) and torch.equal(entries.values, before)
-    assert fitted_entries(entries, [], list(keep)) is entries
-    assert fitted_entries(entries, [first, second], list(torch.ones_like(keep))) is entries
+        own[head, rows] = keep[head, rows]
+        moved, weighs = fitted_heads(entries, [first, second], own)
+        into = int(keep[:head].sum()) + int(keep[head, : rows.start].sum())
+        into = slice(into, into + int(keep[head, rows].sum()))
+        values[0, 0, into], mass[0, 0, into] = moved[head, rows][own[head, rows]], weighs[head, rows][own[head, rows]]
+    assert torch.equal(found.values, values) and torch.equal(found.log_mass, mass)
+    assert not torch.equal(found.values, held.values) and torch.equal(entries.values, whole)
+    all_of_them = entries.select_heads(torch.ones_like(keep)[None])
+    (same,) = fitted_together([entries], [[first, second]], [torch.ones_like(keep).flatten()], [all_of_them])
+    assert same is all_of_them
 
 
 def test_what_entries_weigh_counts_as_if_their_keys_said_it():
     generator = torch.Generator().manual_seed(6)
     queries, keys, values = (torch.randn(n, SIZE, generator=generator) for n in (40, 30, 30))
     log_mass, keep = torch.randn(30, generator=generator), torch.arange(30) % 3 > 0
-    found, mass = fitted(queries, keys, values, keep, keep[keep], 0.5, log_mass)
+    found, mass = fitted_alone(queries, keys, values, keep, keep[keep], 0.5, log_mass)
     told, said = torch.cat([queries, torch.full((40, 1), 2.0)], 1), torch.cat([keys, log_mass[:, None]], 1)
-    wanted, beyond = fitted(told, said, values, keep, keep[keep], 0.5)
+    wanted, beyond = fitted_alone(told, said, values, keep, keep[keep], 0.5)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(mass, log_mass[keep] + beyond, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("weighed", [False, True])
 def test_what_came_before_a_stretch_is_read_and_not_changed(weighed):
-    entries, stretch = made(20).weighed(), looked(20, rows=40)
+    entries, stretch = made(20), looked(20, rows=40)
     generator = torch.Generator().manual_seed(7)
     log_mass = torch.rand(GROUPS, 6, generator=generator) if weighed else None
     earlier = EarlierEntries(*(torch.randn(GROUPS, 6, SIZE, generator=generator) for _ in range(2)), log_mass)
     keep = torch.arange(20) % 2 == 0
-    head = entries.heads()[1]
-    keys, before = torch.cat([earlier.keys[1], head.keys[0, 0]]), torch.cat([earlier.values[1], head.values[0, 0]])
+    keys, before = (
+        torch.cat([a[1], b[0, 1]]) for a, b in ((earlier.keys, entries.keys), (earlier.values, entries.values))
+    )
     mass = torch.zeros(26) if log_mass is None else torch.cat([log_mass[1], torch.zeros(20)])
-    fit_stretch(head, slice(0, 20), keep, replace(stretch, earlier=earlier), 1)
+    found, found_mass = fitted_heads(entries, [replace(stretch, earlier=earlier)], in_head(1, keep))
     stays, movable = torch.cat([torch.ones(6).bool(), keep]), torch.cat([torch.zeros(6).bool(), keep[keep]])
     queries = stretch.queries.view(GROUPS, -1, SIZE)[1]
-    values, masses = fitted(queries, keys, before, stays, movable, SIZE**-0.5, mass)
-    torch.testing.assert_close(head.values[0, 0][keep], values[6:])
-    torch.testing.assert_close(head.log_mass[0, 0][keep], masses[6:])
-    assert torch.equal(head.values[0, 0][~keep], before[6:][~keep])
+    values, masses = fitted_alone(queries, keys, before, stays, movable, SIZE**-0.5, mass)
+    torch.testing.assert_close(found[1][keep], values[6:])
+    torch.testing.assert_close(found_mass[1][keep], masses[6:])
+
+
+@pytest.mark.parametrize("numbers", [1, 1 << 20], ids=["one by one", "together"])
+def test_heads_of_all_layers_are_fitted_as_each_is_alone(numbers, monkeypatch):
+    """Of stretches of different lengths, some behind other entries, and keeping different numbers."""
+    monkeypatch.setattr(replay_parts, "WEIGHTS_ON_CPU", numbers)
+    generator = torch.Generator().manual_seed(8)
+    sizes, layers, stretches, keep = (20, 19), [], [], []
+    for n in range(3):
+        entries, earlier = made(3 + sum(sizes), seed=n), None
+        own = []
+        for first, size in zip((0, sizes[0]), sizes, strict=True):
+            own.append(replace(looked(size, first, seed=first + n), earlier=earlier))
+            mass = torch.tensor([[0.0, 0.3], [0.0, NOTHING]]) if n == 2 else None
+            earlier = EarlierEntries(*(torch.randn(GROUPS, 2, SIZE, generator=generator) for _ in range(2)), mass)
+        layers, stretches = [*layers, entries], [*stretches, own]
+        keep.append(torch.rand(GROUPS, 3 + sum(sizes), generator=generator) < torch.tensor([[0.8], [0.3]]))
+    kept = [entries.select_heads(own[None]) for entries, own in zip(layers, keep, strict=True)]
+    found = fitted_together(layers, stretches, [own.flatten() for own in keep], kept)
+    for entries, looks, own, held, fit in zip(layers, stretches, keep, kept, found, strict=True):
+        assert torch.equal(fit.keys, held.keys) and fit.lengths == held.lengths
+        for head, part in enumerate(fit.heads()):
+            values, mass = entries.values[0, head].clone(), torch.zeros(own.shape[1])
+            for look in looks:
+                rows = slice(3 + look.first, 3 + look.last)
+                flags, before = own[head, rows], look.earlier
+                ahead = 0 if before is None else 2
+                keys, read = entries.keys[0, head, rows], entries.values[0, head, rows]
+                if before is not None:
+                    keys, read = torch.cat([before.keys[head], keys]), torch.cat([before.values[head], read])
+                weighs = (
+                    None if before is None or before.log_mass is None else pad(before.log_mass[head], (0, len(flags)))
+                )
+                asks = look.queries.view(GROUPS, -1, SIZE)[head]
+                stays, moves = pad(flags, (ahead, 0), value=True), pad(flags[flags], (ahead, 0), value=False)
+                told, heavy = fitted_alone(asks, keys, read, stays, moves, SIZE**-0.5, weighs)
+                values[rows][flags], mass[rows][flags] = told[ahead:], heavy[ahead:]
+            torch.testing.assert_close(part.values[0, 0], values[own[head]], atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(part.log_mass[0, 0], mass[own[head]], atol=1e-5, rtol=1e-4)
 
 
 def test_a_head_of_half_precision_keeps_its_type():
-    entries, stretch = made(20).weighed(), looked(20)
-    head = replace(entries, keys=entries.keys.bfloat16(), values=entries.values.bfloat16()).heads()[0]
+    entries, stretch = made(20), looked(20)
+    entries = replace(entries, keys=entries.keys.bfloat16(), values=entries.values.bfloat16())
     keep = torch.arange(20) % 2 == 0
     half = replace(stretch, queries=stretch.queries.bfloat16())
-    fit_stretch(head, slice(0, 20), keep, half, 0)
-    assert head.values.dtype == torch.bfloat16 and bool(head.values.isfinite().all())
-    assert head.log_mass.dtype == torch.float32 and bool(head.log_mass.isfinite().all())
+    values, mass = fitted_heads(entries, [half], in_head(0, keep))
+    assert values.dtype == torch.bfloat16 and bool(values.isfinite().all())
+    assert mass.dtype == torch.float32 and bool(mass.isfinite().all())
 
 
 def test_large_products_in_half_precision_lose_nothing():
-    entries, stretch = made(20).weighed().heads()[0], looked(20)
+    entries, stretch = made(20), looked(20)
     offset = torch.zeros(SIZE)
     offset[0] = 300.0  # their products are beyond float16, and alike for all entries
-    keep = torch.arange(20) % 2 == 0
+    keep = in_head(0, torch.arange(20) % 2 == 0)
     queries = torch.cat([stretch.queries[..., 1:], offset[:1].expand(*stretch.queries.shape[:2], 1)], -1)
     keys = torch.cat([entries.keys[..., 1:], offset[:1].expand(*entries.keys.shape[:3], 1)], -1)
     plain = replace(stretch, queries=torch.cat([stretch.queries[..., 1:], torch.zeros_like(queries[..., :1])], -1))
-    wanted = replace(entries, keys=torch.cat([entries.keys[..., 1:], torch.zeros_like(keys[..., :1])], -1))
-    found = replace(wanted, keys=keys.half(), values=entries.values.half(), log_mass=entries.log_mass.clone())
-    wanted = replace(wanted, values=entries.values.clone(), log_mass=entries.log_mass.clone())
-    fit_stretch(wanted, slice(0, 20), keep, plain, 0)
-    fit_stretch(found, slice(0, 20), keep, replace(stretch, queries=queries.half()), 0)
-    torch.testing.assert_close(found.values.float(), wanted.values, atol=2e-2, rtol=2e-2)
+    level = replace(entries, keys=torch.cat([entries.keys[..., 1:], torch.zeros_like(keys[..., :1])], -1))
+    wanted, _ = fitted_heads(level, [plain], keep)
+    halves = replace(entries, keys=keys.half(), values=entries.values.half())
+    found, _ = fitted_heads(halves, [replace(stretch, queries=queries.half())], keep)
+    torch.testing.assert_close(found.float(), wanted, atol=2e-2, rtol=2e-2)
 
 
 def test_every_picture_leaves_an_entry_in_each_layer():
     peaks = torch.rand(GROUPS, 12)
-    found = one_for_each(peaks, torch.tensor([[2, 5], [7, 12]]))
+    flags = torch.zeros(12, dtype=torch.bool)
+    flags[2:5] = flags[7:12] = True
+    found = one_for_each(peaks, run_numbers([flags]))
     assert int(found.sum()) == 2
     for first, last in ((2, 5), (7, 12)):
         head, place = found[:, first:last].nonzero()[0].tolist()
         assert float(peaks[head, first + place]) == float(peaks[:, first:last].max())
+    assert (
+        run_numbers([flags, flags.flip(0)]).tolist()
+        == [-1] * 2 + [0] * 3 + [-1] * 2 + [1] * 5 + [2] * 5 + [-1] * 2 + [3] * 3 + [-1] * 2
+    )  # no run goes on in the next layer
 
 
 def compressed(technique, layers, stretches, seen):
