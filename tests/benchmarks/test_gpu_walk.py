@@ -22,7 +22,7 @@ BOUNDS = {
     "random-prune": (1308, 1, 1151, 0),
     "lookm-20": (3049, 1, 1130, 0),
     "snapkv-20": (2321, 1, 1130, 0),
-    "digest-20": (6930, 4, 1133, 0),
+    "digest-20": (3663, 4, 1133, 0),
     "replay-20": (4011, 2, 1149, 0),
 }
 pytestmark = pytest.mark.filterwarnings("ignore:V2PE")
