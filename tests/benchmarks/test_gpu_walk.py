@@ -12,10 +12,11 @@ import torch
 from benchmarks.gpu.pretended import PretendedTensor, pretended_gpu
 from benchmarks.gpu.walk import VOCABULARY, narrow_model, on_pretended_gpu, walked
 from benchmarks.models.geometries import video_prompt
-from mminfer import AIMMerge, AIMPrune, InferenceConfig, LookM, patched
+from mminfer import AIMMerge, AIMPrune, InferenceConfig, LookM, RegionMerge, patched
 from mminfer.forward.kv_cache import CACHE_NAME
 from mminfer.layout import TokenLayout
 from mminfer.technique import PruneTechnique
+from mminfer.tokens.downsample import Downsample
 
 HOST = 1150  # launches of the unpatched model's pass
 # Launches and waits of a prompt pass, launches and waits of a step.
@@ -27,6 +28,7 @@ BOUNDS = {
     "aim": (1502, 1, 1146, 0),
     "balanced": (1582, 1, 1148, 0),
     "random-prune": (1308, 1, 1151, 0),
+    "regions": (1193, 2, 1158, 0),
     "lookm-20": (2517, 1, 1130, 0),
     "snapkv-20": (2321, 1, 1130, 0),
     "digest-20": (3663, 4, 1133, 0),
@@ -150,6 +152,32 @@ def test_what_the_host_knows_of_rows_is_forgotten_where_it_may_be_so_no_longer(s
             stack.enter_context(patched(model, config, verify=False))
             kept.append(getattr(model(**inputs), CACHE_NAME).lengths)
     assert kept[0] == kept[1]
+
+
+@pytest.mark.parametrize("merge", [RegionMerge(), RegionMerge(None, None, 0.2), Downsample(0.25)], ids=repr)
+def test_merging_by_places_knows_on_the_host_what_is_left(merge):
+    count, generator = 2 + 64 + 3, torch.Generator().manual_seed(0)
+    rows = torch.arange(count)
+    is_visual = (rows >= 2) & (rows < 66)
+    owner = is_visual.long() - 1
+    layout = TokenLayout(
+        rows * 0, is_visual.to(torch.int8), owner, rows * 0 + 1.0, rows, rows[None] * 1.0, torch.ones(1)
+    )
+    x = torch.randn(count, 8, generator=generator)
+    x[2:34] = x[2]  # the upper half is blank
+    wanted, left = merge.apply(x, layout)
+    assert len(left) < count - 20
+    with pretended_gpu() as gpu:
+        x, there = x.to("cuda"), layout.to(torch.device("cuda"))
+        with gpu.fresh():
+            found, merged = merge.apply(x, there)
+        with gpu.fresh() as counts:
+            assert merged.known.lengths == left.lengths and merged.visual_lengths == left.visual_lengths
+        assert counts.num_waits == 0
+        torch.testing.assert_close(found.held, wanted)
+        for name in ("sequence", "modality", "image_id", "size", "source", "position"):
+            assert torch.equal(getattr(merged, name).held, getattr(left, name))
+            assert torch.equal(getattr(merged.host, name), getattr(left, name))
 
 
 def test_layouts_forget_what_was_known_of_other_columns():
