@@ -17,6 +17,10 @@ from mminfer.errors import InputError
 GIVEN_ROWS = "given_rows"  # the name among model inputs under which `GivenRows` travel
 
 
+# Those with an entry for each row, but companions, which stay where the rows are.
+_COLUMNS = ("sequence", "modality", "image_id", "size", "source", "position", "block")
+
+
 class Modality(IntEnum):
     """Where a token came from."""
 
@@ -62,8 +66,9 @@ class TokenLayout:
         run_before: [B] float64: where the last token before these rows stands, if it is visual, so that a run of
             visual tokens goes on; nan behind text. None where nothing came before.
         host: the same rows on the CPU, where they are on another device and their facts are known; see `on_host`.
-            Whoever replaces a column leaves it out.
         counts: what is known of rows on another device whose facts are no longer.
+        known_of: the columns of which `host` and `counts` tell; None: those given. Where a column is replaced beside
+            them both are forgotten, so that nobody believes what is no longer so.
 
     `next_position` and `run_before` are on the CPU where a pass makes them.
     """
@@ -80,6 +85,19 @@ class TokenLayout:
     run_before: Tensor | None = None
     host: TokenLayout | None = None
     counts: RowCounts | None = None
+    known_of: tuple[Tensor | None, ...] | None = None
+
+    def __post_init__(self) -> None:
+        columns, known_of = tuple(getattr(self, name) for name in _COLUMNS), self.known_of
+        if self.host is None and self.counts is None:
+            known_of = None
+        elif known_of is None:
+            known_of = columns
+        elif any(now is not then for now, then in zip(columns, known_of, strict=True)):
+            known_of = None
+            object.__setattr__(self, "host", None)
+            object.__setattr__(self, "counts", None)
+        object.__setattr__(self, "known_of", known_of)
 
     def __len__(self) -> int:
         return self.sequence.shape[0]
@@ -105,8 +123,7 @@ class TokenLayout:
         return self if self.device == device else replace(self._moved(device), host=replace(self, companions=None))
 
     def _moved(self, device: torch.device | str) -> TokenLayout:
-        names = ("sequence", "modality", "image_id", "size", "source", "position", "block")
-        columns = {name: getattr(self, name) for name in names}
+        columns = {name: getattr(self, name) for name in _COLUMNS}
         patient = torch.device(device).type == "cpu"
         moved: dict[str, Any] = {
             n: None if x is None else x.to(device, non_blocking=not patient) for n, x in columns.items()
@@ -245,6 +262,7 @@ class TokenLayout:
             self,
             host=host,
             counts=counts if host is None else None,
+            known_of=None,
             sequence=self.sequence[index],
             modality=self.modality[index],
             image_id=self.image_id[index],
@@ -283,14 +301,17 @@ class TokenLayout:
 
     def at(self, position: Tensor, next_position: Tensor) -> TokenLayout:
         """The same tokens at other rotary positions: [A, T] and [B] float64."""
-        return replace(self, position=position, next_position=next_position, host=None, counts=self.known)
+        return replace(
+            self, position=position, next_position=next_position, host=None, counts=self.known, known_of=None
+        )
 
     def placed_as(self, host: TokenLayout) -> TokenLayout:
         """The same tokens where `host`, the layout on the CPU of the same rows, has them."""
         if self.device.type == "cpu":
             return host
         position = self.position if host.position is self.on_host.position else self._known(host.position)
-        return replace(self, position=position, next_position=host.next_position, run_before=host.run_before, host=host)
+        known = replace(self, position=position, host=None, counts=None)
+        return replace(known, next_position=host.next_position, run_before=host.run_before, host=host)
 
 
 def places_of(mask: Tensor, count: int | None = None) -> Tensor:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, ClassVar, Self
 import torch
 from torch import Tensor
 
-from mminfer.cache.digest_rules import PIECE, SPREADS, Rule, cluster_runs, runs_of, share_out
+from mminfer.cache.digest_pieces import digested
+from mminfer.cache.digest_rules import PIECE, SPREADS, Piece, Rule, pieces_of, runs_of, share_out
 from mminfer.errors import ConfigError, shown
 from mminfer.technique import (
     CACHE_SHARES,
@@ -17,6 +18,7 @@ from mminfer.technique import (
     CacheTechnique,
     LayerView,
     LayerWork,
+    by_device,
     check_fraction,
     is_number,
     is_whole,
@@ -109,7 +111,8 @@ class Digest(CacheTechnique):
         chosen = asking[torch.linspace(0, len(asking) - 1, count, dtype=torch.float32).round().long()]
         chosen = chosen.to(queries.device, non_blocking=True)
         with torch.autocast(queries.device.type, enabled=False):
-            demand = _change_of_readings(queries[0, :, chosen], entries, is_visual, view.scale).quantile(0.25)
+            change = _change_of_readings(queries[0, :, chosen], entries, is_visual, view.scale)
+        demand = _quartile(change)
         return float(demand) if demand.device.type == "cpu" else demand  # on a GPU read with those of all layers
 
     def compress_layers(
@@ -137,36 +140,13 @@ class Digest(CacheTechnique):
         image = share_out(pictures, weights, left, share_out(runs, runs, left))
         sizes = _on_host([_sizes(entries) for entries in layers])
         kept = zip(text, image, tails, strict=True)
-        return [self._digest(*parts) for parts in zip(layers, flags, sizes, kept, strict=True)]
-
-    def _digest(
-        self, entries: CacheEntries, is_visual: Tensor, sizes: Tensor, kept: tuple[int, int, int]
-    ) -> CacheEntries:
-        """One layer with fewer entries.
-
-        Args:
-            entries: of the layer.
-            is_visual: [N] bool, which of them are, on the CPU.
-            sizes: [N] float32, how many each stands for, on the CPU.
-            kept: how many of text and of pictures, and how many last ones stay as they are.
-        """
-        text, image, tail = kept
-        tail = tail or int(text + image == 0)  # a layer is never left empty
-        places = torch.arange(len(entries))
-        end = len(entries) - tail
-        older = places < end
-        parts = ((places[~is_visual & older], text), (places[is_visual], image), (places[end:], tail))
-        found = [
-            cluster_runs(entries, rows, sizes[rows], n, Rule(self.spread, self.join, bool(is_visual[rows[0]])))
-            for rows, n in parts
-            if n > 0
-        ]
-        place, keys, values, size = (torch.cat(column, 2) for column in zip(*found, strict=True))
-        order = place.argsort(-1)
-        wide = order[..., None].expand(*order.shape, keys.shape[-1])
-        return entries.merged(
-            place.gather(2, order), keys.gather(2, wide), values.gather(2, wide), size.gather(2, order)
-        )
+        pieces = [_pieces(*parts) for parts in zip(flags, sizes, kept, strict=True)]
+        out = list(layers)
+        for own in by_device(layers):
+            found = digested([layers[i] for i in own], [pieces[i] for i in own], Rule(self.spread, self.join))
+            for i, entries in zip(own, found, strict=True):
+                out[i] = entries
+        return out
 
     def cost(self, spec: ModelSpec, lengths: Sequence[int]) -> int:
         """Logits and readings of so many pairs of a query and an entry."""
@@ -214,6 +194,23 @@ def _on_host(columns: Sequence[Tensor]) -> list[Tensor]:
     return list(torch.cat(list(columns)).cpu().split([len(column) for column in columns]))
 
 
+def _pieces(is_visual: Tensor, sizes: Tensor, kept: tuple[int, int, int]) -> list[Piece]:
+    """Pieces of one layer's entries, and how many of each are to be left.
+
+    Args:
+        is_visual: [N] bool, on the CPU, of the layer's entries.
+        sizes: [N] float32, on the CPU, how many each stands for.
+        kept: how many of text and of pictures, and how many last ones stay as they are.
+    """
+    text, image, tail = kept
+    tail = tail or int(text + image == 0)  # a layer is never left empty
+    places = torch.arange(len(is_visual))
+    end = len(is_visual) - tail
+    older = places < end
+    parts = ((places[~is_visual & older], text, False), (places[is_visual], image, True), (places[end:], tail, False))
+    return [piece for rows, n, each in parts if n > 0 for piece in pieces_of(rows, sizes[rows], n, each)]
+
+
 def _visual_on_host(view: LayerView) -> Tensor | None:
     """[N] bool, on the CPU: which entries are visual; of those of this pass alone that may be known there."""
     is_visual, known = _is_visual(view.entries), view.known
@@ -242,6 +239,13 @@ def _text_behind_pictures(is_visual: Tensor) -> int:
     """Entries behind the last visual one."""
     visual = is_visual.nonzero()[:, 0]
     return len(is_visual) - (int(visual[-1]) + 1 if len(visual) else 0)
+
+
+def _quartile(x: Tensor) -> Tensor:
+    """[] the first one of x, [S], by hand: `quantile` takes a dozen kernels."""
+    place, part = divmod(0.25 * (len(x) - 1), 1)
+    ranked = x.sort().values
+    return ranked[int(place)].lerp(ranked[min(int(place) + 1, len(x) - 1)], part)
 
 
 def _change_of_readings(q: Tensor, entries: CacheEntries, is_visual: Tensor, scale: float) -> Tensor:

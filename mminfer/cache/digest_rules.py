@@ -1,15 +1,13 @@
-"""Digest's rules on plain tensors: runs of one kind, sharing out a budget, and joining what is alike."""
+"""Digest's rules on plain tensors: runs of one kind, sharing out a budget, and what is farthest from each other."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize, one_hot
-
-from mminfer.technique import CacheEntries
 
 SPREADS = ("farthest", "even")
 PIECE = 128  # entries among which alike ones are looked for; a longer run is cut
@@ -57,56 +55,50 @@ class Rule(NamedTuple):
     Args:
         spread: "farthest" or "even", see `Digest`.
         join: whether the others are averaged into the nearest, or dropped.
-        each: whether no run goes empty, where there is one entry for each.
     """
 
     spread: str = "farthest"
     join: bool = True
-    each: bool = False
 
 
-def cluster_runs(
-    entries: CacheEntries, rows: Tensor, stand_for: Tensor, count: int, rule: Rule
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Some entries of one sequence as fewer, each run by itself.
+class Piece(NamedTuple):
+    """Entries of one sequence that follow each other, some of which are to be left.
 
     Args:
-        entries: of which `size` is how many entries of the prompt each stands for; without that column, one each.
+        first: where they begin.
+        length: how many there are.
+        kept: how many are to be left; all: they stay as they are.
+    """
+
+    first: int
+    length: int
+    kept: int
+
+
+def pieces_of(rows: Tensor, stand_for: Tensor, count: int, each: bool = False) -> list[Piece]:
+    """Pieces of one sequence's entries, each in one run; those that keep nothing are left out.
+
+    Args:
         rows: [n] int64, ascending, on the CPU: which entries; a gap begins a new run.
-        stand_for: [n] float32, on the CPU: their sizes.
+        stand_for: [n] float32, on the CPU: how many entries of the prompt each stands for.
         count: entries to keep of them; runs share by the tokens they stand for, so that what was digested in earlier
             passes does not shrink beside what is new.
-        rule: how.
-
-    Returns:
-        place [1, G, count] int64, the entry at which each result stands; keys and values [1, G, count, D]; sizes
-        [1, G, count] float32.
+        each: whether no run goes empty, where there is one entry for each.
     """
-    sizes = entries.size
-    if sizes is None:
-        sizes = entries.keys.new_ones(entries.keys.shape[:3], dtype=torch.float32)
-    device = sizes.device
-    if count >= len(rows):
-        there = rows.to(device, non_blocking=True)
-        place = there.expand(*entries.keys.shape[:2], len(rows))
-        return place, entries.keys[:, :, there], entries.values[:, :, there], sizes[:, :, there]
+    if not len(rows):
+        return []
     runs = _run_lengths(rows)
-    lengths = [length for run in runs for length in _pieces(run)]
-    weights = [float(part.sum()) for part in stand_for.split(lengths)]
-    kept = share_out(lengths, weights, count)
-    if rule.each and count >= len(runs) and not all(kept):
-        firsts = [int(i == 0) for run in runs for i, _ in enumerate(_pieces(run))]
-        kept = share_out(lengths, weights, count, firsts if count < len(lengths) else [1] * len(lengths))
-    starts, table = torch.tensor([0, *lengths]).cumsum(0)[:-1], torch.tensor([lengths, kept])
-    found = []
-    for length, m in table.unique(dim=1).T.tolist():
-        if m:
-            first = starts[(table[0] == length) & (table[1] == m)]
-            index = rows[first[:, None] + torch.arange(length)].to(device, non_blocking=True)  # [runs, length]
-            with torch.autocast(device.type, enabled=False):
-                found.append(_clustered(entries, sizes, index, m, rule))
-    place, keys, values, size = (torch.cat(column, 2) for column in zip(*found, strict=True))
-    return place, keys, values, size
+    if count >= len(rows):
+        lengths = kept = runs
+    else:
+        lengths = [length for run in runs for length in _cut(run)]
+        weights = [float(part.sum()) for part in stand_for.split(lengths)]
+        kept = share_out(lengths, weights, count)
+        if each and count >= len(runs) and not all(kept):
+            firsts = [int(i == 0) for run in runs for i, _ in enumerate(_cut(run))]
+            kept = share_out(lengths, weights, count, firsts if count < len(lengths) else [1] * len(lengths))
+    begins = rows[list(accumulate(lengths[:-1], initial=0))].tolist()
+    return [Piece(*facts) for facts in zip(begins, lengths, kept, strict=True) if facts[2]]
 
 
 def _run_lengths(rows: Tensor) -> list[int]:
@@ -115,46 +107,10 @@ def _run_lengths(rows: Tensor) -> list[int]:
     return ends.diff(prepend=ends.new_zeros(1)).tolist()
 
 
-def _pieces(length: int) -> list[int]:
+def _cut(length: int) -> list[int]:
     """A run's length, cut into about equal pieces of `PIECE` at most."""
     parts = -(-length // PIECE)
     return [length * (i + 1) // parts - length * i // parts for i in range(parts)]
-
-
-def _clustered(
-    entries: CacheEntries, sizes: Tensor, index: Tensor, m: int, rule: Rule
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Runs of one length, [runs, n] places, as m entries each; flat [1, G, runs * m, ...]."""
-    keys, values, size = entries.keys[0][:, index], entries.values[0][:, index], sizes[0][:, index]
-    groups, runs, n, width = keys.shape
-    place = index.expand(groups, runs, n)
-    if m < n:
-        alike = normalize(torch.cat([normalize(keys.float(), dim=-1), normalize(values.float(), dim=-1)], -1), dim=-1)
-        if rule.spread == "farthest":
-            centre = farthest_first(alike @ alike.mT, m)
-        else:
-            middles = torch.arange(m, dtype=torch.float32, device=index.device) + 0.5
-            centre = (middles * n / m).long().expand(groups, runs, m)
-        if rule.join:
-            keys, values, size = _joined(keys, values, size, alike, centre)
-        else:
-            wide = centre[..., None].expand(groups, runs, m, width)
-            keys, values = keys.gather(2, wide), values.gather(2, wide)
-            size = size.sum(2, keepdim=True).expand(groups, runs, m) / m  # each stands for as many
-        place = place.gather(2, centre)
-    place, keys, values, size = (x.flatten(1, 2)[None] for x in (place, keys, values, size))
-    return place, keys, values, size
-
-
-def _joined(keys: Tensor, values: Tensor, size: Tensor, alike: Tensor, centre: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Means, weighted by size, of the entries nearest to each of the centres ([..., m] among [..., n])."""
-    near = (alike @ alike.gather(2, centre[..., None].expand(*centre.shape, alike.shape[-1])).mT).argmax(-1)
-    m = centre.shape[-1]
-    near = near.scatter(2, centre, torch.arange(m, device=near.device).expand(centre.shape))  # itself, among equals
-    weight = one_hot(near, m).to(size.dtype) * size[..., None]  # [G, runs, n, m]
-    grown = weight.sum(2)
-    keys, values = ((weight.mT @ x.float() / grown[..., None]).to(x.dtype) for x in (keys, values))
-    return keys, values, grown
 
 
 def farthest_first(similarity: Tensor, m: int) -> Tensor:

@@ -154,25 +154,23 @@ def lookm_merge(
         raise ConfigError(f"merge is {shown(merge)}, wanted one of {', '.join(MERGES)}")
     if kept.shape[-1] == k.shape[2]:
         return k, v
-    kept_k, kept_v = gather_rows(k, kept), gather_rows(v, kept)
     if merge in (None, "none"):
-        return kept_k, kept_v
-    dropped = _complement(kept, k.shape[2])
-    similarity, match = best_match(gather_rows(k, dropped), kept_k)
-    weight = None
+        return gather_rows(k, kept), gather_rows(v, kept)
+    stay, width = kept.shape[-1], k.shape[-1]
+    places = torch.cat([kept, _complement(kept, k.shape[2])], -1)
+    both = gather_rows(torch.cat([k, v], -1), places)  # keys and values side by side: one gather and one sum for both
+    kept_rows, dropped = both[:, :, :stay], both[:, :, stay:]
+    similarity, match = best_match(dropped[..., :width], kept_rows[..., :width])
+    source, weight = dropped, None
     if merge == "weighted":
         # [B, N - S]: heads drop different entries, so the mean over heads goes by order among the dropped
         reaches = similarity.mean(1) >= similarity.mean((1, 2))[:, None]
         weight = reaches[:, None].expand_as(similarity).to(similarity.dtype)
-    merged = []
-    for entries, kept_entries in ((k, kept_k), (v, kept_v)):
-        source = gather_rows(entries, dropped).to(similarity.dtype)
-        if merge == "weighted":
-            source = source * similarity[..., None]
-        elif merge == "pivot":
-            source = source.add_(gather_rows(kept_entries, match)).mul_(0.5)
-        merged.append(merge_rows(kept_entries, source, match, src_weight=weight)[0])
-    return merged[0], merged[1]
+        source = dropped * similarity[..., None]
+    elif merge == "pivot":
+        source = gather_rows(kept_rows, match).to(similarity.dtype).add_(dropped).mul_(0.5)
+    merged, _ = merge_rows(kept_rows, source.to(similarity.dtype), match, src_weight=weight)
+    return merged[..., :width].to(k.dtype), merged[..., width:].to(v.dtype)
 
 
 def _complement(kept: torch.Tensor, entries: int) -> torch.Tensor:

@@ -191,7 +191,9 @@ def _judged(layers: Sequence[CacheEntries], replayed: Sequence[Sequence[Replayed
     fresh = peaks.clamp_max_(BELOW) + FOR_PICTURE * one_for_each(peaks, run.to(peaks.device))
     ends = zip(accumulate(counts), counts, layers, strict=True)
     first = [end - count for end, count, entries in ends if entries.total == groups * count]  # nothing came before
-    always = torch.zeros(fresh.shape[1]).index_fill_(0, torch.tensor(first, dtype=torch.int64), ALWAYS)
+    always = torch.zeros(fresh.shape[1], dtype=torch.float32).index_fill_(
+        0, torch.tensor(first, dtype=torch.int64), ALWAYS
+    )
     fresh += always.to(fresh.device, non_blocking=True)
     return with_scores(layers, fresh.split(counts, 1))
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mminfer.cache.replay_fit import Asked, fitted
-from mminfer.technique import NOTHING, CacheEntries, ReplayedStretch
+from mminfer.technique import NOTHING, CacheEntries, ReplayedStretch, by_device
 
 # The smallest of what is fitted together, as a share of the largest: the rest is padding.
 ALIKE_ENTRIES, ALIKE_KEPT = 0.9, 0.25
@@ -74,9 +74,8 @@ def fitted_together(
         keep: of each layer [S] bool, on the CPU, head behind head: which entries stay.
         kept: of each layer those, packed.
     """
-    out, devices = list(kept), [entries.keys.device for entries in layers]
-    for device in dict.fromkeys(devices):
-        own = [i for i, place in enumerate(devices) if place == device]
+    out = list(kept)
+    for own in by_device(layers):
         parts = _parts([layers[i] for i in own], [looked[i] for i in own], [keep[i] for i in own])
         if not parts:
             continue
@@ -182,7 +181,8 @@ def _masses(parts: Sequence[_Part]) -> Tensor | None:
     if len(set(sizes)) == 1 and all(x is None or x.log_mass is None for x in earlier):
         return None
     longest, device = max(sizes), parts[0].keys.device
-    mass = torch.zeros(len(parts), longest).masked_fill_(torch.arange(longest) >= torch.tensor(sizes)[:, None], NOTHING)
+    beyond = torch.arange(longest) >= torch.tensor(sizes)[:, None]
+    mass = torch.zeros(beyond.shape, dtype=torch.float32).masked_fill_(beyond, NOTHING)
     mass = mass.to(device, non_blocking=True)
     for own, part, before in zip(mass, parts, earlier, strict=True):
         if before is not None and before.log_mass is not None:

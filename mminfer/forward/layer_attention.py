@@ -153,8 +153,9 @@ class LayerAttention:
     def counts_left(self) -> RowCounts | None:
         """What the host knows of the rows that stay, where only visual ones may have left; None: nothing."""
         known, lengths = self.layout.known, tuple(map(len, self.kept))
-        prune = getattr(self._prune, "technique", self._prune)  # of one that is recorded
-        if known is None or prune is None or not is_bundled(type(prune)) or len(lengths) < len(known.lengths):
+        prune = [self._prune, getattr(self._prune, "technique", self._prune)]  # the other one is recorded by it
+        ours = all(own is not None and is_bundled(type(own)) for own in prune)
+        if known is None or not ours or len(lengths) < len(known.lengths):
             return None
         gone = [a - b for a, b in zip(known.lengths, lengths, strict=True)]
         visual = tuple(a - b for a, b in zip(known.visual_lengths, gone, strict=True))

@@ -2,7 +2,7 @@
 
 from mminfer.technique.chance import draw_lot
 from mminfer.technique.checks import check_columns, check_declared, checked_entries, compressed_layers, kept_rows
-from mminfer.technique.entries import COLUMNS, CacheEntries, mean_length
+from mminfer.technique.entries import COLUMNS, CacheEntries, by_device, mean_length
 from mminfer.technique.registry import TechniqueRegistry, is_bundled
 from mminfer.technique.replayed import NOTHING, EarlierEntries, ReplayedStretch, ReplayPlan
 from mminfer.technique.row_hooks import only_rows
@@ -56,6 +56,7 @@ __all__ = [
     "Stage",
     "Technique",
     "TechniqueRegistry",
+    "by_device",
     "check_columns",
     "check_declared",
     "check_fraction",

@@ -202,6 +202,18 @@ class CacheEntries:
         return CacheEntries.of(joined, tuple(a + b for a, b in zip(self.lengths, new.lengths, strict=True)))
 
 
+def by_device(layers: Sequence[CacheEntries]) -> list[list[int]]:
+    """Which layers have their entries on one device, in turn: all of them, where the model is not spread over several.
+
+    Args:
+        layers: entries of each.
+    """
+    places: dict[torch.device, list[int]] = {}
+    for i, entries in enumerate(layers):
+        places.setdefault(entries.keys.device, []).append(i)
+    return list(places.values())
+
+
 def mean_length(lengths: Sequence[int]) -> int:
     """The mean of the heads' lengths, rounded half up."""
     return (2 * sum(lengths) + len(lengths)) // (2 * len(lengths))

@@ -43,10 +43,10 @@ class Downsample(MergeTechnique):
         """Any model will do."""
 
     def apply(self, inputs_embeds: Tensor, layout: TokenLayout) -> tuple[Tensor, TokenLayout]:
-        grid = grid_of(layout)
+        grid = grid_of(layout.on_host)
         if self.ratio == 1 or not len(grid.rows):
             return inputs_embeds, layout
-        owner = torch.arange(len(layout), device=inputs_embeds.device)
+        owner = torch.arange(len(layout))
         owner[grid.rows] = grid.rows[self._owners(grid)]
         return average(inputs_embeds, layout, owner)
 

@@ -79,23 +79,29 @@ class RegionMerge(MergeTechnique):
         """Any model will do."""
 
     def apply(self, inputs_embeds: Tensor, layout: TokenLayout) -> tuple[Tensor, TokenLayout]:
-        grid = grid_of(layout)
+        grid = grid_of(layout.on_host)
         if self.ratio == 1 or len(grid.rows) < 2:
             return inputs_embeds, layout
-        region = self._regions(inputs_embeds, grid, layout)
-        owner = torch.arange(len(layout), device=region.device)
+        region = self._regions(inputs_embeds, grid, layout.on_host)
+        owner = torch.arange(len(layout))
         owner[grid.rows] = grid.rows[_middles(grid, region)]
         return average(inputs_embeds, layout, owner)
 
     def _regions(self, x: Tensor, grid: Grid, layout: TokenLayout) -> Tensor:
-        """[P] int64: the first member of each patch's region; x: [T, C]."""
+        """[P] int64: the first member of each patch's region.
+
+        Args:
+            x: [T, C], wherever it is.
+            grid: of its patches, on the CPU.
+            layout: likewise.
+        """
         if self.threshold is None:
             right, below = grid.beside()
         else:
             right, below = _in_areas(x, grid, self.threshold - ROUNDING)
         steps = (right, below, grid.later(layout)) if self.across_frames else (right, below)
         pairs = torch.cat([_both(step) for step in steps], 1)
-        region = torch.arange(len(grid.rows), device=x.device)
+        region = torch.arange(len(grid.rows))
         touched = torch.zeros_like(region, dtype=torch.bool)
         touched[pairs.flatten()] = True
         some = touched.nonzero()[:, 0]
@@ -108,10 +114,10 @@ class RegionMerge(MergeTechnique):
             group, spare = sequence[some], count - (count.double() * self.ratio).round().long().clamp_min(1)
         block = (grid.y // 2 * grid.width.max() + grid.x // 2)[some]  # equal tokens join into squares
         pairs, rows = (touched.cumsum(0) - 1)[pairs], grid.rows[some]
-        grown = grow_regions(
-            gather_rows(x, rows), layout.size[rows], pairs, self.threshold, self.largest, group, spare, block
-        )
-        region[some] = some[grown]
+        there, sizes, pairs, block = (fact.to(x.device) for fact in (rows, layout.size[rows], pairs, block))
+        group, spare = (None if fact is None else fact.to(x.device) for fact in (group, spare))
+        grown = grow_regions(gather_rows(x, there), sizes, pairs, self.threshold, self.largest, group, spare, block)
+        region[some] = some[grown.cpu()]
         return region
 
     def cost(self, spec: ModelSpec, lengths: Sequence[int]) -> int:
@@ -144,22 +150,23 @@ def _both(other: Tensor) -> Tensor:
 def _in_areas(x: Tensor, grid: Grid, threshold: float) -> tuple[Tensor, Tensor]:
     """`Grid.beside` of those pairs alone that lie in a square of two by two whose four sides are alike; x: [T, C]."""
     right, below = grid.beside()
-    norms = row_dots(x, grid.rows, grid.rows).sqrt().clamp_min(1e-12)
+    rows = grid.rows.to(x.device, non_blocking=True)
+    norms = row_dots(x, rows, rows).sqrt().clamp_min(1e-12)
 
     def alike(other: Tensor, asked: Tensor) -> Tensor:
         """[P] bool: those asked for whose cosine with their other one reaches the threshold."""
-        first, out = asked.nonzero()[:, 0], torch.zeros_like(asked)
-        second = other[first]
-        dots = row_dots(x, grid.rows[first], grid.rows[second])
-        out[first] = dots >= threshold * norms[first] * norms[second]
+        out, pairs = torch.zeros_like(asked), asked.nonzero()[:, 0]
+        first, second = (places.to(x.device, non_blocking=True) for places in (pairs, other[pairs]))
+        dots = row_dots(x, rows[first], rows[second])
+        out[pairs] = (dots >= threshold * norms[first] * norms[second]).cpu()
         return out
 
     beside = alike(right, right >= 0)
-    rows = beside & (below >= 0) & beside[below]  # both lines of the square
-    sides = rows.clone()
-    sides[right[rows]] = True
+    lines = beside & (below >= 0) & beside[below]  # both lines of the square
+    sides = lines.clone()
+    sides[right[lines]] = True
     under = alike(below, sides)
-    corner = rows & under & under[right]
+    corner = lines & under & under[right]
     lines, columns = corner.clone(), corner.clone()
     lines[below[corner]] = True
     columns[right[corner]] = True

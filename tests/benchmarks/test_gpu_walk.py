@@ -3,12 +3,20 @@
 The bounds are what was found, so that nothing gets worse; a change that lowers a number lowers its bound.
 """
 
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+
 import pytest
 import torch
 
 from benchmarks.gpu.pretended import PretendedTensor, pretended_gpu
-from benchmarks.gpu.walk import narrow_model, on_pretended_gpu, walked
-from mminfer import InferenceConfig, patched
+from benchmarks.gpu.walk import VOCABULARY, narrow_model, on_pretended_gpu, walked
+from benchmarks.models.geometries import video_prompt
+from mminfer import AIMMerge, AIMPrune, InferenceConfig, LookM, RegionMerge, patched
+from mminfer.forward.kv_cache import CACHE_NAME
+from mminfer.layout import TokenLayout
+from mminfer.technique import PruneTechnique
+from mminfer.tokens.downsample import Downsample
 
 HOST = 1150  # launches of the unpatched model's pass
 # Launches and waits of a prompt pass, launches and waits of a step.
@@ -20,9 +28,10 @@ BOUNDS = {
     "aim": (1502, 1, 1146, 0),
     "balanced": (1582, 1, 1148, 0),
     "random-prune": (1308, 1, 1151, 0),
-    "lookm-20": (3049, 1, 1130, 0),
+    "regions": (1195, 2, 1158, 0),
+    "lookm-20": (2517, 1, 1130, 0),
     "snapkv-20": (2321, 1, 1130, 0),
-    "digest-20": (6930, 4, 1133, 0),
+    "digest-20": (3663, 4, 1133, 0),
     "replay-20": (4011, 2, 1149, 0),
 }
 pytestmark = pytest.mark.filterwarnings("ignore:V2PE")
@@ -94,3 +103,94 @@ def test_launches():
             (x[1:].T + 1).mul_(2)[0].view(3)
     assert dict(counts.launches) == {"add": 1, "mul": 1}
     assert not torch.cuda.is_initialized()
+
+
+@dataclass(frozen=True)
+class Doubled(AIMMerge, register=False):
+    """Merges, then says by plain `replace` that tokens stand for twice as many and the first images are text."""
+
+    def apply(self, inputs_embeds, layout):
+        out, merged = super().apply(inputs_embeds, layout)
+        return out, replace(merged, modality=merged.modality * (merged.image_id != 0))
+
+
+@dataclass(frozen=True)
+class Wrapped(PruneTechnique, register=False):
+    """Has one of ours as `technique`, and drops text beside what that drops."""
+
+    technique: AIMPrune
+
+    def check(self, spec):
+        self.technique.check(spec)
+
+    def prunes(self, layer_idx, num_layers):
+        return self.technique.prunes(layer_idx, num_layers)
+
+    def apply(self, view):
+        return self.technique.apply(view)[2:]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"merge": Doubled(0.5)}, {"prune": Wrapped(AIMPrune(1, 4))}, {"merge": Doubled(0.5), "prune": AIMPrune(1, 3)}],
+    ids=["columns replaced behind a merge", "a technique around one of ours", "both"],
+)
+def test_what_the_host_knows_of_rows_is_forgotten_where_it_may_be_so_no_longer(settings):
+    """On a GPU counts of rows are known on the host: techniques of others change rows as they like."""
+    config = InferenceConfig(**settings, cache=LookM(0.2, 0.1))
+    kept = []
+    for on_gpu in (False, True):
+        torch.manual_seed(0)
+        model = narrow_model(5)
+        with torch.no_grad(), ExitStack() as stack:
+            if on_gpu:
+                _, inputs = stack.enter_context(on_pretended_gpu(model, 2))
+            else:
+                inputs = video_prompt(model, 2, vocabulary=VOCABULARY - 2)
+                features = inputs["mm_encoder_outputs"]["video"]
+                features.pooler_output = features.pooler_output.to(model.dtype)
+            stack.enter_context(patched(model, config, verify=False))
+            kept.append(getattr(model(**inputs), CACHE_NAME).lengths)
+    assert kept[0] == kept[1]
+
+
+@pytest.mark.parametrize("merge", [RegionMerge(), RegionMerge(None, None, 0.2), Downsample(0.25)], ids=repr)
+def test_merging_by_places_knows_on_the_host_what_is_left(merge):
+    count, generator = 2 + 64 + 3, torch.Generator().manual_seed(0)
+    rows = torch.arange(count)
+    is_visual = (rows >= 2) & (rows < 66)
+    owner = is_visual.long() - 1
+    layout = TokenLayout(
+        rows * 0, is_visual.to(torch.int8), owner, rows * 0 + 1.0, rows, rows[None] * 1.0, torch.ones(1)
+    )
+    x = torch.randn(count, 8, generator=generator)
+    x[2:34] = x[2]  # the upper half is blank
+    wanted, left = merge.apply(x, layout)
+    assert len(left) < count - 20
+    with pretended_gpu() as gpu:
+        x, there = x.to("cuda"), layout.to(torch.device("cuda"))
+        with gpu.fresh():
+            found, merged = merge.apply(x, there)
+        with gpu.fresh() as counts:
+            assert merged.known.lengths == left.lengths and merged.visual_lengths == left.visual_lengths
+        assert counts.num_waits == 0
+        torch.testing.assert_close(found.held, wanted)
+        for name in ("sequence", "modality", "image_id", "size", "source", "position"):
+            assert torch.equal(getattr(merged, name).held, getattr(left, name))
+            assert torch.equal(getattr(merged.host, name), getattr(left, name))
+
+
+def test_layouts_forget_what_was_known_of_other_columns():
+    with pretended_gpu():
+        text = torch.zeros(4, dtype=torch.int64)
+        made = TokenLayout(text, text.to(torch.int8), text - 1, text + 1.0, text, text[None].double(), torch.ones(1))
+        there = made.to(torch.device("cuda"))
+        assert there.known is not None and there.on_host.sequence is made.sequence
+        narrowed = there.select(torch.tensor([0, 2]))
+        assert narrowed.host is not None and narrowed.known.lengths == (2,)
+        other = replace(there, modality=there.modality + 1)
+        assert other.host is None and other.known is None and other.visual_lengths == (4,)
+        assert replace(there, run_before=torch.ones(1)).host is there.host
+        placed = there.at(there.position + 1, there.next_position)
+        assert placed.host is None and placed.known.visual_lengths == (0,)
+        assert replace(placed, sequence=placed.sequence.clone()).known is None

@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 
 from mminfer import AIMMerge, AIMPrune, ConfigError, Engine, InferenceConfig, OperatorSkip, patched
 from mminfer.bench.contexts import made_contexts
+from mminfer.cache import digest_pieces
 from mminfer.cache.digest import Digest
-from mminfer.cache.digest_rules import PIECE, Rule, cluster_runs, farthest_first, runs_of, share_out
+from mminfer.cache.digest_pieces import digested
+from mminfer.cache.digest_rules import PIECE, Piece, Rule, farthest_first, pieces_of, runs_of, share_out
 from mminfer.cache.random_evict import RandomEvict
 from mminfer.forward.kv_cache import CACHE_NAME
 from mminfer.forward.room import HEADROOM
@@ -22,8 +24,12 @@ from tests.views import layer_view
 
 
 def clustered(entries, rows, count, **rule):
+    """Places, keys, values and sizes of `count` of these rows."""
     stand_for = torch.ones(len(rows)) if entries.size is None else entries.size[0, 0, rows]
-    return cluster_runs(entries, rows, stand_for, count, Rule(**rule))
+    each = rule.pop("each", False)
+    numbered = replace(entries, source=torch.arange(len(entries)).expand(entries.keys.shape[:3]))
+    (left,) = digested([numbered], [pieces_of(rows, stand_for, count, each)], Rule(**rule))
+    return left.source, left.keys, left.values, left.size
 
 
 def made(pattern, groups=2, size=4, seed=0):
@@ -92,6 +98,25 @@ def test_small_pictures_keep_something_beside_large_ones(pattern, spread):
             for first, end in pictures:
                 sources = kept.source[0]  # [G, S]
                 assert ((sources >= first) & (sources < end)).any(-1).all(), (ratio, first)
+
+
+@pytest.mark.parametrize("cosines", [1, 1 << 30], ids=["one by one", "together"])
+@pytest.mark.parametrize("spread", ["farthest", "even"])
+@pytest.mark.parametrize("join", [False, True])
+def test_pieces_of_all_layers_become_fewer_as_each_does_alone(cosines, spread, join, monkeypatch):
+    """Pieces of one length that keep different numbers, some all they have, and one that loses all."""
+    monkeypatch.setattr(digest_pieces, "COSINES_ON_CPU", cosines)
+    kept = ((30, 7, 4), (5, 20, 3), (29, 1, 6))
+    layers = [made([3, 30, 2, 30, 1, 9], seed=n) for n in range(3)]
+    pieces = [[Piece(*x) for x in zip((3, 35, 66), (30, 30, 9), own, strict=True)] for own in kept]
+    pieces[1].append(Piece(0, 3, 3))
+    rule = Rule(spread, join)
+    for entries, own, found in zip(layers, pieces, digested(layers, pieces, rule), strict=True):
+        alone = [digested([entries], [[piece]], rule)[0] for piece in sorted(own)]
+        for name in ("keys", "values", "size", "source", "is_visual"):
+            wanted = torch.cat([getattr(x, name) for x in alone], 2)
+            torch.testing.assert_close(getattr(found, name), wanted, atol=1e-5, rtol=1e-5)
+        assert bool((found.source.diff() > 0).all())
 
 
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=6), st.floats(0, 1))
