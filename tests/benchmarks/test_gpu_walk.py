@@ -31,8 +31,8 @@ BOUNDS = {
     "regions": (1195, 2, 1158, 0),
     "lookm-20": (2517, 1, 1130, 0),
     "snapkv-20": (2321, 1, 1130, 0),
-    "digest-20": (3663, 4, 1133, 0),
-    "replay-20": (4011, 2, 1149, 0),
+    "digest-20": (3705, 4, 1133, 0),
+    "replay-20": (4118, 2, 1194, 0),
 }
 pytestmark = pytest.mark.filterwarnings("ignore:V2PE")
 
