@@ -3,13 +3,45 @@
 import os
 import sys
 
-os.environ.setdefault("TRITON_INTERPRET", "1")
+# Before triton is loaded, and so it is for workers that this process starts.
+os.environ.setdefault("TRITON_INTERPRET", "0" if "--device cuda" in " ".join(sys.argv).replace("=", " ") else "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
 
+from tests import device as on_device
+
 torch.set_num_threads(1)  # tiny models: more threads only wait for each other
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--device",
+        choices=on_device.DEVICES,
+        default="cpu",
+        help="where tests of kernels and rules make their tensors; without one only these run on it",
+    )
+
+
+def pytest_configure(config):
+    on_device.begin(config.getoption("--device"))
+
+
+def pytest_unconfigure(config):
+    on_device.end()
+
+
+def pytest_collection_modifyitems(config, items):
+    items[:], left_out = on_device.chosen(config.getoption("--device"), items)
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+
+
+@pytest.fixture
+def device():
+    """Where tests make tensors: the CPU, unless `--device` names another."""
+    return on_device.device()
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,7 @@ import torch
 from mminfer import ConfigError, InferenceConfig
 from mminfer.models.registry import adapter_for
 from tests import tiny_models
+from tests.device import on_device
 from tests.tiny_models import BREAK_ID, END_ID, EOS_ID, IMAGE_ID, LAYERS, PAD_ID, START_ID, VIDEO_ID
 
 __all__ = ["FAMILIES", "IMAGE", "LAYERS", "MARKED_FAMILIES", "VIDEO"]
@@ -153,7 +154,7 @@ def tiny_model(family: str) -> Any:
     model.generation_config.pad_token_id = PAD_ID
     model.generation_config.eos_token_id = EOS_ID
     model.set_attn_implementation("sdpa")
-    return model
+    return on_device(model)
 
 
 def refusal(family: str, config: InferenceConfig) -> str | None:

@@ -17,12 +17,13 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-import mminfer_kernels
 import torch
 from mminfer_kernels import dispatch, launching
+from mminfer_kernels.backends import interpreted
 from mminfer_kernels.dispatch import registered_ops
 from mminfer_kernels.launching import recorded_launches
 from torch import Tensor, nn
+from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -45,6 +46,8 @@ FREE |= {"_local_scalar_dense", "new_empty_strided", "_reshape_alias"}
 # What must know values on the host before it can go on.
 WAITING = frozenset({"_local_scalar_dense", "_unique2", "bincount", "equal", "masked_select", "nonzero"})
 WAITING |= {"unique_consecutive", "unique_dim"}
+# What may be given tensors of the CPU beside those of the GPU; all others only numbers, tensors without dimensions.
+MIXING = frozenset({"copy", "copy_", "_to_copy", "index", "index_put", "index_put_", "_index_put_impl_"})
 OURS = (f"{os.sep}mminfer{os.sep}", f"{os.sep}mminfer_kernels{os.sep}")
 
 
@@ -124,6 +127,7 @@ class PretendedGPU(TorchDispatchMode):
         on_gpu = _is_gpu(device) or any(isinstance(x, PretendedTensor) for x in tree_leaves((args, kwargs)))
         if not on_gpu:
             return func(*args, **kwargs)
+        _check_devices(func, args, kwargs)
         self._count(func, args, kwargs)
         placed = {**kwargs, "device": torch.device("cpu")} if device is not None else kwargs
         out = func(*_real(args), **_real(placed))
@@ -131,14 +135,15 @@ class PretendedGPU(TorchDispatchMode):
 
     def _own(self, func: Any, args: Any, kwargs: Any) -> Any:
         """One of our ops: its launches as on a GPU, its values as on the CPU."""
-        plain = getattr(mminfer_kernels, func._schema.name.partition("::")[2]).__wrapped__
+        plain = OPDEFS[func._schema.name]._init_fn
         if not any(isinstance(x, PretendedTensor) for x in tree_leaves((args, kwargs))):
             return plain(*args, **kwargs)
         with recorded_launches() as launches, self:
             plain(*args, **kwargs)
         name = plain.__name__
         self._launch(name, len(launches))
-        return _written(func, args, kwargs, _on_gpu(plain(*_real(args), **_real(kwargs))))
+        with mock.patch.object(launching, "interpreted", interpreted):  # values are the interpreter's
+            return _written(func, args, kwargs, _on_gpu(plain(*_real(args), **_real(kwargs))))
 
     def _launch(self, name: str, count: int) -> None:
         self.counts.launches[name] += count
@@ -193,6 +198,15 @@ class PretendedGPU(TorchDispatchMode):
                 waits += 1
                 self._launch("nonzero", LAUNCHES["nonzero"])
         return waits
+
+
+def _check_devices(func: Any, args: Any, kwargs: Any) -> None:
+    """Raises `RuntimeError`, as a GPU would, where tensors of the CPU stand beside some that are not."""
+    name = func._schema.name.partition("::")[2]
+    given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    elsewhere = [x for x in given if not isinstance(x, PretendedTensor) and x.dim()]
+    if elsewhere and len(elsewhere) < len(given) and name not in MIXING:
+        raise RuntimeError(f"{name}: expected all tensors on the same device, {list(elsewhere[0].shape)} is on the CPU")
 
 
 def _is_gpu(device: Any) -> bool:

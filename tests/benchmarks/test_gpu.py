@@ -1,12 +1,13 @@
 """The command for a machine with a GPU: the same code, tried without one."""
 
 import csv
+import sys
 
 import pytest
 import torch
 
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import engine, ops, parity
+from benchmarks.gpu import engine, ops, parity, tests
 from benchmarks.gpu.writing import Rows
 from benchmarks.models.caches import random_cache
 
@@ -48,6 +49,36 @@ def test_ops_are_timed_beside_torchs(monkeypatch, tmp_path):
     ours = [row for row in rows if row["run"] == "ours"]
     assert not [row["error"] for row in rows if row["error"]]
     assert all(float(row["ms"]) > 0 and float(row["of_torch"]) > 0 for row in ours) and len(ours) > 10
+
+
+def test_tests_are_rows_by_folder(monkeypatch, tmp_path):
+    asked(monkeypatch, tests, "--out", tmp_path, "--device", "cpu", "--tiny")
+    rows = read(tmp_path / "tests.csv")
+    assert [(row["folder"], row["status"], row["failed"]) for row in rows] == [("operators/test_skip.py", "0", "0")]
+    assert int(rows[0]["passed"]) > 10
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("tests/a/test_b.py::test_c[x-1] PASSED [ 50%]", ("passed", "tests/a/test_b.py::test_c[x-1]")),
+        ("[gw0] [ 50%] FAILED tests/a/test_b.py::test_c[x 1] ", ("failed", "tests/a/test_b.py::test_c[x 1]")),
+        ("tests/a/test_b.py::test_c ERROR [ 50%]", ("failed", "tests/a/test_b.py::test_c")),
+        ("tests/a/test_b.py::test_c SKIPPED (no GPU) [ 50%]", ("skipped", "tests/a/test_b.py::test_c")),
+        ("FAILED tests/a/test_b.py::test_c - of the summary", None),
+        ("collected 7 items", None),
+    ],
+)
+def test_lines_of_pytest(line, found):
+    assert tests.ended(line) == found
+
+
+def test_a_folder_that_takes_too_long_is_stopped(monkeypatch):
+    slow = "print('tests/a.py::b FAILED', flush=True); import time; time.sleep(60)"
+    monkeypatch.setattr(tests, "command_of", lambda folder, device: [sys.executable, "-c", slow])
+    failed, whole = tests.folder_rows("a", "cpu", 2.0)
+    assert failed["test"] == "tests/a.py::b"
+    assert (whole["status"], whole["failed"], whole["passed"]) == ("stopped", 1, 0)
 
 
 def test_prompts_and_steps_are_timed_beside_the_hosts():

@@ -1,14 +1,26 @@
-"""The value tests of the ops run with the reference and with the native kernels; see `backend`."""
+"""The value tests of the ops run with the reference and with the kernels of the device; see `backend`."""
 
 import pytest
 import torch
 from mminfer_kernels import build, dispatch
 from mminfer_kernels.backends import cpu_takes
 
+from tests.device import device
+
+
+def pytest_generate_tests(metafunc):
+    """The backends of `backend`: beside the reference the CPU's kernels, or a GPU's."""
+    own = [x for x in metafunc.definition.iter_markers("parametrize") if "backend" in x.args[0]]
+    if "backend" in metafunc.fixturenames and not own:
+        kernels = "native" if device().type == "cpu" else "triton"
+        metafunc.parametrize("backend", ["reference", kernels], indirect=True, scope="module")
+
 
 @pytest.fixture(scope="session")
 def native():
     """Skips where there is no C++ library; a library that should be there and is not fails."""
+    if device().type != "cpu":
+        pytest.skip("of the CPU alone: the C++ kernels")
     if cpu_takes(torch.empty(0)):
         return
     reason = build.status()
@@ -17,7 +29,7 @@ def native():
     pytest.fail(reason)
 
 
-@pytest.fixture(scope="module", params=["reference", "native"])
+@pytest.fixture(scope="module")
 def backend(request):
     """What "auto" prefers in this module: for native, float64 still goes to the reference."""
     if request.param == "native":

@@ -52,10 +52,10 @@ def test_shapes_scaling_and_dtype(shape):
         (Qwen3VLTextConfig, Qwen3VLTextRotaryEmbedding, True),
     ],
 )
-def test_sections_are_the_hosts(config, module, interleaved):
+def test_sections_are_the_hosts(device, config, module, interleaved):
     sections = [8, 12, 12]
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": sections}
-    host = module(config(hidden_size=256, num_attention_heads=4, head_dim=64, rope_parameters=rope))
+    host = module(config(hidden_size=256, num_attention_heads=4, head_dim=64, rope_parameters=rope)).to(device)
     position = torch.randint(0, 50, (3, 2, 63))
     wanted = host(torch.zeros(1), position)
     found = rotary_table(position.double(), host.inv_freq, sections=sections, interleaved=interleaved)
