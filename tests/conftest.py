@@ -6,10 +6,25 @@ import sys
 os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import psutil
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)  # tiny models: more threads only wait for each other
+settings.register_profile("beside others", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("beside others")
+
+MOST_WORKERS, WORKER_BYTES = 8, 2**31
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    """Of `-n auto`: one for each processor that this process may use, hyperthreads too, while there is memory."""
+    if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
+        return None  # then it is asked for by xdist itself
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(processors, MOST_WORKERS, psutil.virtual_memory().total // WORKER_BYTES))
 
 
 @pytest.fixture(autouse=True)
