@@ -5,6 +5,7 @@ import sys
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else its import starts processes that load torch anew
 
 import psutil
 import pytest
