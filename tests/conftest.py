@@ -12,6 +12,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from tests.interpreted import language_made_over_once_a_launch
+
 torch.set_num_threads(1)  # tiny models: more threads only wait for each other
 settings.register_profile("beside others", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("beside others")
@@ -31,6 +33,12 @@ def pytest_xdist_auto_num_workers():
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _interpreted_faster():
+    with language_made_over_once_a_launch():
+        yield
 
 
 @pytest.fixture(autouse=True, scope="module")
