@@ -154,7 +154,7 @@ def test_ci_runs_the_test_command(tmp_path):
     """CI takes the command out of the README; here everything but the printing is cut off."""
     make, install, *then = front_door("test command")
     assert make == "python3 -m venv .venv" and install == '.venv/bin/pip install -q -e ".[test]"'
-    assert then == [".venv/bin/python -m pytest"]
+    assert then == [".venv/bin/python -m pytest -n auto --dist worksteal"]
     script = (ROOT / ".ci/run").read_text().replace('eval "$command"', "")
     (tmp_path / ".ci").mkdir()
     (tmp_path / ".ci/run").write_text(script)

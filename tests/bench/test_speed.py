@@ -56,9 +56,10 @@ def test_encoders_that_call_each_other_are_timed_once(monkeypatch, nano_engine):
 
     monkeypatch.setattr(base, "get_image_features", images, raising=False)
     monkeypatch.setattr(base, "get_video_features", lambda *args: base.get_image_features(*args), raising=False)
+    begin = time.perf_counter()
     with _vision_timed(nano_engine) as span:
         base.get_video_features()
-    assert 50 <= span.ms < 90
+    assert 50 <= span.ms <= 1e3 * (time.perf_counter() - begin)
     assert vars(base)["get_image_features"] is images  # somebody's own is put back
 
 
