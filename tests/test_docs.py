@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from mminfer.config import PRESETS
 from mminfer.nano import samples_path
 from tests import pages
 from tests.pages import INERT, LANGUAGES, PAGES, ROOT, Block, blocks, blocks_of, read
+from tests.preloaded import python
 from tests.test_architecture import wings
 
 README_BYTES = 12_288
@@ -64,7 +64,7 @@ def run(command, folder, stdin=None):
     if not programs.exists():
         programs.mkdir()
         for name, arguments in (("mminfer", ["-c", CONSOLE]), ("python", [])):
-            words = " ".join(f'"{word}"' for word in (sys.executable, *arguments))
+            words = " ".join(f'"{word}"' for word in (*python(), *arguments))
             (programs / name).write_text(f'#!/bin/sh\nexec {words} "$@"\n')
             (programs / name).chmod(0o755)
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {
@@ -87,7 +87,7 @@ def run_python(found, folder):
     script = folder.parent / "scripts" / f"{found[0].page.replace('/', '_')}.py"
     script.parent.mkdir(exist_ok=True)
     script.write_text("\n".join(lines) + "\n")
-    return run([sys.executable, str(script)], folder)
+    return run([*python(), str(script)], folder)
 
 
 def run_shell(text, folder):
@@ -186,7 +186,7 @@ def helps(tmp_path_factory):
     folder = tmp_path_factory.mktemp("asking") / "here"
     folder.mkdir()
     targets = sorted({target_of(words) for words in LISTED})
-    return json.loads(run([sys.executable, "-c", ASKING], folder, json.dumps(targets)).splitlines()[-1])
+    return json.loads(run([*python(), "-c", ASKING], folder, json.dumps(targets)).splitlines()[-1])
 
 
 @pytest.mark.slow

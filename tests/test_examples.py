@@ -3,10 +3,11 @@
 import ast
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.preloaded import python
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -21,7 +22,7 @@ TOLD = {  # what they print, among other things
 def run(path, folder, *arguments):
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env |= {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(path), *arguments]
+    command = [*python(), str(path), *arguments]
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
 
 
