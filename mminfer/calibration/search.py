@@ -1,0 +1,151 @@
+"""From single parts to settings: greedy by gain for loss, the path bisected by what its settings lose together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from mminfer.calibration.costs import CostModel
+from mminfer.calibration.samples import Sample
+from mminfer.calibration.sensitivity import FAR, Sensitivities
+from mminfer.calibration.space import Choice, Option, Spared
+from mminfer.calibration.trials import Bench, Trial
+
+TRIES = 8  # parts that did not fit, before the search gives up
+LEAST_GAIN = 1e-3  # of the uncompressed model's cost
+NOISE = 1e-3  # of the loss that is allowed: less counts as nothing
+SEARCHING = "putting them together"
+
+
+@dataclass(frozen=True)
+class Found:
+    """Settings that were tried on the tuning samples.
+
+    Args:
+        choice: what they are made of.
+        trial: what they lose.
+        cost: by the model, as a fraction of the uncompressed model's.
+    """
+
+    choice: Choice
+    trial: Trial
+    cost: float
+
+
+class Search:
+    """Looks for the cheapest settings whose loss is small enough on the tuning samples.
+
+    Args:
+        bench: whom to ask.
+        tuning: the samples.
+        parts: what is known of single parts.
+        kl: the mean loss that is promised.
+    """
+
+    def __init__(self, bench: Bench, tuning: Sequence[Sample], parts: Sensitivities, kl: float) -> None:
+        self._bench, self._tuning, self._parts, self._kl = bench, tuning, parts, kl
+        self.tried: list[Found] = []
+
+    @property
+    def _model(self) -> CostModel:
+        return self._parts.model
+
+    def best(self, limit: float) -> Found:
+        """The cheapest that loses less than the limit, one standard error added; that which changes nothing at last."""
+        best = self.nothing()
+        for alone in self._alone(limit):
+            if alone.cost < best.cost - LEAST_GAIN:
+                best = alone
+        for start in (Choice(), best.choice):
+            found = self._bisected(self._path(start, limit), limit)
+            if found is not None and found.cost < best.cost - LEAST_GAIN:
+                best = found
+        return self._polished(best, limit)
+
+    def nothing(self) -> Found:
+        """That which changes nothing."""
+        return self._measured(Choice())
+
+    def alone_cost(self, option: Option) -> float:
+        """Of an option by itself, by the model."""
+        return Choice().with_option(option).cost(self._model)
+
+    def _polished(self, best: Found, limit: float) -> Found:
+        """One part more at a time, as long as some of those tried fit in what is left."""
+        left, refused = TRIES, set[str]()
+        while left:
+            moves = [(score, other) for score, other in self._scored(best.choice, limit)]
+            untried = [pair for pair in moves if pair[1].config(self._bench.off).to_json() not in refused]
+            if not untried:
+                break
+            tried = self._measured(max(untried, key=lambda pair: pair[0])[1])
+            if tried.trial.likely <= limit:
+                best = tried
+            else:
+                refused.add(tried.trial.config.to_json())
+                left -= 1
+        return best
+
+    def _alone(self, limit: float) -> Iterator[Found]:
+        """Options that are good enough by themselves: all of them were tried."""
+        for option in self._parts.options:
+            choice = Choice().with_option(option)
+            if choice.cost(self._model) < 1 and max(option.losses) <= limit:
+                found = self._measured(choice)
+                if found.trial.likely <= limit:
+                    yield found
+
+    def _measured(self, choice: Choice) -> Found:
+        trial = self._bench.trial(choice.config(self._bench.off), self._tuning, FAR * self._kl, SEARCHING)
+        found = Found(choice, trial, choice.cost(self._model))
+        if found not in self.tried:
+            self.tried.append(found)
+        return found
+
+    def _path(self, start: Choice, limit: float) -> list[Choice]:
+        """Ever cheaper choices, each one part from the one before: whichever gains most for what it loses."""
+        path = [start]
+        while True:
+            scored = self._scored(path[-1], limit)
+            if not scored:
+                return path
+            path.append(max(scored, key=lambda pair: pair[0])[1])
+
+    def _scored(self, here: Choice, limit: float) -> list[tuple[float, Choice]]:
+        """What can be done next, each with its gain for what it loses."""
+        protocols, scored = len(self._bench.protocols), []
+        cost, loss = here.cost(self._model), here.loss(protocols)
+        for other in self._moves(here):
+            gain, lost = cost - other.cost(self._model), other.loss(protocols)
+            if gain > LEAST_GAIN / 10 and lost <= FAR * limit:
+                scored.append((gain / max(lost - loss, NOISE * self._kl), other))
+        return scored
+
+    def _moves(self, here: Choice) -> Iterator[Choice]:
+        for option in self._parts.options:
+            if here.options.get(option.technique.stage) is not option:
+                yield here.with_option(option)
+        taken = {(own.operator, own.layer) for own in here.spared}
+        for spared in self._parts.spared:
+            if (spared.operator, spared.layer) not in taken:
+                yield here.with_spared(spared)
+
+    def _bisected(self, path: Sequence[Choice], limit: float) -> Found | None:
+        """The cheapest of a path that loses less than the limit, if losses grow along it; None: none does."""
+        found, low, high = None, 0, len(path)
+        while high - low > 1:
+            middle = (low + high) // 2
+            tried = self._measured(path[middle])
+            if tried.trial.likely <= limit:
+                found, low = tried, middle
+            else:
+                high = middle
+        return found
+
+
+def strip(parts: Sequence[Spared]) -> dict[str, dict[int, float]]:
+    """Of each operator, by layer, what leaving it out alone loses."""
+    found: dict[str, dict[int, float]] = {}
+    for part in parts:
+        found.setdefault(part.operator, {})[part.layer] = max(part.losses)
+    return found
