@@ -18,7 +18,6 @@ from mminfer.errors import ConfigError
 from mminfer.models.spec import ModelSpec
 
 COMPARING = "looking at presets"
-TIMED = 2  # runs of each preset
 
 
 def compared(bench: Bench, samples: Sequence[Sample], target: Target, kl: float) -> list[CurvePoint]:
@@ -57,6 +56,6 @@ def _cost(bench: Bench, config: InferenceConfig, samples: Sequence[Sample], targ
     prompt = bench.known(samples[0])[0]
 
     def time_it() -> list[float]:
-        return [timed_ratio(bench.engine, config, bench.off, [prompt], TIMED)]
+        return [timed_ratio(bench.engine, config, bench.off, prompt, 1.0)]
 
     return bench.store.numbers(f"preset {config.to_json()}", time_it)[0]

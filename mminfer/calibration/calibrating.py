@@ -34,7 +34,7 @@ from mminfer.technique import is_number, is_whole
 READING, CHECKING = "reading", "checking"
 LOOKS = 5  # at held-out samples, each at settings that lose less, before all is turned off
 WORTH = {Target.FLOPS: 0.99, Target.CACHE: 0.99, Target.LATENCY: 0.97}  # of the cost; beyond nothing is saved
-TIMED = 5  # runs of the settings that were found
+THOROUGH = 4.0  # times longer than single parts, the settings that were found are timed
 MOST_TOKENS = 4096
 
 
@@ -201,7 +201,7 @@ class _Calibrating:
         if config == self._bench.off:
             return 1.0
         if self._target is Target.LATENCY:
-            return sensing.time_of(config, TIMED)
+            return sensing.time_of(config, THOROUGH)
         return cost_of(trial, self._bench.trial(self._bench.off, trial.samples, None, CHECKING), self._target)
 
     def _curve(self, search: Search, sensed: Sensitivities) -> list[CurvePoint]:
@@ -284,4 +284,3 @@ def recheck(engine: Engine, calibration: Calibration, samples: Sequence[Any]) ->
     trial: Trial = bench.trial(calibration.config, checked)
     bound = trial.bound(promise.confidence)
     return replace(promise, bound=bound, held_out_kl=trial.kl, held_out=len(checked))
-

@@ -6,12 +6,12 @@ import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from statistics import median
+from itertools import pairwise
 
 import torch
 
 from mminfer.calibration.judging import wait_for
-from mminfer.calibration.prompts import Prompt, Stretch, turn_of
+from mminfer.calibration.prompts import Prompt, turn_of
 from mminfer.calibration.trials import Trial
 from mminfer.engine import Engine
 from mminfer.errors import ConfigError
@@ -23,7 +23,7 @@ from mminfer.operators.skip import OperatorSkip
 from mminfer.technique import SkipTechnique
 
 SHARES = (0.0, 0.25, 0.5, 1.0)  # of a prompt's visual rows, at which a layer is looked at
-REPEATS = 5  # timings of each, in turn
+REPEATS = 9  # timings of each, in turn
 FFN, ATTENTION = OPERATORS = ("ffn", "attention")
 
 
@@ -136,7 +136,7 @@ def timed(ms: Sequence[float], spec: ModelSpec, prompt_ms: float) -> CostModel:
 
 
 def cost_of(trial: Trial, off: Trial, target: Target) -> float:
-    """What a trial cost, as a fraction of the uncompressed model's on the same samples; of time see `timed_ratio`."""
+    """What a trial cost, as a fraction of the uncompressed model's; time is measured by `judging.timed_ratio`."""
     pairs = zip(trial.outcomes[0], off.outcomes[0], strict=False)
     name = "cache_bytes" if target is Target.CACHE else "flops"
     found = [(getattr(own, name), getattr(full, name)) for own, full in pairs]
@@ -165,7 +165,7 @@ def _rising(values: Sequence[float]) -> tuple[float, ...]:
 
 def _between(values: Sequence[float], share: float) -> float:
     """The value at a share, straight between those at `SHARES`."""
-    for (x0, y0), (x1, y1) in zip(zip(SHARES, values, strict=True), list(zip(SHARES, values, strict=True))[1:], strict=False):
+    for (x0, y0), (x1, y1) in pairwise(zip(SHARES, values, strict=True)):
         if share <= x1:
             return y0 + (y1 - y0) * (share - x0) / (x1 - x0)
     return values[-1]

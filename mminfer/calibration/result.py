@@ -55,10 +55,9 @@ class Promise:
 
     def told(self) -> str:
         """In one sentence."""
-        return (
-            f"mean KL to the uncompressed model below {self.bound:.3g} nats with {100 * self.confidence:g} % confidence "
-            f"({self.held_out_kl:.3g} on {self.held_out} samples that were held out; {self.kl:g} was allowed)"
-        )
+        sure = f"below {self.bound:.3g} nats with {100 * self.confidence:g} % confidence"
+        held_out = f"{self.held_out_kl:.3g} on {self.held_out} samples that were held out"
+        return f"mean KL to the uncompressed model {sure} ({held_out}; {self.kl:g} was allowed)"
 
 
 @dataclass(frozen=True)
@@ -136,7 +135,7 @@ class Calibration:
         """
         found = read_settings(path)
         if found.model is None:
-            raise ConfigError(f"{shown(str(path))}: bare settings, whose calibration nobody noted: run mminfer calibrate")
+            raise ConfigError(f"{shown(str(path))}: bare settings, no calibration: run mminfer calibrate")
         config, noted = InferenceConfig.from_file(path), found.calibration
         try:
             promise = Promise(**{**noted["promise"], "protocols": tuple(noted["promise"]["protocols"])})
@@ -147,4 +146,3 @@ class Calibration:
             return cls(config, noted["target"], noted["cost"], promise, curve, operators, noted["facts"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"{shown(str(path))}: a damaged calibration ({error!r:.200}): calibrate anew") from error
-

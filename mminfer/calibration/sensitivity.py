@@ -19,7 +19,6 @@ from mminfer.operators.skip import OperatorSkip
 from mminfer.technique import Stage, Technique
 
 FAR = 4.0  # times the loss that is allowed: what loses more alone is no part of anything
-TIMED = 3  # runs of a technique whose own time is looked at
 SKIPPING, TRYING = "leaving operators out", "trying techniques"
 
 
@@ -155,13 +154,13 @@ class Sensing:
             return trial.cache_bytes / off.cache_bytes
         if self._target is Target.FLOPS:
             return trial.flops / off.flops
-        return self.time_of(trial.config, TIMED)
+        return self.time_of(trial.config)
 
-    def time_of(self, config: InferenceConfig, repeats: int) -> float:
-        """Measured on the usual sample, in turn with the uncompressed model."""
+    def time_of(self, config: InferenceConfig, share: float = 1.0) -> float:
+        """Measured on the usual sample, in turn with the uncompressed model; share: as of `timed_ratio`."""
         prompt, bench = self._bench.known(self._usual())[0], self._bench
 
         def time_it() -> list[float]:
-            return [timed_ratio(bench.engine, config, bench.off, [prompt], repeats)]
+            return [timed_ratio(bench.engine, config, bench.off, prompt, share)]
 
-        return bench.store.numbers(f"time {repeats} {config.to_json()}", time_it)[0]
+        return bench.store.numbers(f"time {share} {config.to_json()}", time_it)[0]

@@ -98,7 +98,7 @@ class Choice:
 
     def loss(self, protocols: int) -> float:
         """What is lost if losses add up, by the protocol by which it is most."""
-        parts = [part.losses for part in (*self.options.values(), *self.spared)]
+        parts = [*(option.losses for option in self.options.values()), *(own.losses for own in self.spared)]
         return max(sum(losses[n] for losses in parts) for n in range(protocols))
 
     def cost(self, model: CostModel) -> float:
