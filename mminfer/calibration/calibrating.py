@@ -112,8 +112,8 @@ def calibrate(
         >>> fast = mminfer.Engine(engine.model, engine.processor, found.config)
     """
     plan = Plan() if plan is None else plan
-    _check(engine, kl, progress, plan)
-    wanted, start = checked_target(target), time.perf_counter()
+    wanted, start = checked_request(kl, target), time.perf_counter()
+    _check(engine, progress, plan)
     parts = split(checked_samples(engine, samples), plan.held_out, plan.seed)
     prepare_kernels(engine.device)
     model = fingerprint_of(engine.adapter.spec, engine.model)
@@ -221,11 +221,20 @@ def named(config: InferenceConfig) -> str:
     return " + ".join(type(technique).__name__ for technique in config.techniques) or "off"
 
 
-def _check(engine: Any, kl: Any, progress: Any, plan: Any) -> None:
-    if not isinstance(engine, Engine):
-        raise ConfigError(f"engine of type {type(engine).__name__}: wanted an mminfer.Engine")
+def checked_request(kl: Any, target: Any) -> Target:
+    """What is asked for, before a model is loaded.
+
+    Raises:
+        ConfigError: `kl` is no positive number, or there is no such target.
+    """
     if not is_number(kl, above=0) or not math.isfinite(kl):
         raise ConfigError(f"kl={shown(kl)}: wanted a positive number of nats, such as 0.05")
+    return checked_target(target)
+
+
+def _check(engine: Any, progress: Any, plan: Any) -> None:
+    if not isinstance(engine, Engine):
+        raise ConfigError(f"engine of type {type(engine).__name__}: wanted an mminfer.Engine")
     check_flag("progress", progress)
     if not isinstance(plan, Plan):
         raise ConfigError(f"plan={shown(plan)}: wanted a mminfer.calibration.Plan, or None")

@@ -13,7 +13,7 @@ from mminfer.cli import options
 from mminfer.cli.console import ERR, OUT, check_writable, print_json, reports_errors, write_csv
 from mminfer.cli.messages import checked_chat
 from mminfer.cli.needle import needle
-from mminfer.cli.rechecking import print_promises, promises_as_data, rechecked
+from mminfer.cli.rechecking import calibrations_in, print_promises, promises_as_data, rechecked
 from mminfer.cli.settings import compared_settings, with_delta
 from mminfer.errors import InputError
 
@@ -124,6 +124,7 @@ def measure(
         raise InputError("--repeats 0 and --contexts 0: nothing is left to measure: leave one of them out")
     if samples is not None and not settings_file:
         raise InputError(f"--samples {samples} without --settings: they are to check a promise: pass one to check")
+    calibrations = calibrations_in(settings_file or [])
     settings = compared_settings(preset or [], [*(config or []), *(settings_file or [])], delta or [])
     optional = {} if settings and plot is None else _unnamed_settings(plot, contexts, delta or [])
     protocols = _protocols(protocol or ["next-turn"]) if contexts else []
@@ -140,8 +141,8 @@ def measure(
 
     plan = Plan(measured, batch, new_tokens, repeats, protocols, chunk_size)
     found = _measure(model, _without_refused(model, optional) | settings, plan, device, dtype)
-    if settings_file:
-        found = replace(found, promises=rechecked(found.plain, model, settings_file, samples, images, seed))
+    if calibrations:
+        found = replace(found, promises=rechecked(found.plain, model, calibrations, samples, images, seed))
     facts = {"model": model, **found.origin, **facts}
     facts |= {"batch": batch, "new_tokens": new_tokens, "questions": questions, "chunk_size": found.chunk_size}
     title = f"{model}, {images} images" if "images" in facts else model

@@ -70,9 +70,11 @@ def calibrate(
     check_writable(out, "--out")
     check_writable(plot, "--plot")
     chats = _given(samples, image or [], prompt or []) or drawn_chats(model, images, contexts, seed)
-    from mminfer.calibration import Plan  # the heavy imports come after the cheap checks
+    from mminfer.calibration import Plan, checked_request  # the heavy imports come after the cheap checks
     from mminfer.calibration import calibrate as run
     from mminfer.engine import Engine
+
+    checked_request(kl, target)
 
     if plot is not None:
         from mminfer.bench.plots import check_drawable

@@ -11,33 +11,51 @@ from mminfer.cli.calibrate import DRAWN, drawn_chats
 from mminfer.cli.console import OUT
 
 if TYPE_CHECKING:
-    from mminfer.calibration import Promise
+    from mminfer.calibration import Calibration, Promise
     from mminfer.engine import Engine
 
 OTHER_SEED = 1_000_003  # so that nobody checks a promise with the contexts that it was made by
 
 
+def calibrations_in(files: Sequence[Path]) -> dict[str, Calibration]:
+    """What `mminfer calibrate` wrote, by the files' names; read before anything is measured.
+
+    Raises:
+        InputError: a file cannot be read.
+        ConfigError: a file holds no calibration.
+    """
+    if not files:
+        return {}
+    from mminfer.calibration import Calibration
+
+    return {str(path): Calibration.load(path) for path in files}
+
+
 def rechecked(
-    engine: Engine, model: str, files: Sequence[Path], samples: Path | None, images: int, seed: int
+    engine: Engine,
+    model: str,
+    calibrations: Mapping[str, Calibration],
+    samples: Path | None,
+    images: int,
+    seed: int,
 ) -> dict[str, Promise]:
-    """What other samples say of the promises in these files, by their names.
+    """What other samples say of promises, by the names of their files.
 
     Args:
         engine: of the model.
         model: its name.
-        files: that `mminfer calibrate` wrote.
+        calibrations: by name.
         samples: file of JSON lines; None: contexts of nano's own.
         images: pictures in such a context.
         seed: of such contexts.
 
     Raises:
-        InputError: a file cannot be read, or there are no samples.
-        ConfigError: a file holds no calibration, or one of another model.
+        InputError: there are no samples.
+        ConfigError: a calibration is of another model.
     """
-    from mminfer.calibration import Calibration, recheck
+    from mminfer.calibration import recheck
     from mminfer.calibration.samples import read_samples
 
-    calibrations = {str(path): Calibration.load(path) for path in files}
     chats = read_samples(samples) if samples is not None else drawn_chats(model, images, DRAWN, seed + OTHER_SEED)
     return {name: recheck(engine, calibration, chats) for name, calibration in calibrations.items()}
 
