@@ -32,7 +32,8 @@ from mminfer.models.fingerprint import Fingerprint, fingerprint_of
 from mminfer.technique import is_number, is_whole
 
 READING, CHECKING = "reading", "checking"
-LOOKS = 5  # at held-out samples, each at settings that lose less, before all is turned off
+MILDER = (0.3, 0.7)  # times the loss that settings had, what the next ones may have, at least and at most
+LOOKS = 8  # at held-out samples, each at settings that lose less, before all is turned off
 WORTH = {Target.FLOPS: 0.99, Target.CACHE: 0.99, Target.LATENCY: 0.97}  # of the cost; beyond nothing is saved
 THOROUGH = 4.0  # times longer than single parts, the settings that were found are timed
 MOST_TOKENS = 4096
@@ -153,7 +154,7 @@ class _Calibrating:
         prompts = len(bench.protocols)
         for phase, passes in sensing.expected().items():
             bar.begin(phase, passes)
-        bar.begin(SEARCHING, 12 * len(self._split.tuning) * prompts)
+        bar.begin(SEARCHING, 24 * len(self._split.tuning) * prompts)
         bar.begin(CHECKING, 2 * len(self._split.held_out) * prompts)
         bar.begin(READING, len(everything) * prompts)
         bench.refer(everything)
@@ -188,7 +189,7 @@ class _Calibrating:
             bound = trial.bound(self._plan.confidence)
             if bound <= self._kl:
                 return found, trial
-            limit *= min(0.7, max(0.9 * self._kl / bound, 0.2))
+            limit = min(limit, found.trial.likely) * min(MILDER[1], max(self._kl / bound, MILDER[0]))
         nothing = search.nothing()
         return nothing, self._bench.trial(nothing.trial.config, held_out, None, CHECKING)
 

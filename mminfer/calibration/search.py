@@ -12,8 +12,9 @@ from mminfer.calibration.space import Choice, Option, Spared
 from mminfer.calibration.trials import Bench, Trial
 
 TRIES = 8  # parts that did not fit, before the search gives up
-LEAST_GAIN = 1e-3  # of the uncompressed model's cost
-NOISE = 1e-3  # of the loss that is allowed: less counts as nothing
+CAPS = (1.0, 0.2, 0.04)  # of the loss that is allowed, what a path is planned for
+LEAST_GAIN = 1e-4  # of the uncompressed model's cost
+NOISE = 1e-3  # of the loss that a path is planned for: less counts as nothing
 SEARCHING = "putting them together"
 
 
@@ -52,15 +53,17 @@ class Search:
 
     def best(self, limit: float) -> Found:
         """The cheapest that loses less than the limit, one standard error added; that which changes nothing at last."""
-        best = self.nothing()
-        for alone in self._alone(limit):
-            if alone.cost < best.cost - LEAST_GAIN:
-                best = alone
-        for start in (Choice(), best.choice):
-            found = self._bisected(self._path(start, limit), limit)
-            if found is not None and found.cost < best.cost - LEAST_GAIN:
-                best = found
-        return self._polished(best, limit)
+        self.nothing()
+        self._try_alone(limit)
+        for cap in CAPS:  # a path that may go far takes other turns than one that may not
+            self._bisect(self._path(Choice(), cap * limit), limit)
+        self._bisect(self._path(self._cheapest(limit).choice, limit), limit)
+        return self._polished(self._cheapest(limit), limit)
+
+    def _cheapest(self, limit: float) -> Found:
+        """Of all that was tried."""
+        fit = [found for found in self.tried if found.trial.likely <= limit]
+        return min(fit, key=lambda found: found.cost, default=self.nothing())
 
     def nothing(self) -> Found:
         """That which changes nothing."""
@@ -74,31 +77,29 @@ class Search:
         """One part more at a time, as long as some of those tried fit in what is left."""
         left, refused = TRIES, set[str]()
         while left:
-            moves = [(score, other) for score, other in self._scored(best.choice, limit)]
+            moves = self._scored(best.choice, limit)
             untried = [pair for pair in moves if pair[1].config(self._bench.off).to_json() not in refused]
             if not untried:
                 break
             tried = self._measured(max(untried, key=lambda pair: pair[0])[1])
             if tried.trial.likely <= limit:
-                best = tried
+                best = min(best, tried, key=lambda found: found.cost)
             else:
                 refused.add(tried.trial.config.to_json())
                 left -= 1
         return best
 
-    def _alone(self, limit: float) -> Iterator[Found]:
+    def _try_alone(self, limit: float) -> None:
         """Options that are good enough by themselves: all of them were tried."""
         for option in self._parts.options:
             choice = Choice().with_option(option)
             if choice.cost(self._model) < 1 and max(option.losses) <= limit:
-                found = self._measured(choice)
-                if found.trial.likely <= limit:
-                    yield found
+                self._measured(choice)
 
     def _measured(self, choice: Choice) -> Found:
         trial = self._bench.trial(choice.config(self._bench.off), self._tuning, FAR * self._kl, SEARCHING)
         found = Found(choice, trial, choice.cost(self._model))
-        if found not in self.tried:
+        if all(other.trial.config != trial.config for other in self.tried):
             self.tried.append(found)
         return found
 
@@ -117,8 +118,8 @@ class Search:
         cost, loss = here.cost(self._model), here.loss(protocols)
         for other in self._moves(here):
             gain, lost = cost - other.cost(self._model), other.loss(protocols)
-            if gain > LEAST_GAIN / 10 and lost <= FAR * limit:
-                scored.append((gain / max(lost - loss, NOISE * self._kl), other))
+            if gain > LEAST_GAIN and lost <= FAR * limit:
+                scored.append((gain / max(lost - loss, NOISE * limit), other))
         return scored
 
     def _moves(self, here: Choice) -> Iterator[Choice]:
@@ -130,17 +131,15 @@ class Search:
             if (spared.operator, spared.layer) not in taken:
                 yield here.with_spared(spared)
 
-    def _bisected(self, path: Sequence[Choice], limit: float) -> Found | None:
-        """The cheapest of a path that loses less than the limit, if losses grow along it; None: none does."""
-        found, low, high = None, 0, len(path)
+    def _bisect(self, path: Sequence[Choice], limit: float) -> None:
+        """Tries how far along a path losses stay below the limit, if they grow along it."""
+        low, high = 0, len(path)
         while high - low > 1:
             middle = (low + high) // 2
-            tried = self._measured(path[middle])
-            if tried.trial.likely <= limit:
-                found, low = tried, middle
+            if self._measured(path[middle]).trial.likely <= limit:
+                low = middle
             else:
                 high = middle
-        return found
 
 
 def strip(parts: Sequence[Spared]) -> dict[str, dict[int, float]]:
