@@ -23,7 +23,7 @@ from mminfer.calibration.samples import Split, checked_samples, split
 from mminfer.calibration.search import SEARCHING, Found, Search, strip
 from mminfer.calibration.sensitivity import Sensing, Sensitivities
 from mminfer.calibration.store import Store
-from mminfer.calibration.trials import Bench, Trial
+from mminfer.calibration.trials import FEWEST, Bench, Trial
 from mminfer.config import InferenceConfig, check_flag
 from mminfer.engine import Engine
 from mminfer.errors import ConfigError, shown
@@ -32,8 +32,7 @@ from mminfer.models.fingerprint import Fingerprint, fingerprint_of
 from mminfer.technique import is_number, is_whole
 
 READING, CHECKING = "reading", "checking"
-MILDER = (0.3, 0.7)  # times the loss that settings had, what the next ones may have, at least and at most
-LOOKS = 8  # at held-out samples, each at settings that lose less, before all is turned off
+LOOKS = 12  # at held-out samples, each at dearer settings, before all is turned off
 WORTH = {Target.FLOPS: 0.99, Target.CACHE: 0.99, Target.LATENCY: 0.97}  # of the cost; beyond nothing is saved
 THOROUGH = 4.0  # times longer than single parts, the settings that were found are timed
 MOST_TOKENS = 4096
@@ -180,16 +179,15 @@ class _Calibrating:
 
     def _checked(self, search: Search, sensing: Sensing) -> tuple[Found, Trial]:
         """The cheapest settings that held-out samples do not speak against, with what they lose there."""
-        limit, held_out = self._kl, self._split.held_out
+        held_out, found = self._split.held_out, search.best(self._kl)
+        beyond = self._kl * len(held_out) / FEWEST  # of some of them: the mean of all is then beyond what is allowed
         for _ in range(LOOKS):
-            found = search.best(limit)
-            trial = self._bench.trial(found.trial.config, held_out, None, CHECKING)
+            trial = self._bench.trial(found.trial.config, held_out, beyond, CHECKING)
             if found.trial.config == self._bench.off or not self._is_worth(found, trial, sensing):
                 break
-            bound = trial.bound(self._plan.confidence)
-            if bound <= self._kl:
+            if trial.bound(self._plan.confidence) <= self._kl:
                 return found, trial
-            limit = min(limit, found.trial.likely) * min(MILDER[1], max(self._kl / bound, MILDER[0]))
+            found = search.milder(found, self._kl)
         nothing = search.nothing()
         return nothing, self._bench.trial(nothing.trial.config, held_out, None, CHECKING)
 

@@ -13,6 +13,7 @@ from mminfer.calibration.trials import Bench, Trial
 
 TRIES = 8  # parts that did not fit, before the search gives up
 CAPS = (1.0, 0.2, 0.04)  # of the loss that is allowed, what a path is planned for
+STEP = (1.03, 1.1)  # times dearer, where held-out samples speak against settings: at least, and those beside
 LEAST_GAIN = 1e-4  # of the uncompressed model's cost
 NOISE = 1e-3  # of the loss that a path is planned for: less counts as nothing
 SEARCHING = "putting them together"
@@ -59,6 +60,14 @@ class Search:
             self._bisect(self._path(Choice(), cap * limit), limit)
         self._bisect(self._path(self._cheapest(limit).choice, limit), limit)
         return self._polished(self._cheapest(limit), limit)
+
+    def milder(self, than: Found, limit: float) -> Found:
+        """Of what was tried and is a little dearer, that which loses least; at last, what changes nothing."""
+        dearer = [f for f in self.tried if f.trial.likely <= limit and f.cost >= than.cost * STEP[0]]
+        if not dearer:
+            return self.nothing()
+        near = min(found.cost for found in dearer) * STEP[1]
+        return min((f for f in dearer if f.cost <= near), key=lambda found: found.trial.likely)
 
     def _cheapest(self, limit: float) -> Found:
         """Of all that was tried."""

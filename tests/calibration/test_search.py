@@ -73,7 +73,14 @@ def test_it_comes_near_the_best_of_all_and_a_larger_limit_never_costs_more():
 def test_milder_settings_are_found_among_what_was_tried():
     bench = Pretended()
     search = Search(bench, (), Sensitivities(MODEL, tuple(OPTIONS), tuple(SPARED), ()), 0.1)
-    wild, mild = search.best(0.1), search.best(0.01)
+    wild = found = search.best(0.1)
+    asked, costs = bench.asked, [wild.cost]
+    while found.cost < 1:
+        found = search.milder(found, 0.1)
+        assert found.cost >= 1.03 * costs[-1]
+        costs.append(found.cost)
+    assert bench.asked <= asked + len(costs) and len(costs) > 4 and found.trial.config == InferenceConfig()
+    mild = search.best(0.01)
     assert mild.trial.kl <= 0.01 < wild.trial.kl <= 0.1 and mild.cost > wild.cost
     assert search.nothing().cost == 1 and search.best(0.0).trial.config == InferenceConfig()
 
