@@ -8,12 +8,15 @@ import json
 import pkgutil
 import warnings
 from collections.abc import ItemsView, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from mminfer import cache, operators, positions, tokens
 from mminfer.errors import ConfigError, UntrainedWarning, shown
+from mminfer.models.fingerprint import Fingerprint
 from mminfer.operators.skip import OperatorSkip
+from mminfer.settings_file import field_from_data, parsed, read_settings
 from mminfer.technique import (
     CacheTechnique,
     LayerRange,
@@ -32,6 +35,7 @@ from mminfer.tokens.merge import AIMMerge
 from mminfer.tokens.prune import AIMPrune
 
 if TYPE_CHECKING:
+    from mminfer.models.adapter import ModelAdapter
     from mminfer.models.spec import ModelSpec
 
 # A technique registers itself when its module is loaded; whatever lies in a room is found.
@@ -52,6 +56,7 @@ class InferenceConfig:
         prune: pruning of visual tokens inside it (`AIMPrune`).
         skip: operators that visual tokens skip (`OperatorSkip`).
         cache: compression of the key/value cache (`Replay`, `LookM`, `Digest`).
+        calibrated_on: the only model that takes these settings, where a calibration chose them; None: any.
 
     Raises:
         ConfigError: a technique stands in another stage's place, or a setting is out of range.
@@ -62,6 +67,7 @@ class InferenceConfig:
     prune: PruneTechnique | None = None
     skip: SkipTechnique | None = None
     cache: CacheTechnique | None = None
+    calibrated_on: Fingerprint | None = field(default=None, compare=False, repr=False, kw_only=True)
 
     def __post_init__(self) -> None:
         for stage in Stage:
@@ -87,9 +93,16 @@ class InferenceConfig:
         return self.merge is not None or self.prune is not None
 
     def check(self, spec: ModelSpec) -> None:
-        """Raises `ConfigError` if any setting does not fit the model."""
+        """Raises `ConfigError` if any setting does not fit the model, or was calibrated on another one."""
+        if self.calibrated_on is not None:
+            self.calibrated_on.check_geometry(spec)
         for technique in self.techniques:
             technique.check(spec)
+
+    def check_calibration(self, adapter: ModelAdapter) -> None:
+        """Raises `ConfigError` if these settings were calibrated on another model; for the doors, once each."""
+        if self.calibrated_on is not None:
+            self.calibrated_on.check(adapter.spec, adapter.model)
 
     def warn_of_doubts(self, spec: ModelSpec) -> None:
         """Warns of what runs on this model but is likely to ruin its answers; for the doors, once each."""
@@ -138,6 +151,28 @@ class InferenceConfig:
             raise ConfigError(f"unknown preset {shown(name)}; presets: {', '.join(PRESETS)}")
         return PRESETS[name]
 
+    @classmethod
+    def from_file(cls, path: str | PathLike[str], any_model: bool = False) -> InferenceConfig:
+        """The settings that `mminfer calibrate` or `to_json` wrote to a file.
+
+        Those of a calibration are for its model alone: an engine, or `patch`, refuses them on any other.
+
+        Args:
+            path: of the file.
+            any_model: take them on any model that they fit; what they lose there nobody has measured.
+
+        Raises:
+            InputError: the file cannot be read.
+            ConfigError: it holds no settings.
+        """
+        check_flag("any_model", any_model)
+        found = read_settings(path)
+        try:
+            config = cls.from_dict(found.config)
+        except ConfigError as error:
+            raise ConfigError(f"{shown(str(path))}: {error}") from error
+        return config if any_model else dataclasses.replace(config, calibrated_on=found.model)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data: every stage's technique by class name and fields."""
         return {s.value: _to_data(getattr(self, s.value)) for s in Stage}
@@ -169,25 +204,7 @@ class InferenceConfig:
             raise ConfigError(
                 f"config of type {type(text).__name__}: wanted the string that InferenceConfig.to_json() made"
             )
-        try:
-            data = json.loads(text, object_pairs_hook=_object)
-        except ConfigError:
-            raise
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(
-                f"config is not JSON ({error!s:.200}); write it with InferenceConfig.to_json()"
-            ) from error
-        return cls.from_dict(data)
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON, of which every field is told once."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ConfigError(f"config: {shown(twice)} stands there twice: leave one of them out")
-    return found
+        return cls.from_dict(parsed(text))
 
 
 def _to_data(technique: Technique | None) -> dict[str, Any] | None:
@@ -209,35 +226,12 @@ def _from_data(stage: str, data: Any) -> Technique | None:
             "of one of your own first, on the command line by --technique-file"
         )
     fields = {
-        key: _field_from_data(f"{stage}: {key!s:.200}", value) for key, value in data.items() if key != "technique"
+        key: field_from_data(f"{stage}: {key!s:.200}", value) for key, value in data.items() if key != "technique"
     }
     try:
         return TECHNIQUES[name](**fields)
     except TypeError as error:
         raise ConfigError(f"{stage}: {error!s:.400}") from error
-
-
-_LAYER_RANGE = {field.name for field in dataclasses.fields(LayerRange)}
-_DEEPEST, _LONGEST, _LARGEST = 4, 200, 2**63  # of what a setting may be made of
-
-
-def _field_from_data(name: str, value: Any, depth: int = 0) -> Any:
-    """A setting as its technique takes it.
-
-    Raises:
-        ConfigError: it is too large, too long or too deep to be one.
-    """
-    if depth > _DEEPEST:
-        raise ConfigError(f"{name}: nested more than {_DEEPEST} deep: wanted numbers, words or lists of them")
-    if isinstance(value, str) and len(value) > _LONGEST:
-        raise ConfigError(f"{name}={value[:20]!r}... of {len(value)} characters: wanted {_LONGEST} at most")
-    if isinstance(value, int) and not -_LARGEST <= value < _LARGEST:
-        raise ConfigError(f"{name}: a whole number of {value.bit_length()} bits: wanted 63 at most")
-    if isinstance(value, dict) and value.keys() == _LAYER_RANGE:
-        return LayerRange(**{key: _field_from_data(name, own, depth + 1) for key, own in value.items()})
-    if isinstance(value, list):
-        return tuple(_field_from_data(name, own, depth + 1) for own in value)
-    return value
 
 
 class Presets(Mapping[str, InferenceConfig]):

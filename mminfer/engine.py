@@ -78,6 +78,7 @@ class Engine:
         self.adapter = adapter_for(self.model)
         check_loaded(self.model)
         self.config.check(self.adapter.spec)
+        self.config.check_calibration(self.adapter)
         check_host(self.adapter, self.config, verify and not is_patched(self.model))  # else before the first call
         self.config.warn_of_doubts(self.adapter.spec)
         self.runner = Runner(self.model, processor, self.adapter, self.config, compile, verify)

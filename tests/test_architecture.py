@@ -20,6 +20,7 @@ ORDER = (
     ("models",),
     ("metrics",),
     ROOMS,
+    ("settings_file",),
     ("config",),
     ("measured",),
     ("forward",),
@@ -33,6 +34,7 @@ ORDER = (
     ("media",),
     ("needle", "inspection"),
     ("bench",),
+    ("calibration",),
     ("cli",),
 )
 FLOORS = {wing: floor for floor, wings in enumerate(ORDER) for wing in wings}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +13,7 @@ from mminfer.cli import options
 from mminfer.cli.console import ERR, OUT, check_writable, print_json, reports_errors, write_csv
 from mminfer.cli.messages import checked_chat
 from mminfer.cli.needle import needle
+from mminfer.cli.rechecking import calibrations_in, print_promises, promises_as_data, rechecked
 from mminfer.cli.settings import compared_settings, with_delta
 from mminfer.errors import InputError
 
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
     from mminfer.bench.protocols import Protocol
     from mminfer.bench.speed import SpeedRow
     from mminfer.bench.sweeps import Sweep
+    from mminfer.calibration import Promise
     from mminfer.config import InferenceConfig
+    from mminfer.engine import Engine
 
 bench = typer.Typer(help="Measure what settings cost and save.")
 bench.command()(needle)
@@ -40,6 +43,18 @@ def measure(
     model: options.Model = "nano",
     preset: Annotated[list[str] | None, options.presets_option(", ".join(DEFAULT_PRESETS))] = None,
     config: options.Configs = None,
+    settings_file: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--settings",
+            help="Measure the settings in this file, which mminfer calibrate wrote, and check their promise on other "
+            "samples; repeat the option for more.",
+        ),
+    ] = None,
+    samples: Annotated[
+        Path | None,
+        typer.Option(help="Check promises on the samples in this file of JSON lines, as mminfer calibrate takes it."),
+    ] = None,
     delta: options.Deltas = None,
     image: options.Image = None,
     video: options.Video = None,
@@ -107,7 +122,10 @@ def measure(
     repeats = (DEFAULT_REPEATS if plot is None else 0) if repeats is None else repeats
     if not repeats and not contexts:
         raise InputError("--repeats 0 and --contexts 0: nothing is left to measure: leave one of them out")
-    settings = compared_settings(preset or [], config or [], delta or [])
+    if samples is not None and not settings_file:
+        raise InputError(f"--samples {samples} without --settings: they are to check a promise: pass one to check")
+    calibrations = calibrations_in(settings_file or [])
+    settings = compared_settings(preset or [], [*(config or []), *(settings_file or [])], delta or [])
     optional = {} if settings and plot is None else _unnamed_settings(plot, contexts, delta or [])
     protocols = _protocols(protocol or ["next-turn"]) if contexts else []
     if image or video:
@@ -123,6 +141,8 @@ def measure(
 
     plan = Plan(measured, batch, new_tokens, repeats, protocols, chunk_size)
     found = _measure(model, _without_refused(model, optional) | settings, plan, device, dtype)
+    if calibrations:
+        found = replace(found, promises=rechecked(found.plain, model, calibrations, samples, images, seed))
     facts = {"model": model, **found.origin, **facts}
     facts |= {"batch": batch, "new_tokens": new_tokens, "questions": questions, "chunk_size": found.chunk_size}
     title = f"{model}, {images} images" if "images" in facts else model
@@ -139,6 +159,8 @@ class _Found:
         timed: rows of time and memory.
         compared: rows of fidelity.
         chunk_size: tokens of a streamed chunk.
+        plain: an engine of the model.
+        promises: of calibrated settings, as other samples have it.
     """
 
     settings: Mapping[str, InferenceConfig]
@@ -146,6 +168,8 @@ class _Found:
     timed: Sequence[SpeedRow]
     compared: Sequence[FidelityRow]
     chunk_size: int
+    plain: Engine
+    promises: Mapping[str, Promise] = field(default_factory=dict)
 
 
 def _measure(
@@ -158,7 +182,8 @@ def _measure(
         raise InputError("this model takes none of the default settings: name one with --preset or --config")
     plan.check(settings)
     engines = load(model, settings, device, dtype)
-    return _Found(settings, origin(next(iter(engines.values()))), *measure(plan, engines))
+    some = next(iter(engines.values()))
+    return _Found(settings, origin(some), *measure(plan, engines), some)
 
 
 def _report(
@@ -174,9 +199,11 @@ def _report(
         _draw_plot(found.compared, plot, title)
     if as_json:
         named = {name: setting.to_dict() for name, setting in found.settings.items()}
-        print_json(facts | {"settings": named, "rows": rows})
+        known = {"promises": promises_as_data(found.promises)} if found.promises else {}
+        print_json(facts | {"settings": named, "rows": rows} | known)
     else:
         _print_tables(found, plot)
+        print_promises(found.promises)
 
 
 def _print_tables(found: _Found, plot: Path | None) -> None:

@@ -134,7 +134,12 @@ def _print_measured(settings: InferenceConfig) -> None:
     """What is known of the settings on a real model, in one line."""
     from mminfer.measured import measured_of, sentence
 
+    if settings.calibrated_on is not None:
+        OUT.print("calibrated on this model; mminfer bench --settings FILE checks the promise on other samples")
+        return
     told, row = sentence(settings), measured_of(settings)
     if told is not None:
         style = "yellow" if row is None or row.fails else None
+        if row is None or row.fails:
+            told += ", or let one be found that holds there: mminfer calibrate --model PATH --samples FILE"
         OUT.print(told, style=style, markup=False, highlight=False, soft_wrap=True)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mminfer.inspection import Inspection
 
 PAGE = "index.html"
+CALIBRATION = "calibration.png"
 
 
 @reports_errors
@@ -56,6 +57,8 @@ def inspect(
     title = str(config) if config is not None else preset or DEFAULT_PRESET
     pictures = _write_page(inspection, title if delta is None else f"{title}, delta {delta}", out)
     _print_summary(inspection)
+    if config is not None and settings.calibrated_on is not None:
+        _draw_calibration(config, out)
     OUT.print(f"{out / PAGE} and {pictures} PNG files beside it", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -81,6 +84,19 @@ def _write_page(inspection: Inspection, title: str, out: Path) -> int:
     except OSError as error:
         raise InputError(f"--out {out}: {error}") from error
     return count
+
+
+def _draw_calibration(config: Path, out: Path) -> None:
+    """What the calibration of these settings tried, and what each operator is good for, if it can be drawn."""
+    from mminfer.calibration import Calibration
+    from mminfer.calibration.pictures import draw
+
+    found = Calibration.load(config)
+    OUT.print(found.told(), markup=False, highlight=False, soft_wrap=True)
+    try:
+        draw(found, out / CALIBRATION)
+    except InputError as error:  # without matplotlib the page does without
+        OUT.print(str(error), style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 def _print_summary(inspection: Inspection) -> None:

@@ -1,4 +1,4 @@
-"""The command line: mminfer generate | bench | inspect | doctor.
+"""The command line: mminfer generate | calibrate | bench | inspect | doctor.
 
 Nothing here loads torch or transformers: a command does so once its options are read.
 """
@@ -14,6 +14,7 @@ import typer
 
 from mminfer import __version__
 from mminfer.cli.bench import bench
+from mminfer.cli.calibrate import calibrate
 from mminfer.cli.console import ERR, exit_code, reports_errors
 from mminfer.cli.doctor import doctor
 from mminfer.cli.generate import generate
@@ -26,6 +27,7 @@ app = typer.Typer(
     help="Run vision-language models over long contexts, at a fraction of the compute.",
 )
 app.command()(generate)
+app.command()(calibrate)
 app.add_typer(bench, name="bench")
 app.command()(inspect)
 app.command()(doctor)

@@ -82,20 +82,22 @@ def compared_settings(
 
 
 def read_config(path: Path) -> InferenceConfig:
-    """The settings in a file that `InferenceConfig.to_json()` wrote.
+    """The settings in a file that `InferenceConfig.to_json()` or `mminfer calibrate` wrote.
 
     Raises:
         InputError: the file cannot be read.
         ConfigError: it holds no settings.
     """
     from mminfer.config import InferenceConfig
+    from mminfer.settings_file import settings_in
 
     try:
         with path.open(encoding="utf-8") as file:
             text = file.read(_LARGEST_CONFIG + 1)
         if len(text) > _LARGEST_CONFIG:
             raise InputError(f"--config {path}: more than {_LARGEST_CONFIG:,} characters: wanted the settings alone")
-        return InferenceConfig.from_json(text)
+        found = settings_in(text)
+        return dataclasses.replace(InferenceConfig.from_dict(found.config), calibrated_on=found.model)
     except ConfigError as error:
         raise ConfigError(f"--config {path}: {error}") from error
     except InputError:

@@ -42,6 +42,7 @@ class PatchHandle(ModelPass):
         model = unwrapped(model)
         super().__init__(model, config, compile, prefill_chunk_size, verify)
         check_loaded(model)
+        config.check_calibration(self.adapter)
         check_host(self.adapter, config, verify)
         config.warn_of_doubts(self.adapter.spec)
         self._host_state = {name: getattr(self.adapter.base, name) for name in self.adapter.host_state}
