@@ -13,6 +13,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from mminfer.errors import InputError
 from mminfer.forward.room import HEADROOM, at_rest, growth
+from mminfer.forward.static_rows import StaticRows
 from mminfer.technique import CacheEntries
 
 if TYPE_CHECKING:
@@ -88,6 +89,18 @@ class CompressedLayer(CacheLayerMixin):
     @abstractmethod
     def step_cache(self) -> LayerCache | PackedLayerCache:
         """Keys and values as the fused decoding step takes them, with room for the new entry."""
+
+    @abstractmethod
+    def with_room(self) -> tuple[object, int]:
+        """Makes room for one new entry of each head.
+
+        Returns:
+            What holds the entries, another object wherever they lie elsewhere; and a count of the entries that came.
+        """
+
+    @abstractmethod
+    def static_rows(self) -> StaticRows:
+        """The entries as rows, with room for a new one of each head."""
 
     @abstractmethod
     def select_rows(self, rows: Tensor) -> None:
@@ -256,6 +269,18 @@ class PaddedLayer(CompressedLayer):
 
     def step_cache(self) -> LayerCache:
         return LayerCache(*self.reserve(1), self.left_padding, self.num_columns)
+
+    def with_room(self) -> tuple[Tensor, int]:
+        return self.reserve(1)[0], self.num_columns
+
+    def static_rows(self) -> StaticRows:
+        keys, values = self.reserve(1)
+        batch, heads, capacity, size = keys.shape
+        first = torch.arange(0, batch * heads * capacity, capacity, device=keys.device).view(batch, heads)
+        lengths = torch.full_like(first, self.num_columns)
+        if self.left_padding is not None:
+            first, lengths = first + self.left_padding[:, None], lengths - self.left_padding[:, None]
+        return StaticRows(keys.view(-1, size), values.view(-1, size), first, lengths, None, capacity)
 
     def settle(self) -> None:
         capacity = self.num_columns + at_rest(self.num_columns)

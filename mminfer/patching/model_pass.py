@@ -126,6 +126,7 @@ class ModelPass:
             yield state
         finally:
             self._call, self._begun_by = state.followed_by(CallState(self._chunk_size)), None
+            self._decoder.let_go()
 
     @property
     def _host_forward(self) -> Callable[..., Any]:
@@ -161,7 +162,7 @@ class ModelPass:
         if embeds is None:
             embeds = self.model.get_input_embeddings()(inputs["input_ids"])
         embeds = self.adapter.entering(embeds)
-        rows = call.drop_finished(inputs.get("input_ids"), cache)
+        rows = call.drop_finished(inputs.get("input_ids"), cache, at_once=not self._decoder.is_recorded(cache))
         running = embeds if rows is None else embeds[rows]
         check_batch(len(running), cache)
         logits = self._decoder.step(running, cache)
