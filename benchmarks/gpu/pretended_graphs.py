@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mminfer.forward import cuda_graph
+from benchmarks.gpu.pretended import PretendedGPU
+from mminfer.forward import cuda_graph, graphed
 
 WAITING = frozenset({"_local_scalar_dense", "_unique2", "bincount", "equal", "is_nonzero", "masked_select", "nonzero"})
 STREAM = SimpleNamespace(cuda_stream=0, wait_stream=lambda other: None)
@@ -97,14 +98,15 @@ class RecordedGraph:
     Attributes:
         recording: the one that is being recorded, if any.
         made: how many there were so far.
+        gpu: what counts launches, if anything does: a replay is one.
     """
 
     recording: ClassVar[RecordedGraph | None] = None
     made: ClassVar[int] = 0
+    gpu: ClassVar[PretendedGPU | None] = None
 
     def __init__(self) -> None:
         self._recorder = _Recorder()
-        self.replays = 0
 
     def capture_begin(self, pool: Any = None, capture_error_mode: str = "global") -> None:
         if RecordedGraph.recording is not None:
@@ -121,15 +123,18 @@ class RecordedGraph:
         RecordedGraph.made += 1
 
     def replay(self) -> None:
-        self.replays += 1
-        for op in self._recorder.ops:
-            op.run()
+        with nullcontext() if self.gpu is None else self.gpu.fresh():
+            for op in self._recorder.ops:
+                op.run()
+        if self.gpu is not None:
+            self.gpu.launch("graph", 1)
 
 
 @contextmanager
-def pretended_graphs(device_type: str = "cpu") -> Iterator[type[RecordedGraph]]:
-    """A `with` block in which work on tensors of this type of device can be recorded; none made before counts."""
-    RecordedGraph.made, cuda = 0, torch.cuda
+def pretended_graphs(gpu: PretendedGPU | None = None) -> Iterator[type[RecordedGraph]]:
+    """A `with` block in which work on the CPU, or on a pretended GPU, can be recorded; none made before counts."""
+    RecordedGraph.made, RecordedGraph.gpu, cuda = 0, gpu, torch.cuda
+    devices = frozenset({"cpu" if gpu is None else "cuda"})
     stand_ins: dict[str, Callable[..., Any]] = {
         "CUDAGraph": RecordedGraph,
         "MemPool": lambda: SimpleNamespace(id=(0, 1)),
@@ -142,7 +147,9 @@ def pretended_graphs(device_type: str = "cpu") -> Iterator[type[RecordedGraph]]:
     with ExitStack() as stack:
         for name, stand_in in stand_ins.items():
             stack.enter_context(mock.patch.object(cuda, name, stand_in))
-        stack.enter_context(mock.patch.object(cuda_graph, "DEVICE_TYPES", frozenset({device_type})))
+        stack.enter_context(mock.patch.object(cuda_graph, "DEVICE_TYPES", devices))
+        if gpu is not None:  # which looks at all that is done
+            stack.enter_context(mock.patch.object(graphed, "watched", lambda: False))
         end = mock.patch.object(torch._C, "_cuda_endAllocateToPool", lambda device, pool: None, create=True)
         stack.enter_context(end)
         for kept in (cuda_graph._aside, cuda_graph._pool):
