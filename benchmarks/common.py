@@ -108,9 +108,16 @@ def interleaved(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str
 
 
 def _time_ms(run: Callable[[], Any]) -> float:
-    start = time.perf_counter()
+    start = done_at()
     run()
-    return 1e3 * (time.perf_counter() - start)
+    return 1e3 * (done_at() - start)
+
+
+def done_at() -> float:
+    """`time.perf_counter()` when a GPU that is in use has done what it was given."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def quantiles(values: list[float]) -> dict[str, float]:

@@ -13,9 +13,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from tests.interpreted import language_made_over_once_a_launch
-
 from tests import device as on_device
+from tests.interpreted import language_made_over_once_a_launch
 
 torch.set_num_threads(1)  # tiny models: more threads only wait for each other
 settings.register_profile("beside others", deadline=None, suppress_health_check=[HealthCheck.too_slow])

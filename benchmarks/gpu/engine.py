@@ -4,17 +4,20 @@
 
 A prompt pass is timed by the wall, waited for at its end; once more under a profiler, that counts the time in which the
 GPU was busy, launches and calls that wait. `first_ms` is the first call of this length, `next_length_ms` the first of
-another one behind it. Decoding steps go over random entries, the whole cache's and shares of it; the host also with
-its static cache, compiled as its users do. Then the time to the first token of a model with a real tower, in parts.
+another one behind it. Decoding steps go over random entries, the whole cache's, also without CUDA graphs, and shares of
+it; the host also with its static cache, compiled as its users do. Then the time to the first token of a model with a
+real tower, in parts.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -27,6 +30,7 @@ from benchmarks.models.caches import host_cache, random_cache
 from benchmarks.models.geometries import behind_a_token_tower, llava_onevision_05b_engine, video_prompt
 from benchmarks.models.ways import COMPILED, HOST, STATIC
 from mminfer import Engine, InferenceConfig, patched
+from mminfer.forward.graphed import SWITCH
 from mminfer.forward.kv_cache import CACHE_NAME
 
 COLUMNS = (
@@ -111,10 +115,10 @@ def decoding(model: Any, device: str, tiny: bool, repeats: int) -> Iterator[dict
     tokens = 64 if tiny else CACHE
     for batch in (1, 2) if tiny else BATCHES:
         host_ms = None
-        for setting, (patches, step) in steps(model, batch, tokens).items():
+        for setting, (around, step) in steps(model, batch, tokens).items():
             row = {"what": "decode", "tokens": tokens, "batch": batch, "setting": setting}
             try:
-                with patched(model, InferenceConfig(), verify=False) if patches else nullcontext():
+                with around():
                     row |= measured(step(), device, 3 * repeats)
             except Exception as error:  # out of memory, or nothing to compile with
                 yield row | {"error": in_words(error)}
@@ -123,8 +127,17 @@ def decoding(model: Any, device: str, tiny: bool, repeats: int) -> Iterator[dict
             yield row | ({} if host_ms is None else {"of_host": round(row["ms"] / host_ms, 3)})
 
 
-def steps(model: Any, batch: int, tokens: int) -> dict[str, tuple[bool, Callable[[], Run]]]:
-    """Whether the model is patched for it, and what makes the step, with its cache, of every setting by name."""
+@contextmanager
+def ours(model: Any, graphs: bool = True) -> Iterator[None]:
+    """The model patched with everything off; graphs: whether steps may be recorded."""
+    with mock.patch.dict(os.environ, {SWITCH: str(int(graphs))}), patched(model, InferenceConfig(), verify=False):
+        yield
+
+
+def steps(
+    model: Any, batch: int, tokens: int
+) -> dict[str, tuple[Callable[[], AbstractContextManager[None]], Callable[[], Run]]]:
+    """What is put around the model, and what makes the step, with its cache, of every setting by name."""
     ids = torch.full((batch, 1), 7, device=model.device)
 
     def step(cache: Callable[[], Any], compiled: bool = False) -> Callable[[], Run]:
@@ -137,14 +150,16 @@ def steps(model: Any, batch: int, tokens: int) -> dict[str, tuple[bool, Callable
         return made
 
     found = {
-        HOST: (False, step(lambda: host_cache(model, tokens, batch=batch))),
-        STATIC: (False, step(lambda: host_cache(model, tokens, ROOM, batch))),
-        COMPILED: (False, step(lambda: host_cache(model, tokens, ROOM, batch), True)),
+        HOST: (nullcontext, step(lambda: host_cache(model, tokens, batch=batch))),
+        STATIC: (nullcontext, step(lambda: host_cache(model, tokens, ROOM, batch))),
+        COMPILED: (nullcontext, step(lambda: host_cache(model, tokens, ROOM, batch), True)),
     }
     for share, differing in SHARES:
         entries, heads = round(share * tokens), ", heads differ" if differing else ""
-        ours = step(lambda n=entries, differing=differing: random_cache(model, n, tokens, batch, differing))
-        found[f"ours, {100 * share:g} %{heads}"] = (True, ours)
+        made = step(lambda n=entries, differing=differing: random_cache(model, n, tokens, batch, differing))
+        found[f"ours, {100 * share:g} %{heads}"] = (partial(ours, model), made)
+        if share == 1.0:
+            found["ours, 100 %, no graphs"] = (partial(ours, model, graphs=False), made)
     return found
 
 

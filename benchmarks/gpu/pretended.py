@@ -141,11 +141,16 @@ class PretendedGPU(TorchDispatchMode):
         with recorded_launches() as launches, self:
             plain(*args, **kwargs)
         name = plain.__name__
-        self._launch(name, len(launches))
+        self.launch(name, len(launches))
         with mock.patch.object(launching, "interpreted", interpreted):  # values are the interpreter's
             return _written(func, args, kwargs, _on_gpu(plain(*_real(args), **_real(kwargs))))
 
-    def _launch(self, name: str, count: int) -> None:
+    def wait(self) -> None:
+        """The host waits for all that was launched."""
+        self.counts.waits[_place(), "synchronize"] += 1
+
+    def launch(self, name: str, count: int) -> None:
+        """Counts kernels."""
         self.counts.launches[name] += count
         self.counts.launched_at[_place(), name] += count
 
@@ -165,7 +170,7 @@ class PretendedGPU(TorchDispatchMode):
             self.counts.waits[_place(), name] += waits
         nothing = name in ("fill", "zero") and args[0].numel() == 0
         if name not in FREE and not func.is_view and name not in ("copy", "_to_copy") and not nothing:
-            self._launch(name, LAUNCHES.get(name, 1))
+            self.launch(name, LAUNCHES.get(name, 1))
 
     def _count_copy(self, name: str, args: Any, kwargs: Any) -> int:
         """A copy between host and GPU waits, unless it is told not to; one on the GPU is a launch."""
@@ -180,7 +185,7 @@ class PretendedGPU(TorchDispatchMode):
         if args[0].numel() == 0:
             return 0
         if ends[0] == ends[1]:
-            self._launch(name, 1)
+            self.launch(name, 1)
             return 0
         return int(patient or (name == "_to_copy" and ends[0]))
 
@@ -196,7 +201,7 @@ class PretendedGPU(TorchDispatchMode):
                 if len(args) > 2 and args[2].numel() == 1:  # filled where the mask is true
                     continue
                 waits += 1
-                self._launch("nonzero", LAUNCHES["nonzero"])
+                self.launch("nonzero", LAUNCHES["nonzero"])
         return waits
 
 
@@ -251,7 +256,7 @@ def _attention_counted(gpu: PretendedGPU) -> Callable[..., Tensor]:
     def attention(*args: Any, **kwargs: Any) -> Any:
         if not isinstance(args[0], PretendedTensor):
             return plain(*args, **kwargs)
-        gpu._launch("scaled_dot_product_attention", 1)
+        gpu.launch("scaled_dot_product_attention", 1)
         with torch.utils._python_dispatch._disable_current_modes():
             return PretendedTensor(plain(*_real(args), **_real(kwargs)))
 
@@ -274,6 +279,7 @@ def pretended_gpu() -> Iterator[PretendedGPU]:
     with (
         mock.patch.object(torch.cuda, "_lazy_init", lambda: None),
         mock.patch.object(torch.cuda, "get_device_properties", lambda device: CARD),
+        mock.patch.object(torch.cuda, "synchronize", lambda device=None: gpu.wait()),
         mock.patch.object(launching, "interpreted", lambda: False),
         mock.patch.object(nn.functional, "scaled_dot_product_attention", _attention_counted(gpu)),
         gpu,

@@ -20,6 +20,7 @@ from transformers import Qwen2Config
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from benchmarks.gpu.pretended import Counts, PretendedGPU, moved, pretended_gpu
+from benchmarks.gpu.pretended_graphs import pretended_graphs
 from benchmarks.models.geometries import behind_a_token_tower, video_prompt
 from mminfer import InferenceConfig, patched
 from mminfer.forward.kv_cache import CACHE_NAME
@@ -78,6 +79,18 @@ def walked(gpu: PretendedGPU, model: Any, inputs: dict[str, Any], setting: str) 
         return _walked(gpu, model, inputs)
 
 
+@torch.no_grad()
+def replayed(gpu: PretendedGPU, model: Any, inputs: dict[str, Any], setting: str) -> Counts:
+    """A decoding step with a preset that is replayed from a CUDA graph: the third, the second is recorded."""
+    config = InferenceConfig.from_preset(setting)
+    with pretended_graphs(gpu), patched(model, config, verify=False):
+        cache, token = getattr(model(**inputs), CACHE_NAME), inputs["input_ids"][:, :1]
+        for _ in range(3):
+            with gpu.fresh() as step:
+                model(**{"input_ids": token, CACHE_NAME: cache})
+    return step
+
+
 def _walked(gpu: PretendedGPU, model: Any, inputs: dict[str, Any]) -> Walk:
     with gpu.fresh() as prompt:
         out = model(**inputs)
@@ -116,6 +129,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for setting in args.settings:
             walks[setting] = walked(gpu, model, inputs, setting)
             print(table({setting: walks[setting]}).partition("\n")[2], flush=True)
+            if setting != HOST:
+                step = replayed(gpu, model, inputs, setting)
+                print(f"    a recorded step: {step.num_launches} launches, {step.num_waits} waits", flush=True)
             if args.places:
                 print(places(walks[setting].prompt))
 

@@ -8,7 +8,6 @@ eviction themselves take of the setting's.
 """
 
 import argparse
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from statistics import median
@@ -17,7 +16,7 @@ from unittest import mock
 
 import torch
 
-from benchmarks.common import interleaved, write_rows
+from benchmarks.common import done_at, interleaved, write_rows
 from benchmarks.models.geometries import llava_onevision_05b, nano_prompt, video_prompt
 from mminfer import AIMMerge, AIMPrune, Digest, InferenceConfig, LookM, patched
 from mminfer.forward import rows
@@ -33,11 +32,11 @@ class Stopwatch:
 
     def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
+            start = done_at()
             try:
                 return function(*args, **kwargs)
             finally:
-                self.seconds += time.perf_counter() - start
+                self.seconds += done_at() - start
 
         return timed
 
@@ -62,10 +61,10 @@ def share_of_techniques(run: Callable[[], None], repeats: int = 3) -> float:
     """Median over runs of the techniques' part of the time."""
     shares = []
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = done_at()
         with techniques_timed() as watch:
             run()
-        shares.append(watch.seconds / (time.perf_counter() - start))
+        shares.append(watch.seconds / (done_at() - start))
     return median(shares)
 
 

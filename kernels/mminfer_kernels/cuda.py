@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from mminfer_kernels.build import cache_folder, check_private, sources
+from mminfer_kernels.launching import checked_grid
 
 logger = logging.getLogger(__name__)
 
@@ -247,9 +248,11 @@ def launch(variant: Variant, grid: tuple[int, int, int], arguments: ctypes.Struc
         device: number of the GPU on which everything lies.
 
     Raises:
+        ValueError: there is no grid of this size.
         CompileError: NVRTC refused the kernel.
         RuntimeError: the driver refused the launch.
     """
+    checked_grid(variant.kernel, grid)
     with torch.cuda.device(device):
         _ensure_context(device)
         stream = torch.cuda.current_stream(device).cuda_stream

@@ -11,6 +11,7 @@ import torch
 from mminfer_kernels.backends import interpreted
 from mminfer_kernels.tuned import measured_place
 
+MOST_BLOCKS = 65_535  # of a CUDA grid, along its second and third axis
 SMALLEST_BUCKET = 16  # `tl.dot` takes nothing smaller
 SHARED_BYTES = {"cuda": 160 * 1024, "hip": 48 * 1024}  # A100's; of MI300's 64 KiB some turn layouts around
 
@@ -45,9 +46,24 @@ def launch(kernel: Any, grid: Grid, tensors: dict[str, torch.Tensor | None], **a
     given = [x for x in tensors.values() if x is not None]
     if interpreted() and any(x.dtype == torch.bfloat16 for x in given):
         raise TypeError("Triton's interpreter is silently wrong in bfloat16, wanted float32: see `interpretable`")
-    device = given[0].device
+    device, wanted, name = given[0].device, grid, getattr(kernel, "__name__", "the kernel")
+
+    def within_bounds(meta: dict[str, Any]) -> tuple[int, ...]:
+        return checked_grid(name, wanted(meta) if callable(wanted) else wanted)
+
+    grid = within_bounds if callable(wanted) else checked_grid(name, wanted)
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         kernel[grid](**tensors, **arguments)
+
+
+def checked_grid(kernel: str, grid: tuple[int, ...]) -> tuple[int, ...]:
+    """The grid. Raises `ValueError` where a GPU has none of this size."""
+    if max(grid[1:], default=1) > MOST_BLOCKS:
+        raise ValueError(
+            f"{kernel} would take a grid of {' x '.join(map(str, grid))}, wanted at most {MOST_BLOCKS} along all axes "
+            "but the first: split the batch, or pass backend='reference'"
+        )
+    return grid
 
 
 @contextlib.contextmanager

@@ -49,7 +49,8 @@ class CallState:
     step_ms: list[float] = field(default_factory=list, init=False)
     _prompt_only: bool = field(default=False, init=False)  # every call is a stretch of a prompt, be it of one token
     _last_logits: Tensor | None = field(default=None, init=False)  # of a prompt that the cache holds already
-    _running: Tensor | None = field(default=None, init=False)  # [K] int64, rows that still generate; None: all
+    _running: Tensor | None = field(default=None, init=False)  # [K] int64, rows that the cache holds; None: all
+    _ended: set[int] = field(default_factory=set, init=False)  # rows that generate no more
 
     def __post_init__(self) -> None:
         if self.chunk_size is not None and not is_whole(self.chunk_size, least=1):
@@ -123,7 +124,7 @@ class CallState:
 
     def begin_prompt(self, cache: CompressedCache) -> None:
         """A prompt is about to go into the cache; all rows of its batch will generate."""
-        self._running = None
+        self._running, self._ended = None, set()
         cache.headroom = self.headroom
 
     def end_prompt(self, now: float) -> None:
@@ -136,24 +137,27 @@ class CallState:
         other.first_token_at, other.step_ms = self.first_token_at, self.step_ms
         return other
 
-    def drop_finished(self, input_ids: Tensor | None, cache: CompressedCache) -> Tensor | None:
+    def drop_finished(self, input_ids: Tensor | None, cache: CompressedCache, at_once: bool = True) -> Tensor | None:
         """Takes sequences whose turn has ended out of the cache, for good; at least one always stays.
 
         Args:
             input_ids: [B, 1], the last token of each row of the whole batch; None: not known.
             cache: holds the rows that were generating up to now.
+            at_once: else only where half of the rows or more have ended, so that a cache that had better stay where it
+                is in memory moves seldom.
 
         Returns:
-            [K] int64, the rows that still generate; None: all of them.
+            [K] int64, the rows that the cache holds; None: all of them.
         """
         if not self.end_ids or input_ids is None:
             return None
         last = input_ids[:, 0].tolist()
-        running = list(range(len(last))) if self._running is None else self._running.tolist()
-        places = [place for place, row in enumerate(running) if last[row] not in self.end_ids]
-        if 0 < len(places) < len(running):
+        held = list(range(len(last))) if self._running is None else self._running.tolist()
+        self._ended |= {row for row in held if last[row] in self.end_ids}
+        places = [place for place, row in enumerate(held) if row not in self._ended]
+        if 0 < len(places) < len(held) and (at_once or 2 * len(places) <= len(held)):
             cache.reorder_cache(torch.tensor(places, device=input_ids.device))
-            self._running = torch.tensor([running[place] for place in places], device=input_ids.device)
+            self._running = torch.tensor([held[place] for place in places], device=input_ids.device)
         return self._running
 
 

@@ -16,6 +16,7 @@ from mminfer.config import InferenceConfig
 from mminfer.forward.attention import Attend, routed_attention
 from mminfer.forward.compiled import CompiledStep
 from mminfer.forward.fused import fused_weights, hook_dictionaries
+from mminfer.forward.graphed import GraphedSteps
 from mminfer.forward.kv_cache import CompressedCache
 from mminfer.forward.kv_layer import CompressedLayer, PaddedLayer
 from mminfer.forward.packed_layer import PackedLayer
@@ -27,17 +28,21 @@ class Decoder:
     """Runs decoding steps of one host model.
 
     Standard layers of float32 on the CPU that nobody has hooked or changed take the fused step in C++; all others
-    run as the host's own modules.
+    run as the host's own modules, on a GPU recorded as a CUDA graph where that can be.
 
     Args:
         adapter: the host model.
         config: the techniques (only positions matter here).
         compile: run the host's modules under torch.compile instead, where that works.
+        record: whether CUDA graphs may be made.
     """
 
-    def __init__(self, adapter: ModelAdapter, config: InferenceConfig, compile: bool = False) -> None:
+    def __init__(
+        self, adapter: ModelAdapter, config: InferenceConfig, compile: bool = False, record: bool = True
+    ) -> None:
         self.adapter, self._config = adapter, config
         self._compiled = CompiledStep(adapter) if compile else None
+        self._graphed = GraphedSteps(adapter) if record else None
         self.refresh()
 
     def refresh(self) -> None:
@@ -45,6 +50,20 @@ class Decoder:
         factors = partial(frequency_factors, self._config, self.adapter.spec)
         self._rotary = RotaryAhead(self.adapter, fractional(self._config), factors)
         self._layers = LayersSnapshot(self.adapter)
+        self.let_go()
+
+    def let_go(self) -> None:
+        """No more steps are to come for now: lets CUDA graphs go."""
+        if self._graphed is not None:
+            self._graphed.refresh()
+
+    def records(self, device: torch.device) -> bool:
+        """Whether steps on this device are recorded as CUDA graphs, as far as is known."""
+        return self._graphed is not None and self._graphed.takes(device)
+
+    def is_recorded(self, cache: CompressedCache) -> bool:
+        """Whether steps over this cache, as long as it stays where it is in memory, are replayed from a CUDA graph."""
+        return self._graphed is not None and self._graphed.has(cache)
 
     @torch.no_grad()
     def step(self, hidden_states: Tensor, cache: CompressedCache) -> Tensor:
@@ -59,6 +78,8 @@ class Decoder:
         """
         tables = self._rotary.tables(hidden_states, cache.next_position, cache.rotary_length)
         logits = self._compiled_step(hidden_states, tables, cache)
+        if logits is None:
+            logits = self._graphed_step(hidden_states, tables, cache)
         if logits is None:
             logits = self._fused_step(hidden_states, tables, cache)
         if logits is None:
@@ -76,6 +97,14 @@ class Decoder:
             return None
         note_backend("decode_step", "compiled")
         return self._compiled(hidden_states, tables, cache)
+
+    def _graphed_step(self, hidden_states: Tensor, tables: Tables, cache: CompressedCache) -> Tensor | None:
+        if self._graphed is None or not self.records(hidden_states.device) or self._layers.hooked:
+            return None
+        logits = self._graphed(hidden_states, tables, cache)
+        if logits is not None:
+            note_backend("decode_step", "cuda graph" if self.is_recorded(cache) else "host")
+        return logits
 
     def _fused_step(self, hidden_states: Tensor, tables: Tables, cache: CompressedCache) -> Tensor | None:
         weights = self._fused_weights(hidden_states, tables)

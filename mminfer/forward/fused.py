@@ -57,8 +57,7 @@ def fused_weights(adapter: ModelAdapter) -> DecoderWeights | None:
 def hook_dictionaries(adapter: ModelAdapter) -> list[Any]:
     """All dictionaries in which anybody may leave a forward hook on the modules that a step runs through."""
     of_all_modules = [torch_modules._global_forward_hooks, torch_modules._global_forward_pre_hooks]
-    parts = [*adapter.layers, adapter.language_model.norm, adapter.model.lm_head]
-    modules = [module for part in parts for module in part.modules()]
+    modules = [module for part in adapter.step_modules for module in part.modules()]
     return of_all_modules + [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
 
 

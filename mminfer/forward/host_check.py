@@ -26,6 +26,7 @@ from mminfer.config import InferenceConfig
 from mminfer.errors import UnsupportedModelError
 from mminfer.forward.attention import routed_attention
 from mminfer.forward.decode import Decoder
+from mminfer.forward.graphed import refuse
 from mminfer.forward.kv_cache import CACHE_NAME, CompressedCache
 from mminfer.forward.layer_attention import LayerAttention, PassSettings
 from mminfer.forward.native_build import prepare_kernels
@@ -213,8 +214,20 @@ def _check_decoding(adapter: ModelAdapter, inputs: dict[str, Tensor], of_prompt:
         output = prompt_pass(adapter, InferenceConfig(), embeds, layout, cache, options)
         _check_logits("a prompt", adapter, adapter.logits(output.last), of_prompt)
         last = adapter.entering(adapter.model.get_input_embeddings()(inputs["input_ids"][:, -1:]))
-        step = Decoder(adapter, InferenceConfig()).step(last, cache)[:, 0]
-    _check_logits("a decoding step", adapter, step, of_step)
+        decoder = Decoder(adapter, InferenceConfig())
+        step = decoder.step(last, cache)[:, 0]
+        _check_logits("a decoding step", adapter, step, of_step)
+        if decoder.records(last.device):
+            _check_recorded(adapter, decoder, cache, last)
+
+
+def _check_recorded(adapter: ModelAdapter, decoder: Decoder, cache: CompressedCache, last: Tensor) -> None:
+    """Two steps that are replayed from a CUDA graph, against the modules; where they differ, none is recorded again."""
+    for hidden_states in (last.flip(0), last):
+        want = Decoder(adapter, InferenceConfig(), record=False).step(hidden_states, cache.clone())
+        found = decoder.step(hidden_states, cache)
+        if not is_close(found, want, LOGITS_BAR, HALF_LOGITS_BAR):
+            refuse(adapter, "a step that was recorded gives other logits than the modules")
 
 
 def _check_logits(what: str, adapter: ModelAdapter, ours: Tensor, host: Tensor) -> None:

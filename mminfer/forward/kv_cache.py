@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -155,6 +156,12 @@ class CompressedCache(Cache):
         if rotary_length is not None:
             self.rotary_length = rotary_length
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy, whose layers are copies too."""
+        vars(self).update(state)
+        for layer in self.layers:
+            layer.belong_to(self, wherever=False)
+
     def snapshot(self) -> Callable[[], None]:
         """A function that puts the cache back as it is now; it costs no copy, since entries are never overwritten."""
         state = {name: value for name, value in vars(self).items() if name != "headroom"}
@@ -170,7 +177,7 @@ class CompressedCache(Cache):
     def move_into(self, other: Cache) -> CompressedCache:
         """Makes an empty cache of the host's this one, so that whoever holds it finds it filled; gives that."""
         for layer in self.layers:
-            layer.cache = other  # type: ignore[assignment]
+            layer.belong_to(other)  # type: ignore[arg-type]
         other.__class__, other.__dict__ = CompressedCache, vars(self)
         return other  # type: ignore[return-value]
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from weakref import ref
 
 import torch
 from mminfer_kernels import LayerCache, PackedLayerCache
@@ -13,6 +14,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from mminfer.errors import InputError
 from mminfer.forward.room import HEADROOM, at_rest, growth
+from mminfer.forward.static_rows import StaticRows
 from mminfer.technique import CacheEntries
 
 if TYPE_CHECKING:
@@ -38,7 +40,7 @@ class CompressedLayer(CacheLayerMixin):
     num_columns: int
 
     def __init__(self, tokens_seen: Sequence[int], cache: CompressedCache, keys: Tensor) -> None:
-        self.cache = cache
+        self._cache: ref[CompressedCache] | None = ref(cache)  # else only a garbage collection would free their memory
         self.tokens_seen = tuple(tokens_seen)
         self.is_initialized = True
         self.dtype, self.device = keys.dtype, keys.device
@@ -90,6 +92,18 @@ class CompressedLayer(CacheLayerMixin):
         """Keys and values as the fused decoding step takes them, with room for the new entry."""
 
     @abstractmethod
+    def with_room(self) -> tuple[object, int]:
+        """Makes room for one new entry of each head.
+
+        Returns:
+            What holds the entries, another object wherever they lie elsewhere; and a count of the entries that came.
+        """
+
+    @abstractmethod
+    def static_rows(self) -> StaticRows:
+        """The entries as rows, with room for a new one of each head."""
+
+    @abstractmethod
     def select_rows(self, rows: Tensor) -> None:
         """Makes row `rows[i]` row i, as beams, repeats and sequences that leave the batch need it."""
 
@@ -119,12 +133,26 @@ class CompressedLayer(CacheLayerMixin):
             "model or the engine that made it"
         )
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies, whose cache will say that they are its own."""
+        return {**vars(self), "_cache": None}
+
+    @property
+    def cache(self) -> CompressedCache | None:
+        """The cache it belongs to; None: that is gone."""
+        return None if self._cache is None else self._cache()
+
+    def belong_to(self, cache: CompressedCache, wherever: bool = True) -> None:
+        """Makes it a layer of this cache; else only if it is of none."""
+        if wherever or self._cache is None:
+            self._cache = ref(cache)
+
     def get_seq_length(self) -> int:
         """Tokens the host believes to be in the cache."""
-        return self.cache.logical_length
+        return self.num_columns if self.cache is None else self.cache.logical_length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.num_columns + query_length, self.cache.logical_length - self.num_columns
+        return self.num_columns + query_length, self.get_seq_length() - self.num_columns
 
     def get_max_length(self) -> int:
         return -1
@@ -242,7 +270,8 @@ class PaddedLayer(CompressedLayer):
             raise ValueError("a layer without keys or values")
         if self.num_columns + spare_columns > keys.shape[2]:
             needed = self.num_columns + spare_columns
-            self._resize(needed + growth(needed, self.cache.headroom or HEADROOM))
+            headroom = None if self.cache is None else self.cache.headroom
+            self._resize(needed + growth(needed, headroom or HEADROOM))
             return self.reserve(spare_columns)
         return keys, values
 
@@ -256,6 +285,18 @@ class PaddedLayer(CompressedLayer):
 
     def step_cache(self) -> LayerCache:
         return LayerCache(*self.reserve(1), self.left_padding, self.num_columns)
+
+    def with_room(self) -> tuple[Tensor, int]:
+        return self.reserve(1)[0], self.num_columns
+
+    def static_rows(self) -> StaticRows:
+        keys, values = self.reserve(1)
+        batch, heads, capacity, size = keys.shape
+        first = torch.arange(0, batch * heads * capacity, capacity, device=keys.device).view(batch, heads)
+        lengths = torch.full_like(first, self.num_columns)
+        if self.left_padding is not None:
+            first, lengths = first + self.left_padding[:, None], lengths - self.left_padding[:, None]
+        return StaticRows(keys.view(-1, size), values.view(-1, size), first, lengths, None, capacity)
 
     def settle(self) -> None:
         capacity = self.num_columns + at_rest(self.num_columns)

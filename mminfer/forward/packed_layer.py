@@ -12,6 +12,7 @@ from torch import Tensor
 from mminfer.forward.kv_layer import CompressedLayer, PaddedLayer
 from mminfer.forward.packed_store import PackedStore, laid_out, mean_of, room_for, there
 from mminfer.forward.room import LEAST_GROWTH, at_rest, growth
+from mminfer.forward.static_rows import StaticRows
 from mminfer.technique import CacheEntries, mean_length
 
 if TYPE_CHECKING:
@@ -161,6 +162,14 @@ class PackedLayer(CompressedLayer):
             columns[name] = torch.cat([p for a, b in pairs if b is not None for p in (a, b[0, 0])])[None, None]
         lengths = zip(self.head_lengths[sequence], new.lengths, strict=True)
         return CacheEntries.of(columns, tuple(a + b for a, b in lengths))
+
+    def with_room(self) -> tuple[PackedStore, int]:
+        return self._with_room(), self._new
+
+    def static_rows(self) -> StaticRows:
+        store = self._with_room()
+        keys, values, log_mass = there(store.buffers["keys"]), there(store.buffers["values"]), store.buffers["log_mass"]
+        return StaticRows(keys, values, store.first, store.base + self._new, log_mass, self.largest_segment)
 
     def _with_room(self) -> PackedStore:
         """The entries, with room for one more in each head."""

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from mminfer_kernels import rotary_table
-from torch import Tensor
+from torch import Tensor, nn
 
 from mminfer.errors import InputError, UnsupportedModelError
 from mminfer.layout import GivenRows, Modality, TokenLayout
@@ -237,6 +237,11 @@ class ModelAdapter:
         whole = position.long()
         ids = whole if torch.equal(whole.to(position), position) else position.float()
         return {"position_ids": ids.to(device, non_blocking=True)}
+
+    @property
+    def step_modules(self) -> list[nn.Module]:
+        """What rows run through, from the first layer to the logits."""
+        return [*self.layers, self.language_model.norm, self.model.lm_head]
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """Final norm and head: [..., C] -> [..., vocabulary]."""

@@ -20,6 +20,7 @@ from mminfer.forward.kv_cache import CACHE_NAME, CompressedCache, Origin
 from mminfer.forward.native_build import prepare_kernels
 from mminfer.forward.prefill import PassOptions, PromptOutput, prompt_pass
 from mminfer.forward.surroundings import check_entrance, has_foreign_forward
+from mminfer.metrics.clock import done_at
 from mminfer.metrics.records import PromptRecord
 from mminfer.metrics.vision import vision_shares
 from mminfer.models.adapter import ModelAdapter
@@ -98,7 +99,10 @@ class ModelPass:
 
     @property
     def step_ms(self) -> list[float]:
-        """Duration of each decoding step since the last prompt pass; `compile_ms` has those that compiled."""
+        """Duration of each decoding step since the last prompt pass; `compile_ms` has those that compiled.
+
+        On a GPU, which is not waited for between steps, these are the times of their launches.
+        """
         return self._call.step_ms
 
     @property
@@ -126,6 +130,7 @@ class ModelPass:
             yield state
         finally:
             self._call, self._begun_by = state.followed_by(CallState(self._chunk_size)), None
+            self._decoder.let_go()
 
     @property
     def _host_forward(self) -> Callable[..., Any]:
@@ -161,7 +166,7 @@ class ModelPass:
         if embeds is None:
             embeds = self.model.get_input_embeddings()(inputs["input_ids"])
         embeds = self.adapter.entering(embeds)
-        rows = call.drop_finished(inputs.get("input_ids"), cache)
+        rows = call.drop_finished(inputs.get("input_ids"), cache, at_once=not self._decoder.is_recorded(cache))
         running = embeds if rows is None else embeds[rows]
         check_batch(len(running), cache)
         logits = self._decoder.step(running, cache)
@@ -183,7 +188,7 @@ class ModelPass:
         output.record.vision_flops = vision_shares(self.adapter, inputs, output.record.visual)
         self.records.append(output.record)
         logits = self._prompt_logits(inputs, output)
-        call.end_prompt(time.perf_counter())
+        call.end_prompt(done_at(logits.device))
         self.prompt_ms.append(1e3 * (call.first_token_at - start))
         if self._begun_by is None:
             self._call = call

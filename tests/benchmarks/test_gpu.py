@@ -87,9 +87,9 @@ def test_prompts_and_steps_are_timed_beside_the_hosts():
         rows = list(engine.prompt_passes(model, "cpu", True, 1))
         assert [row["setting"] for row in rows] == list(engine.PROMPT_SETTINGS)
         assert not [row["error"] for row in rows if "error" in row]
-        for name, (patches, make) in engine.steps(model, 2, 16).items():
+        for name, (around, make) in engine.steps(model, 2, 16).items():
             if "compiled" not in name:
-                with engine.patched(model, engine.InferenceConfig(), verify=False) if patches else engine.nullcontext():
+                with around():
                     assert make()().logits.shape[:2] == (2, 1)
 
 

@@ -1,5 +1,9 @@
 """The cache: rows of their own length, growth, beams, copies, and failure without a trace."""
 
+import copy
+import gc
+import weakref
+
 import pytest
 import torch
 from hypothesis import given
@@ -26,6 +30,7 @@ def layer_of(rows: list[CacheEntries], headroom: int | None = None) -> PaddedLay
     layer = PaddedLayer(rows, [len(r) for r in rows], cache)
     ends = torch.tensor([float(len(r)) for r in rows])
     cache.commit([layer], max(map(len, rows)), [len(r) for r in rows], Continuation.behind_text(ends))
+    layer.kept = cache  # which the layer alone does not keep alive
     return layer
 
 
@@ -62,7 +67,29 @@ def packed_layer_of(rows: list[CacheEntries], headroom: int | None = 64) -> Pack
     cache.headroom = headroom
     layer = PackedLayer(rows, [99] * len(rows), cache)
     cache.commit([layer], 99, [99] * len(rows), Continuation.behind_text(torch.zeros(len(rows)).double()))
+    layer.kept = cache  # which the layer alone does not keep alive
     return layer
+
+
+def test_a_cache_goes_with_its_last_user_and_a_copy_has_layers_of_its_own():
+    """No garbage collection is needed, which knows nothing of a GPU's memory."""
+    model, inputs = tiny_model("llava"), tiny_inputs("llava", [[5], [3]])
+    gc.collect()
+    gc.disable()
+    try:
+        with patched(model, InferenceConfig()):
+            cache = model(**inputs, use_cache=True).past_key_values
+            twin = copy.deepcopy(cache)
+            assert all(layer.cache is twin for layer in twin.layers)
+            assert all(layer.cache is cache for layer in cache.layers)
+            seen = weakref.ref(cache)
+            want = model(input_ids=inputs["input_ids"][:, -1:], past_key_values=cache).logits
+            del cache
+            assert seen() is None
+            assert torch.equal(model(input_ids=inputs["input_ids"][:, -1:], past_key_values=twin).logits, want)
+            assert twin.get_seq_length() == 6
+    finally:
+        gc.enable()
 
 
 @given(

@@ -8,9 +8,10 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from mminfer_kernels import launching, tune, tuned
+from mminfer_kernels import cuda, launching, tune, tuned
 from mminfer_kernels.launching import (
     Configured,
+    checked_grid,
     configured,
     dense_rows,
     interpretable,
@@ -25,6 +26,17 @@ from mminfer_kernels.launching import (
 def copy_kernel(x, out, BLOCK: tl.constexpr):
     places = tl.arange(0, BLOCK)
     tl.store(out + places, tl.load(x + places))
+
+
+@pytest.mark.parametrize("grid", [(1, 65_536), lambda meta: (1, 1, 65_536)])
+def test_grids_that_no_gpu_has_are_refused_by_name(grid):
+    x = torch.zeros(16)
+    with pytest.raises(ValueError, match=r"copy_kernel would take a grid of 1 x .*65536, wanted at most 65535"):
+        launch(copy_kernel, grid, {"x": x, "out": x.clone()}, BLOCK=16)
+    variant = SimpleNamespace(kernel="merge")
+    with pytest.raises(ValueError, match="merge would take a grid of 1 x 1 x 70000"):
+        cuda.launch(variant, (1, 1, 70_000), None, 0)
+    assert checked_grid("any", (2**31 - 1, 65_535, 65_535)) == (2**31 - 1, 65_535, 65_535)
 
 
 def test_a_launch_runs_or_is_recorded():
