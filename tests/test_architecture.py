@@ -27,7 +27,7 @@ ORDER = (
     ("inputs",),
     ("patching",),
     ("running",),
-    ("streaming", "chat_files"),
+    ("streaming", "chat_files", "scheduling"),
     ("chat",),
     ("engine",),
     ("media",),
@@ -159,7 +159,7 @@ def test_annotations_run_no_farther_up_than_imports(wing):
     assert [f"{file}: {found.name}" for file, found in pairs_of(files) if found.of(*above)] == []
 
 
-@pytest.mark.parametrize("wing", ["forward", "patching", "running", "inputs", "engine", "chat"])
+@pytest.mark.parametrize("wing", ["forward", "patching", "running", "scheduling", "inputs", "engine", "chat"])
 def test_the_passes_know_techniques_by_their_interface_alone(wing):
     """They reach the rooms through the configuration: none of them names a technique."""
     sources = f"mminfer/{wing}" if (ROOT / "mminfer" / wing).is_dir() else f"mminfer/{wing}.py"

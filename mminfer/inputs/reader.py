@@ -101,7 +101,7 @@ class RequestReader:
         """Chats as the model's inputs, left-padded to one batch."""
         return self._builder.batch([self.check(chat, media) for chat in chats])
 
-    def readings(self, messages: Any, media: MediaOptions, size: int) -> Callable[[], Reading]:
+    def readings(self, messages: Any, media: MediaOptions, size: int | None) -> Callable[[], Reading]:
         """A chat to be read from its beginning, piece by piece, the media of its last message opened as they come.
 
         What can be told of it without opening these is checked here. A last message that is a list is also rendered
@@ -110,7 +110,7 @@ class RequestReader:
         Args:
             messages: as users write them.
             media: how media are taken.
-            size: tokens that a piece should hold at most.
+            size: tokens that a piece should hold at most; None: one piece.
         """
         self.check_options(media)
         *earlier, last = parse_chat(messages, media)
