@@ -30,7 +30,7 @@ ORDER = (
     ("streaming", "chat_files", "scheduling"),
     ("chat",),
     ("engine",),
-    ("media",),
+    ("media", "serving"),
     ("needle", "inspection"),
     ("bench",),
     ("cli",),
@@ -245,7 +245,8 @@ def test_importing_changes_nothing_and_needs_no_optional_package():
     """In a process of its own: the host's attention functions stay, and nothing optional has to be there."""
     program = """
 import sys
-sys.modules |= dict.fromkeys(("triton", "flash_attn", "av", "matplotlib", "sklearn"))
+optional = "triton flash_attn av matplotlib sklearn fastapi uvicorn llguidance prometheus_client"
+sys.modules |= dict.fromkeys(optional.split())
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 before = dict(ALL_ATTENTION_FUNCTIONS.items())
 import mminfer, mminfer.cli.main, mminfer.media

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -117,7 +118,8 @@ class Answer:
         """Ends it before it is whole."""
         if not self.is_done:
             self.is_done = self.failed = True
-            self.listener.fail(error)
+            with suppress(Exception):  # nobody may be there any more to be told
+                self.listener.fail(error)
 
     @property
     def _looks_at_ids(self) -> bool:

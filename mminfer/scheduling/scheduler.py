@@ -6,7 +6,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from threading import Condition, Thread
 
@@ -96,7 +96,8 @@ class Ticket:
         """Ends what is not done yet."""
         if not self.answers:
             for request in self.requests:
-                request.listener.fail(error)
+                with suppress(Exception):  # nobody may be there any more to be told
+                    request.listener.fail(error)
         for answer in self.answers:
             answer.fail(error)
 
@@ -316,7 +317,8 @@ class Scheduler:
         try:
             answer.listener.end(cache, row)
         except Exception as error:
-            answer.listener.fail(error)
+            with suppress(Exception):
+                answer.listener.fail(error)
 
     def _step(self) -> None:
         """One more token of every answer."""
