@@ -89,7 +89,9 @@ def _image_bytes(url: str, where: str, server: ServerSettings) -> bytes:
         if url[:5].lower() == "data:":
             return data_url_bytes(url)
         parts = urlsplit(url)
-        if parts.scheme.lower() in ("http", "https") and (parts.hostname or "").lower() in server.remote_domains:
+        is_plain = parts.username is None and "\\" not in url  # which readers of URLs take for different things
+        named = (parts.hostname or "").lower() in server.remote_domains
+        if parts.scheme.lower() in ("http", "https") and named and is_plain:
             return fetch(url, follow_redirects=False)
     except (InputError, ValueError):
         raise RequestError(400, f"{where}: the image cannot be had", param=where, code="invalid_image_url") from None

@@ -7,7 +7,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from threading import Lock
 from typing import Any
 
@@ -177,7 +177,7 @@ def pieces_of(service: Service, prepared: Prepared, deadline: float) -> tuple[An
         deadline: by `time.monotonic()`.
     """
     loop, queue = asyncio.get_running_loop(), asyncio.Queue[Piece]()
-    answering = service.begin(prepared, partial(loop.call_soon_threadsafe, queue.put_nowait))
+    answering = service.begin(prepared, lambda piece: loop.call_soon_threadsafe(queue.put_nowait, piece))
 
     async def pieces() -> AsyncIterator[Piece]:
         left = len(answering.listeners)
