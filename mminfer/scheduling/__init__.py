@@ -2,7 +2,8 @@
 
 from mminfer.scheduling.answer import Answer, AnswerRequest, Listener
 from mminfer.scheduling.prompt import Prompt, WholePrompt
-from mminfer.scheduling.scheduler import Busy, Cancelled, Closed, Limits, Scheduler, Ticket
+from mminfer.scheduling.scheduler import Scheduler
+from mminfer.scheduling.ticket import Busy, Cancelled, Closed, Limits, Ticket
 
 __all__ = [
     "Answer",
