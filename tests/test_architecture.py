@@ -28,10 +28,10 @@ ORDER = (
     ("inputs",),
     ("patching",),
     ("running",),
-    ("streaming", "chat_files"),
+    ("streaming", "chat_files", "scheduling"),
     ("chat",),
     ("engine",),
-    ("media",),
+    ("media", "serving"),
     ("needle", "inspection"),
     ("bench",),
     ("calibration",),
@@ -161,7 +161,7 @@ def test_annotations_run_no_farther_up_than_imports(wing):
     assert [f"{file}: {found.name}" for file, found in pairs_of(files) if found.of(*above)] == []
 
 
-@pytest.mark.parametrize("wing", ["forward", "patching", "running", "inputs", "engine", "chat"])
+@pytest.mark.parametrize("wing", ["forward", "patching", "running", "scheduling", "inputs", "engine", "chat"])
 def test_the_passes_know_techniques_by_their_interface_alone(wing):
     """They reach the rooms through the configuration: none of them names a technique."""
     sources = f"mminfer/{wing}" if (ROOT / "mminfer" / wing).is_dir() else f"mminfer/{wing}.py"
@@ -247,7 +247,8 @@ def test_importing_changes_nothing_and_needs_no_optional_package():
     """In a process of its own: the host's attention functions stay, and nothing optional has to be there."""
     program = """
 import sys
-sys.modules |= dict.fromkeys(("triton", "flash_attn", "av", "matplotlib", "sklearn"))
+optional = "triton flash_attn av matplotlib sklearn fastapi uvicorn llguidance prometheus_client"
+sys.modules |= dict.fromkeys(optional.split())
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 before = dict(ALL_ATTENTION_FUNCTIONS.items())
 import mminfer, mminfer.cli.main, mminfer.media

@@ -1,4 +1,4 @@
-"""The command line: mminfer generate | calibrate | bench | inspect | doctor.
+"""The command line: mminfer generate | calibrate | bench | inspect | serve | doctor.
 
 Nothing here loads torch or transformers: a command does so once its options are read.
 """
@@ -19,6 +19,7 @@ from mminfer.cli.console import ERR, exit_code, reports_errors
 from mminfer.cli.doctor import doctor
 from mminfer.cli.generate import generate
 from mminfer.cli.inspect import inspect
+from mminfer.cli.serve import serve
 from mminfer.cli.settings import load_technique_file
 
 app = typer.Typer(
@@ -30,6 +31,7 @@ app.command()(generate)
 app.command()(calibrate)
 app.add_typer(bench, name="bench")
 app.command()(inspect)
+app.command()(serve)
 app.command()(doctor)
 
 

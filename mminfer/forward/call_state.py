@@ -31,6 +31,7 @@ class CallState:
         headroom: how many tokens to come the cache has room for from the start; None: nobody knows.
         progress: told after each chunk how many tokens of the prompt it was.
         given_embeddings: rows of the next prompt whose embeddings are given; that prompt takes them.
+        between_layers: called behind each layer of a prompt, so that others may have a turn.
 
     Attributes:
         first_token_at: `time.perf_counter()` at the end of the last prompt pass.
@@ -45,6 +46,7 @@ class CallState:
     headroom: int | None = None
     progress: Callable[[int], object] | None = None
     given_embeddings: GivenRows | None = None
+    between_layers: Callable[[], object] | None = None
     first_token_at: float = field(default=0.0, init=False)
     step_ms: list[float] = field(default_factory=list, init=False)
     _prompt_only: bool = field(default=False, init=False)  # every call is a stretch of a prompt, be it of one token

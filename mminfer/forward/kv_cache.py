@@ -243,19 +243,28 @@ class CompressedCache(Cache):
         """
         if len(caches) == 1:
             return caches[0]
-        out = cls()
-        out.headroom, out.origin = caches[0].headroom, caches[0].origin
+        out = cls.of_rows([(cache, 0) for cache in caches])
+        out.logical_length = max(c.logical_length for c in caches)
+        return out
+
+    @classmethod
+    def of_rows(cls, rows: Sequence[tuple[CompressedCache, int]]) -> CompressedCache:
+        """A new cache of sequences that other caches hold, which stay as they are.
+
+        Args:
+            rows: each sequence's cache, and its place there; the keys of all were made by one origin's model and
+                positions, as `Origin.check` has it.
+        """
+        out, first = cls(), rows[0][0]
+        out.headroom = max((c.headroom for c, _ in rows if c.headroom is not None), default=None)
+        out.origin = first.origin
         layers = [
-            layer_of([layer.row(0) for layer in of_all], [layer.tokens_seen[0] for layer in of_all], out)
-            for of_all in zip(*(c.layers for c in caches), strict=True)
+            layer_of([c.layers[i].row(b) for c, b in rows], [c.layers[i].tokens_seen[b] for c, b in rows], out)
+            for i in range(len(first.layers))
         ]
-        out.commit(
-            layers,
-            max(c.logical_length for c in caches),
-            [c.tokens[0] for c in caches],
-            Continuation.stack([c.continuation for c in caches]),
-            max(c.rotary_length for c in caches),
-        )
+        tokens = [c.tokens[b] for c, b in rows]
+        places = Continuation.stack([c.continuation.select(c.next_position.new_tensor([b]).long()) for c, b in rows])
+        out.commit(layers, max(tokens), tokens, places, max(c.rotary_length for c, _ in rows))
         return out
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

@@ -52,6 +52,7 @@ class PassOptions:
         last_only: whether nobody will ask for hidden states other than the last row's.
         progress: told after each chunk how many tokens of the prompt it was.
         places_given: whether the caller says at which positions the rows stand, also behind what the cache holds.
+        between_layers: called behind each layer, so that others may have a turn. It leaves this cache alone.
     """
 
     columns: int
@@ -59,6 +60,7 @@ class PassOptions:
     last_only: bool = False
     progress: Callable[[int], object] | None = None
     places_given: bool = False
+    between_layers: Callable[[], object] | None = None
 
 
 @torch.no_grad()
@@ -139,7 +141,7 @@ def _run_chunks(
     layers: list[list[LayerRecord]] = []
     for index in rows.layout.chunks(options.chunk_size):
         chunk = rows if len(index) == len(rows.layout) else rows.select(index)
-        left, records = _run_layers(adapter, config, chunk, cache)
+        left, records = _run_layers(adapter, config, chunk, cache, options.between_layers)
         layers.append(records)
         if whole is not None:
             whole.index_copy_(0, index.to(whole.device, non_blocking=True), left.hidden)
@@ -153,12 +155,16 @@ def _run_chunks(
 
 
 def _run_layers(
-    adapter: ModelAdapter, config: InferenceConfig, rows: Rows, cache: CompressedCache
+    adapter: ModelAdapter,
+    config: InferenceConfig,
+    rows: Rows,
+    cache: CompressedCache,
+    between_layers: Callable[[], object] | None,
 ) -> tuple[Rows, list[LayerRecord]]:
     """All layers over the rows of one chunk, behind what the cache holds; it then holds them too."""
     settings = PassSettings(adapter, config, rows.layout.lengths)
     depth, across_layers = adapter.spec.num_layers, config.cache is not None and config.cache.across_layers
-    entered, again = rows, LayersAgain(config)
+    entered, again = rows, LayersAgain(config, between_layers)
     done: list[tuple[LayerAttention, Tensor | None]] = []  # of all layers, where they are compressed together
     layers: list[CompressedLayer] = []
     records: list[LayerRecord] = []
@@ -178,6 +184,8 @@ def _run_layers(
                 records.append(attend.record(ffn))
             if attend.kept:
                 rows = rows.select(torch.cat(attend.kept), attend.counts_left())
+            if between_layers is not None:
+                between_layers()
         if across_layers:
             again.behind_all([attend for attend, _ in done], entered)
     if across_layers:

@@ -6,7 +6,7 @@ a later question can look at (KVzip, arXiv 2505.23416). Their second keys and va
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -169,12 +169,14 @@ class LayersAgain:
 
     Args:
         config: the techniques.
+        between_layers: called behind each layer that all rows go through again.
 
     Attributes:
         looked: of each layer, what was found; empty where nobody asked.
     """
 
-    def __init__(self, config: InferenceConfig) -> None:
+    def __init__(self, config: InferenceConfig, between_layers: Callable[[], object] | None = None) -> None:
+        self._between_layers = between_layers
         self._skip = config.skip
         self._plan = None if config.cache is None else config.cache.replay
         self.looked: list[ReplayAttention] = []
@@ -207,6 +209,8 @@ class LayersAgain:
             else:  # nobody asks what comes out of the last one
                 _look_only(look, hidden, table)
             self._note(look, attend, ffn=i < depth - 1)
+            if self._between_layers is not None:
+                self._between_layers()
 
     def _note(self, look: ReplayAttention, attend: LayerAttention, ffn: bool) -> None:
         look.weigh()

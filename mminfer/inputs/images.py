@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from typing import IO, Any
 
 import numpy as np
@@ -39,6 +40,23 @@ def load_image(source: Any, *, allow_remote: bool = False, allow_private_hosts: 
     opened = open_source(source, "image", allow_remote=allow_remote, allow_private_hosts=allow_private_hosts)
     with opened as (file, name):
         return _to_rgb(_opened(file, name), name)
+
+
+def load_image_bytes(content: bytes, name: str, most_pixels: int = MAX_PIXELS) -> Image.Image:
+    """One image of a file's content, as `load_image` gives it.
+
+    Args:
+        content: of the file.
+        name: for messages.
+        most_pixels: of the image; a larger one is refused before it is decoded.
+
+    Raises:
+        InputError: not an image, damaged, empty or too large.
+    """
+    image = _opened(BytesIO(content), name)
+    if image.width * image.height > most_pixels:
+        raise InputError(f"{name}: {image.width} x {image.height} pixels: scale it down to {most_pixels:,} pixels")
+    return _to_rgb(image, name)
 
 
 def _opened(file: IO[bytes], name: str) -> Image.Image:

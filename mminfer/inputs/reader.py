@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -101,7 +102,7 @@ class RequestReader:
         """Chats as the model's inputs, left-padded to one batch."""
         return self._builder.batch([self.check(chat, media) for chat in chats])
 
-    def readings(self, messages: Any, media: MediaOptions, size: int) -> Callable[[], Reading]:
+    def readings(self, messages: Any, media: MediaOptions, size: int | None) -> Callable[[], Reading]:
         """A chat to be read from its beginning, piece by piece, the media of its last message opened as they come.
 
         What can be told of it without opening these is checked here. A last message that is a list is also rendered
@@ -110,7 +111,7 @@ class RequestReader:
         Args:
             messages: as users write them.
             media: how media are taken.
-            size: tokens that a piece should hold at most.
+            size: tokens that a piece should hold at most; None: one piece.
         """
         self.check_options(media)
         *earlier, last = parse_chat(messages, media)
@@ -144,6 +145,37 @@ class RequestReader:
         else:
             rendering = self._rendering(turn, parsed, media)()
         return self._reading(rendering, turn, size, parsed.expected_parts)
+
+    def onward(self, transcript: Transcript, messages: Sequence[Message], *, closes: bool, size: int | None) -> Reading:
+        """What is new in a chat of which the first part was read before.
+
+        Args:
+            transcript: what was read before: messages of this chat, of the last one perhaps some parts.
+            messages: checked ones, up to where the reading ends; the last is the user's.
+            closes: whether its turn ends there, so that the answer is next.
+            size: tokens that a piece should hold at most; None: one piece.
+        """
+        known, history, before = transcript.messages, list[dict[str, Any]](), list[Part]()
+        for place, message in enumerate(messages):
+            taken = known[place] if place < len(known) else {"role": message.role, "content": []}
+            if place == len(messages) - 1:
+                history.append(taken)
+            elif place < len(known) - 1 or (taken["role"] == "assistant" and place < len(known)):
+                history.append(taken)  # an answer stands there as a mark
+            else:
+                new = message.parts[len(taken["content"]) :]
+                shown = [self.markers.template_part(part) for part in new]
+                history.append({**taken, "content": [*taken["content"], *shown]})
+                before += new
+        parts = messages[-1].parts[len(history[-1]["content"]) :]
+        turn = Turn(replace(transcript, messages=tuple(history)), closes, before)
+        rendering = WholeRendering(self._template, self.markers, turn, parts)
+        return self._reading(rendering, turn, size, len(parts))
+
+    def tokens_of(self, text: str) -> list[int]:
+        """The token ids of a text by itself."""
+        ids: list[int] = self.processor.tokenizer(text, add_special_tokens=False).input_ids
+        return ids
 
     def _rendering(self, turn: Turn, content: Content, media: MediaOptions) -> Callable[[], Rendering]:
         """Renders a turn: a list at once, here; anything else group by group, whenever it is called."""

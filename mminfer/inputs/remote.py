@@ -24,7 +24,7 @@ _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _COMPATIBLE = ipaddress.ip_network("::/96")
 
 
-def fetch(url: str, *, allow_private_hosts: bool = False) -> bytes:
+def fetch(url: str, *, allow_private_hosts: bool = False, follow_redirects: bool = True) -> bytes:
     """What stands under a URL.
 
     Addresses are checked where a connection is made, so that neither a name nor a redirect leads round it, and proxies
@@ -33,12 +33,13 @@ def fetch(url: str, *, allow_private_hosts: bool = False) -> bytes:
     Args:
         url: http(s).
         allow_private_hosts: fetch from this machine and its network too.
+        follow_redirects: go on to where a host sends us; else that is an error.
 
     Raises:
         InputError: it is no such URL, cannot be fetched in time, is cut short or too large, or its host is not public.
     """
     name = url_name(url)
-    fetching = _Fetching(allow_private_hosts)
+    fetching = _Fetching(allow_private_hosts, follow_redirects)
     try:
         with fetching.in_time():
             content = fetching.content(_quoted(url))
@@ -57,8 +58,8 @@ def fetch(url: str, *, allow_private_hosts: bool = False) -> bytes:
 class _Fetching:
     """One fetch, whose connections are closed when its time is over."""
 
-    def __init__(self, allow_private_hosts: bool) -> None:
-        self._allow_private_hosts = allow_private_hosts
+    def __init__(self, allow_private_hosts: bool, follow_redirects: bool) -> None:
+        self._allow_private_hosts, self._follow_redirects = allow_private_hosts, follow_redirects
         self._lock, self._sockets, self.is_late = Lock(), list[socket.socket](), False
 
     @contextmanager
@@ -80,7 +81,12 @@ class _Fetching:
         """
         _check_url(url)
         opener = urllib.request.OpenerDirector()
-        for handler in (_Http(self), _Https(self), _Redirects(), urllib.request.HTTPErrorProcessor()):
+        for handler in (
+            _Http(self),
+            _Https(self),
+            _Redirects(self._follow_redirects),
+            urllib.request.HTTPErrorProcessor(),
+        ):
             opener.add_handler(handler)
         opener.add_handler(urllib.request.HTTPDefaultErrorHandler())
         request = urllib.request.Request(url, headers={"User-Agent": "mminfer"})
@@ -230,9 +236,14 @@ class _Https(urllib.request.HTTPSHandler):
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """To http(s) and nothing else."""
+    """To http(s) and nothing else, if at all."""
+
+    def __init__(self, allowed: bool) -> None:
+        self._allowed = allowed
 
     def redirect_request(self, request: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        if not self._allowed:
+            raise InputError("it redirects to another place, which is not followed: pass the URL of the file itself")
         if urlsplit(newurl).scheme.lower() not in ("http", "https"):
             raise InputError(f"redirected to {shortened(newurl)}: wanted http(s)")
         _check_url(newurl)

@@ -57,6 +57,15 @@ def open_source(
             yield file, name
 
 
+def data_url_bytes(url: str) -> bytes:
+    """What a "data:image/...;base64," URL holds.
+
+    Raises:
+        InputError: it is none, or damaged.
+    """
+    return _decode_data_url(url, "image")
+
+
 def check_source(source: Any, kind: str, *, allow_remote: bool) -> None:
     """Raises `InputError` if it can be seen without opening it that `open_source` would refuse a path or URL."""
     if not isinstance(source, (str, Path)):

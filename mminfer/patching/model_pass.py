@@ -209,7 +209,8 @@ class ModelPass:
         if self._verify and given is None and len(layout.visual_rows) > 0 and has_foreign_forward(self.adapter):
             check_entrance(self.adapter, self._host_forward, inputs, embeds, layout)
         places_given = inputs.get("position_ids") is not None and not call.is_reading  # a reading counts from 0
-        options = PassOptions(tokens_of(inputs).shape[1], call.chunk_size, last_only, call.progress, places_given)
+        columns, between = tokens_of(inputs).shape[1], call.between_layers
+        options = PassOptions(columns, call.chunk_size, last_only, call.progress, places_given, between)
         output = prompt_pass(self.adapter, self.config, embeds, layout, cache, options)
         cache.origin, cache.ends_in_padding = self._origin, ends_in_padding
         return output

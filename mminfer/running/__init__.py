@@ -1,9 +1,10 @@
 """Running requests on a model: one call at a time, patched for its duration, measured."""
 
 from mminfer.running.merging import overridden
+from mminfer.running.model_lock import lock_of
 from mminfer.running.options import RunOptions
 from mminfer.running.prompt_reader import ReadingCancelled
 from mminfer.running.runner import Runner
 from mminfer.running.settings import GenerationSettings
 
-__all__ = ["GenerationSettings", "ReadingCancelled", "RunOptions", "Runner", "overridden"]
+__all__ = ["GenerationSettings", "ReadingCancelled", "RunOptions", "Runner", "lock_of", "overridden"]

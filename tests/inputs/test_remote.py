@@ -102,6 +102,13 @@ def test_a_picture_comes_by_way_of_redirects(server):
         assert load_image(server.url + path, **LOCAL).getpixel((0, 0)) == (1, 2, 3)
 
 
+def test_redirects_are_an_error_where_they_are_not_followed(server):
+    server.target = "/picture.png"
+    assert remote.fetch(server.url + "/picture.png", allow_private_hosts=True, follow_redirects=False)
+    with pytest.raises(InputError, match="not followed"):
+        remote.fetch(server.url + "/turn", allow_private_hosts=True, follow_redirects=False)
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "127.1", "2130706433", "[::1]", "[::ffff:127.0.0.1]", "0"])
 def test_the_machine_and_its_network_are_asked_only_if_told(server, host):
     url = f"http://{host}:{server.server_port}/picture.png"

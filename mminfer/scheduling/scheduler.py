@@ -1,0 +1,265 @@
+"""The scheduler: one thread that reads prompts, first come first served, and decodes all answers together."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from threading import Condition, Thread
+
+from mminfer.config import InferenceConfig
+from mminfer.errors import InputError
+from mminfer.forward.kv_cache import CompressedCache
+from mminfer.forward.native_build import prepare_kernels
+from mminfer.models.adapter import ModelAdapter
+from mminfer.models.structure import running_device
+from mminfer.patching import StandIn
+from mminfer.running import lock_of
+from mminfer.scheduling.answer import Answer, AnswerRequest
+from mminfer.scheduling.batch import Batch, Kind, kind_of, take_tokens
+from mminfer.scheduling.prompt import Prompt, Prompting
+from mminfer.scheduling.ticket import Busy, Cancelled, Closed, Limits, Ticket
+
+MOST_HANDLES = 32  # passes with different settings that are kept between requests
+
+
+class Scheduler:
+    """Answers many requests at a time on one model, by a thread of its own.
+
+    Requests join and leave between decoding steps. Prompts are read one after the other, as they came, and decoding
+    steps go on meanwhile, between their pieces and layers. What an answer is does not depend on the others: each draws
+    from a seed of its own, and only those are decoded together whose rotary frequencies are the same.
+
+    Other calls of the model, by engines or by patches, may come in between.
+
+    Args:
+        adapter: the host model.
+        limits: what is taken on.
+        compile: decode by the host's modules under torch.compile; see `mminfer.patch`.
+        verify: whether to compare our pass with the host's own; see `mminfer.patch`.
+    """
+
+    def __init__(
+        self,
+        adapter: ModelAdapter,
+        limits: Limits | None = None,
+        compile: bool = False,
+        verify: bool = True,
+    ) -> None:
+        self._adapter, self.limits = adapter, limits or Limits()
+        self._compile, self._verify = compile, verify
+        self._lock = lock_of(adapter.model)
+        self._changed = Condition()
+        self._waiting: deque[Ticket] = deque()
+        self._running: list[Ticket] = []
+        self._reading: tuple[Ticket, Prompting] | None = None
+        self._batches: dict[Kind, Batch] = {}
+        self._handles: dict[str, StandIn] = {}
+        self._stepped_at = 0.0
+        self._closing = False
+        self._thread = Thread(target=self._work, name="mminfer-scheduler", daemon=True)
+        self._process = os.getpid()
+        self._thread.start()
+
+    @property
+    def waiting(self) -> int:
+        """Requests whose prompts nobody has begun to read."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Answers that are being decoded."""
+        return sum(len(batch.answers) for batch in list(self._batches.values()))
+
+    def submit(self, prompt: Prompt, config: InferenceConfig, requests: Sequence[AnswerRequest]) -> Ticket:
+        """Takes a request on; the listeners are told of its answers.
+
+        Args:
+            prompt: what is read, once for all answers.
+            config: the techniques.
+            requests: one for each answer.
+
+        Raises:
+            Busy: too many wait.
+            Closed: the scheduler has ended.
+            InputError: there are more answers than are decoded together.
+            ConfigError: the settings do not fit the model.
+        """
+        if not 0 < len(requests) <= self.limits.running:
+            raise InputError(f"{len(requests)} answers: wanted 1 to {self.limits.running}")
+        config.check(self._adapter.spec)
+        ticket = Ticket(prompt, config, requests)
+        with self._changed:
+            if self._closing or not self._thread.is_alive() or os.getpid() != self._process:
+                raise Closed("the scheduler has ended: make another one")
+            self._forget_cancelled()
+            if len(self._waiting) >= self.limits.waiting:
+                raise Busy(f"{len(self._waiting)} requests wait already: ask again later")
+            self._waiting.append(ticket)
+            self._changed.notify()
+        return ticket
+
+    def _forget_cancelled(self) -> None:
+        """Those that wait take nobody's place any more."""
+        for ticket in [ticket for ticket in self._waiting if ticket.is_cancelled]:
+            self._waiting.remove(ticket)
+            ticket.fail(Cancelled("the request was cancelled"))
+
+    def close(self) -> None:
+        """Ends within a step; whatever was not answered fails with `Closed`."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join()
+
+    def __enter__(self) -> Scheduler:
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        self.close()
+
+    def _work(self) -> None:
+        """What the thread does."""
+        while True:
+            with self._changed:
+                while not (self._closing or self._waiting or self._reading or self._running):
+                    self._changed.wait()
+                if self._closing:
+                    break
+            try:
+                with self._lock.turn():
+                    self._turn()
+            except Exception as error:  # of the model's lock, or a defect: nobody is left to wait for ever
+                self._drop(error)
+        self._drop(Closed("the scheduler has ended: make another one"))
+
+    def _drop(self, error: BaseException) -> None:
+        with self._changed:
+            reading = [] if self._reading is None else [self._reading[0]]
+            dropped = [*self._running, *reading, *self._waiting]
+            self._running, self._reading, self._batches = [], None, {}
+            self._waiting.clear()
+        for ticket in dropped:
+            ticket.fail(error)
+
+    def _turn(self) -> None:
+        """Reads until the next step is due, then takes it."""
+        while not self._closing and self._reads_next():
+            self._read_piece()
+            if self._step_is_due:
+                break
+        self._step()
+
+    @property
+    def _step_is_due(self) -> bool:
+        return bool(self._batches) and time.monotonic() - self._stepped_at >= self.limits.gap_s
+
+    def _reads_next(self) -> bool:
+        """Whether there is a prompt to read; the next one is begun once its answers have room."""
+        while self._reading is None:
+            with self._changed:
+                if not self._waiting:
+                    return False
+                ticket = self._waiting[0]
+                if not ticket.is_cancelled and self.running + len(ticket.requests) > self.limits.running:
+                    return False
+                self._waiting.popleft()
+            with self._failing(ticket):
+                self._begin(ticket)
+        return True
+
+    @contextmanager
+    def _failing(self, ticket: Ticket) -> Iterator[None]:
+        """What is raised within it, by media, templates, processors or the model, is this request's alone."""
+        try:
+            ticket.check()
+            yield
+        except Exception as error:
+            self._reading = None
+            ticket.fail(error)
+
+    def _begin(self, ticket: Ticket) -> None:
+        prepare_kernels(running_device(self._adapter.model.get_input_embeddings()))
+        headroom = max(request.settings.headroom for request in ticket.requests)
+        size, most = chunk_size_for(ticket.config, self.limits.chunk_size), self.limits.prompt_tokens
+        self._reading = ticket, Prompting(ticket.prompt, self._handle(ticket.config), size, headroom, most)
+
+    def _handle(self, config: InferenceConfig) -> StandIn:
+        """The pass with these settings; those used last are kept."""
+        key = config.to_json()
+        handle = self._handles.pop(key, None) or StandIn(self._adapter.model, config, verify=self._verify)
+        self._handles[key] = handle
+        if len(self._handles) > MOST_HANDLES:
+            del self._handles[next(iter(self._handles))]
+        return handle
+
+    def _read_piece(self) -> None:
+        if self._reading is None:
+            return
+        ticket, prompting = self._reading
+        with self._failing(ticket):
+            if not prompting.read_piece(lambda: self._between_layers(ticket)):
+                self._reading = None
+                self._start_answers(ticket, prompting)
+
+    def _between_layers(self, ticket: Ticket) -> None:
+        ticket.check()
+        if self._closing:
+            raise Closed("the scheduler has ended: make another one")
+        if self._step_is_due:
+            self._step()
+
+    def _start_answers(self, ticket: Ticket, prompting: Prompting) -> None:
+        """The first token of each answer; the others come by steps."""
+        if prompting.logits is None:
+            raise InputError("the prompt is empty: wanted text, an image or a video")
+        ids, cache, logits = ticket.prompt.ids, prompting.cache, prompting.logits
+        ticket.answers = [Answer(request, self._adapter, ids) for request in ticket.requests]
+        take_tokens(ticket.answers, logits.expand(len(ticket.answers), -1))
+        if not self._batches:
+            self._stepped_at = time.monotonic()
+        for answer in ticket.answers:
+            if answer.is_done:
+                self._left(cache, 0, answer)
+                continue
+            kind = kind_of(self._adapter, ticket.config, cache, answer)
+            self._batch_of(kind).join(cache, answer)
+        self._running.append(ticket)
+
+    def _batch_of(self, kind: Kind) -> Batch:
+        if kind not in self._batches:
+            self._batches[kind] = Batch(self._adapter, kind.positions, self._compile)
+        return self._batches[kind]
+
+    def _left(self, cache: CompressedCache, row: int, answer: Answer) -> None:
+        """An answer is done: whole, or failed."""
+        if answer.failed:
+            return
+        try:
+            answer.listener.end(cache, row)
+        except Exception as error:
+            with suppress(Exception):
+                answer.listener.fail(error)
+
+    def _step(self) -> None:
+        """One more token of every answer."""
+        for ticket in self._running:
+            if ticket.is_cancelled:
+                ticket.fail(Cancelled("the request was cancelled"))
+        for kind, batch in list(self._batches.items()):
+            try:
+                batch.step(self._left)
+            except Exception as error:  # out of memory, for instance; whoever shared the step has no next token
+                for answer in batch.answers:
+                    answer.fail(error)
+            if not batch.answers:
+                del self._batches[kind]
+        self._running = [ticket for ticket in self._running if not ticket.is_over]
+        self._stepped_at = time.monotonic()
+
+
+def chunk_size_for(config: InferenceConfig, size: int | None) -> int | None:
+    """Tokens of a prompt that go through the layers at a time: this many, or all where a technique needs them."""
+    return None if any(technique.needs_whole_prompt for technique in config.techniques) else size

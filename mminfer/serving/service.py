@@ -1,0 +1,194 @@
+"""Requests on their way to the scheduler: prompts, settings of generation, and what is told of an answer."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from functools import cached_property
+from threading import Lock
+from typing import Any
+
+from mminfer.config import InferenceConfig
+from mminfer.engine import Engine
+from mminfer.running import GenerationSettings
+from mminfer.scheduling import AnswerRequest, Scheduler, Ticket
+from mminfer.scheduling.scheduler import chunk_size_for
+from mminfer.serving.answering import AnswerOptions, Piece, TextListener
+from mminfer.serving.content import Chat, read_chat
+from mminfer.serving.errors import RequestError, request_error
+from mminfer.serving.limits import ServerSettings
+from mminfer.serving.prefixes import ChainPrompt, PrefixStore
+from mminfer.serving.schema import ChatRequest
+
+MOST_SETTINGS = 256  # of generation, kept between requests
+
+
+class Service:
+    """Answers checked requests by one scheduler.
+
+    Args:
+        engine: the model and its processor.
+        scheduler: of the model.
+        server: what the operator allows.
+        store: what was read before.
+    """
+
+    def __init__(self, engine: Engine, scheduler: Scheduler, server: ServerSettings, store: PrefixStore) -> None:
+        self.scheduler, self.server, self.store = scheduler, server, store
+        self._engine, self._lock = engine, Lock()
+        self._resolved: dict[tuple[Any, ...], GenerationSettings] = {}
+
+    def prepare(self, request: ChatRequest) -> Prepared:
+        """Checks a request and decodes its images; for a thread beside the server's own.
+
+        Raises:
+            RequestError: it is not answered.
+        """
+        if request.model != self.server.model_id:
+            raise RequestError(404, "no such model here: ask /v1/models", param="model", code="model_not_found")
+        config, limits = self._config(request), self.server.limits
+        asked = request.new_tokens
+        if asked is not None and asked > limits.new_tokens:
+            raise RequestError(400, f"wanted {limits.new_tokens} tokens at most", param="max_tokens")
+        if request.n > min(limits.answers, self.scheduler.limits.running):
+            raise RequestError(400, f"wanted {limits.answers} answers at most", param="n")
+        if request.top_logprobs is not None and not request.logprobs:
+            raise RequestError(400, "top_logprobs: wanted logprobs=true beside it", param="top_logprobs")
+        chat = read_chat(request, self.server)
+        try:
+            messages = self._engine.check(list(chat.messages))
+            settings = self._settings(request, asked or limits.new_tokens)
+        except Exception as error:
+            raise request_error(error) from None
+        return Prepared(request, replace(chat, messages=tuple(messages)), config, settings)
+
+    def begin(self, prepared: Prepared, emit: Callable[[Piece], object]) -> Answering:
+        """Submits it; `emit` gets the pieces, from the scheduler's thread.
+
+        Raises:
+            RequestError: too many wait.
+        """
+        request, size = prepared.request, chunk_size_for(prepared.config, self.scheduler.limits.chunk_size)
+        prompt = ChainPrompt(self._engine.reader, self.store, prepared.chat, prepared.config, size)
+        options = AnswerOptions(
+            request.stops, prepared.settings.end_ids, (request.top_logprobs or 0) if request.logprobs else None
+        )
+        tokenizer = self._engine.processor.tokenizer
+        listeners = [TextListener(n, tokenizer, options, emit, prompt.answered) for n in range(request.n)]
+        seed = secrets.randbits(62) if request.seed is None else request.seed
+        try:
+            requests = [
+                AnswerRequest(self._guided(prepared), listener, seed + n) for n, listener in enumerate(listeners)
+            ]
+            return Answering(self.scheduler.submit(prompt, prepared.config, requests), prompt, listeners)
+        except Exception as error:
+            raise request_error(error) from None
+
+    @cached_property
+    def _grammars(self) -> Any:
+        from mminfer.serving.guidance import Grammars
+
+        return Grammars(self._engine.processor.tokenizer, self._engine.adapter.spec.vocab_size)
+
+    def _guided(self, prepared: Prepared) -> GenerationSettings:
+        """The settings, with a processor of this answer's own where it keeps to a schema."""
+        wanted, settings = prepared.request.response_format, prepared.settings
+        if wanted is None or wanted.type == "text":
+            return settings
+        schema = {"type": "object"} if wanted.json_schema is None else wanted.json_schema.schema_
+        processor = self._grammars.processor(schema)
+        return replace(settings, arguments={**settings.arguments, "logits_processor": [processor]})
+
+    def _config(self, request: ChatRequest) -> InferenceConfig:
+        settings, name = self.server.settings, request.mminfer.preset
+        if name is None:
+            return next(iter(settings.values()))
+        if name not in settings:
+            raise RequestError(
+                400, f"preset: wanted one of {', '.join(settings)}", param="mminfer.preset", code="preset_not_allowed"
+            )
+        return settings[name]
+
+    def _settings(self, request: ChatRequest, new_tokens: int) -> GenerationSettings:
+        given: dict[str, Any] = {"max_new_tokens": new_tokens}
+        if request.temperature == 0:
+            given["do_sample"] = False
+        elif request.temperature is not None or request.top_p is not None:
+            given |= {"do_sample": True, "top_k": 0, "temperature": float(request.temperature or 1.0)}
+            given["top_p"] = float(request.top_p or 1.0)
+        with self._lock:
+            key = tuple(given.items())
+            if key not in self._resolved:
+                if len(self._resolved) >= MOST_SETTINGS:
+                    self._resolved.clear()
+                self._resolved[key] = self._engine.runner.settings(given)
+            return self._resolved[key]
+
+
+class Prepared:
+    """A request that can be submitted: its messages, techniques and settings of generation."""
+
+    def __init__(self, request: ChatRequest, chat: Chat, config: InferenceConfig, settings: GenerationSettings) -> None:
+        self.request, self.chat, self.config, self.settings = request, chat, config, settings
+
+
+class Answering:
+    """A request that is being answered.
+
+    Args:
+        ticket: its place with the scheduler.
+        prompt: what is read.
+        listeners: of each answer.
+    """
+
+    def __init__(self, ticket: Ticket, prompt: ChainPrompt, listeners: list[TextListener]) -> None:
+        self.ticket, self.prompt, self.listeners = ticket, prompt, listeners
+
+    def usage(self, start: float) -> dict[str, Any]:
+        """Tokens and times, as OpenAI names them and beyond; start: `time.perf_counter()` when the request came."""
+        facts, new = self.prompt.facts, sum(len(one.token_ids) for one in self.listeners)
+        first = min((one.first_at for one in self.listeners if one.first_at), default=start)
+        steps = [one for one in self.listeners if len(one.token_ids) > 1]
+        tpot = [1e3 * (one.last_at - one.first_at) / (len(one.token_ids) - 1) for one in steps]
+        return {
+            "prompt_tokens": len(self.prompt.ids),
+            "completion_tokens": new,
+            "total_tokens": len(self.prompt.ids) + new,
+            "prompt_tokens_details": {"cached_tokens": facts.cached},
+            "mminfer": {
+                "visual_tokens": facts.visual,
+                "merged_tokens": facts.merged,
+                "kept_tokens": facts.kept,
+                "ttft_ms": round(1e3 * (first - start), 3),
+                "tpot_ms": round(sum(tpot) / len(tpot), 3) if tpot else None,
+            },
+        }
+
+
+def pieces_of(service: Service, prepared: Prepared, deadline: float) -> tuple[Answering, AsyncIterator[Piece]]:
+    """Submits a request from within an event loop; gives its pieces as they come.
+
+    Args:
+        service: that answers it.
+        prepared: the request.
+        deadline: by `time.monotonic()`.
+    """
+    loop, queue = asyncio.get_running_loop(), asyncio.Queue[Piece]()
+    answering = service.begin(prepared, lambda piece: loop.call_soon_threadsafe(queue.put_nowait, piece))
+
+    async def pieces() -> AsyncIterator[Piece]:
+        left = len(answering.listeners)
+        while left:
+            try:
+                piece = await asyncio.wait_for(queue.get(), deadline - time.monotonic())
+            except TimeoutError:
+                raise RequestError(504, "the answer took too long", "server_error", code="timeout") from None
+            if piece.error is not None:
+                raise request_error(piece.error)
+            left -= piece.reason is not None
+            yield piece
+
+    return answering, pieces()
