@@ -84,7 +84,7 @@ def fitted_together(
         mass = torch.cat([there[0, 0] for entries in weighed if (there := entries.log_mass) is not None])
         places = torch.cat([keep[i] for i in own]).nonzero()[:, 0]
         for batch in _batches(parts):
-            _fit(batch, places, values, mass)
+            (_fit if len(batch) > 1 else _fit_one)(batch, places, values, mass)
         sizes = [len(entries) for entries in weighed]
         for i, entries, *columns in zip(own, weighed, values.split(sizes), mass.split(sizes), strict=True):
             new_values, new_mass = (column[None, None] for column in columns)
@@ -163,6 +163,22 @@ def _fit(parts: Sequence[_Part], places: Tensor, values: Tensor, mass: Tensor) -
     found, into = (x.to(device, non_blocking=True) for x in (movable.flatten().nonzero()[:, 0], rows[movable]))
     values.index_copy_(0, into, new_values.flatten(0, 1).index_select(0, found).to(values.dtype))
     mass.index_copy_(0, into, new_mass.flatten().index_select(0, found))
+
+
+def _fit_one(parts: Sequence[_Part], places: Tensor, values: Tensor, mass: Tensor) -> None:
+    """`_fit` of a single part, without what pads several, whose bookkeeping would show on a CPU."""
+    (part,) = parts
+    device, into = values.device, slice(part.first, part.first + part.kept)
+    own = torch.cat([torch.arange(part.ahead), places[into] + (part.ahead - part.begin)])
+    movable = torch.ones(1, len(own), dtype=torch.bool)
+    movable[0, : part.ahead] = False
+    own, counts, may = (x.to(device, non_blocking=True) for x in (own[None], torch.tensor([len(own)]), movable))
+    keys, said = (_joined(parts, name) if part.ahead else getattr(part, name)[None] for name in ("keys", "values"))
+    with torch.autocast(device.type, enabled=False):
+        found = fitted(Asked(part.queries[None], keys, said, own, counts, may, part.stretch.scale, _masses(parts)))
+    values[into], mass[into] = (
+        column[0, part.ahead :].to(x.dtype) for column, x in zip(found, (values, mass), strict=True)
+    )
 
 
 def _joined(parts: Sequence[_Part], name: str) -> Tensor:
