@@ -10,7 +10,8 @@ from mminfer_kernels.launching import configured, dense_rows, interpretable, lau
 from mminfer_kernels.tiles.triton_kernel import LOG2_E, load_rows
 
 PART_KEYS = 256  # the fewest entries worth a program of their own; a multiple of every BLOCK_N
-MOST_PARTS = 64  # of a padded cache, and those that are merged at a time
+MOST_PARTS = 64  # of a padded cache
+MERGED = 16  # parts at a time, however many there are: one kernel for all lengths
 MOST_ROWS = 64  # query rows of a program: more are taken by further programs
 
 
@@ -226,6 +227,6 @@ def _run(
             **{"stride_pp": parts.stride(0), "stride_pr": size, "stride_lp": lse.stride(0)},
             **{"count": count, "part_keys": part_keys, "T": k.shape[2], "repeat": rows, "D": size},
             BLOCK_D=power_of_two(size),
-            BLOCK_P=min(power_of_two(count, 1), MOST_PARTS),
+            BLOCK_P=MERGED,
         )
     return out.to(dtype)
