@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -58,13 +59,20 @@ def folder(tmp_path):
     return here
 
 
-def run(command, folder, stdin=None):
-    """A command that finds `mminfer` and `python` of this tree, as an activated environment would have them."""
+def run(command, folder, stdin=None, starts=None):
+    """A command that finds `mminfer` and `python` of this tree, as an activated environment would have them.
+
+    Args:
+        command: its words.
+        folder: where it runs.
+        stdin: what it reads.
+        starts: the words that start Python; None: forked, which a signal from the command would not reach.
+    """
     programs = folder.parent / "bin"
     if not programs.exists():
         programs.mkdir()
         for name, arguments in (("mminfer", ["-c", CONSOLE]), ("python", [])):
-            words = " ".join(f'"{word}"' for word in (*python(), *arguments))
+            words = " ".join(f'"{word}"' for word in (*(starts or python()), *arguments))
             (programs / name).write_text(f'#!/bin/sh\nexec {words} "$@"\n')
             (programs / name).chmod(0o755)
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {
@@ -91,7 +99,7 @@ def run_python(found, folder):
 
 
 def run_shell(text, folder):
-    return run(["bash", "-euo", "pipefail", "-c", text], folder)
+    return run(["bash", "-euo", "pipefail", "-c", text], folder, starts=[sys.executable] if "kill" in text else None)
 
 
 @pytest.mark.slow

@@ -167,6 +167,7 @@ class Scheduler:
                     return False
                 self._waiting.popleft()
             with self._failing(ticket):
+                ticket.check()
                 self._begin(ticket)
         return True
 
@@ -174,7 +175,6 @@ class Scheduler:
     def _failing(self, ticket: Ticket) -> Iterator[None]:
         """What is raised within it, by media, templates, processors or the model, is this request's alone."""
         try:
-            ticket.check()
             yield
         except Exception as error:
             self._reading = None
@@ -200,6 +200,7 @@ class Scheduler:
             return
         ticket, prompting = self._reading
         with self._failing(ticket):
+            ticket.check()
             if not prompting.read_piece(lambda: self._between_layers(ticket)):
                 self._reading = None
                 self._start_answers(ticket, prompting)

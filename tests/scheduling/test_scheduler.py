@@ -172,7 +172,8 @@ def test_a_request_is_cancelled_wherever_it_is(engine):
             ask(scheduler, engine, SHORT)
         both[0].cancel()
         third = ask(scheduler, engine, SHORT)[1]  # in the place of the one that has gone
-        assert other[1].wait().ids == third.wait().ids == alone(engine, SHORT)
+        assert (other[1].wait().error, third.wait().error) == (None, None)
+        assert other[1].ids == third.ids == alone(engine, SHORT)
         decoding.cancel()
         assert isinstance(first.wait().error, Cancelled) and isinstance(both[1].wait().error, Cancelled)
 
