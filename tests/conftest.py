@@ -6,8 +6,8 @@ import sys
 # Before triton is loaded, and so it is for workers that this process starts.
 os.environ.setdefault("TRITON_INTERPRET", "0" if "--device cuda" in " ".join(sys.argv).replace("=", " ") else "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-for size in ("COLUMNS", "LINES"):  # workers have a terminal's, which consoles made on import would keep
-    os.environ.pop(size, None)
+os.environ.pop("COLUMNS", None)  # workers have a terminal's, which consoles made on import would keep
+os.environ.pop("LINES", None)
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else its import starts processes that load torch anew
 
 import psutil
