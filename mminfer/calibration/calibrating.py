@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 import mminfer
+from mminfer.bench.plan import origin
 from mminfer.bench.protocols import Protocol
 from mminfer.calibration.beside import compared
 from mminfer.calibration.costs import Target, checked_target, cost_of
@@ -257,13 +257,7 @@ def _facts(engine: Engine, parts: Split) -> dict[str, Any]:
         "samples": parts.digest,
         "tuning": len(parts.tuning),
         "held_out": len(parts.held_out),
-        "device": str(engine.device),
-        "dtype": str(engine.model.dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        "mminfer": mminfer.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
+    } | origin(engine)
 
 
 def recheck(engine: Engine, calibration: Calibration, samples: Sequence[Any]) -> Promise:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mminfer.bench.fidelity import Continuation
 from mminfer.calibration.prompts import Prompt, turn_of
 from mminfer.config import InferenceConfig
 from mminfer.engine import Engine
@@ -25,19 +26,6 @@ from mminfer.metrics.records import PromptRecord
 TIMING_MS = 200.0  # of the uncompressed model, while settings are timed beside it
 LEAST_RUNS, MOST_RUNS = 3, 20  # of each
 REFUSED = math.inf  # the loss of settings that a prompt cannot be read with
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What the uncompressed model says, to its end of turn or to so many tokens.
-
-    Args:
-        token_ids: n of them.
-        logits: [n, vocabulary], what each was chosen from.
-    """
-
-    token_ids: list[int]
-    logits: Tensor
 
 
 @dataclass(frozen=True)
@@ -90,7 +78,7 @@ class _Read:
 
 def answer_of(
     engine: Engine, config: InferenceConfig, prompt: Prompt, tokens: int, end_ids: Collection[int]
-) -> tuple[Answer, Outcome]:
+) -> tuple[Continuation, Outcome]:
     """The greedy answer of settings that lose nothing, and what it took.
 
     Args:
@@ -117,10 +105,10 @@ def answer_of(
             if len(said) == tokens or said[-1] in end_ids:
                 break
             logits.append(_step(engine, decoder, said[-1], read.cache))
-        return Answer(said, torch.stack(logits)), _outcome(engine, read, 0.0)
+        return Continuation(said, torch.stack(logits)), _outcome(engine, read, 0.0)
 
 
-def outcome_of(engine: Engine, config: InferenceConfig, prompt: Prompt, answer: Answer) -> Outcome:
+def outcome_of(engine: Engine, config: InferenceConfig, prompt: Prompt, answer: Continuation) -> Outcome:
     """Reads a prompt with these settings, and forces the answer upon them."""
     with turn_of(engine):
         try:

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean
 
+from mminfer.bench.fidelity import Continuation
 from mminfer.bench.protocols import Protocol
 from mminfer.calibration.bounds import likely, upper_bound
-from mminfer.calibration.judging import Answer, Outcome, answer_of, outcome_of
+from mminfer.calibration.judging import Outcome, answer_of, outcome_of
 from mminfer.calibration.progress import Progress
 from mminfer.calibration.prompts import Prompt, prompt_of
 from mminfer.calibration.samples import Sample
@@ -95,7 +96,7 @@ class Bench:
         self.store, self.progress = store, progress
         self._tokens = tokens
         self._end_ids = engine.runner.settings({}).end_ids
-        self._known: dict[tuple[str, Protocol], tuple[Prompt, Answer]] = {}
+        self._known: dict[tuple[str, Protocol], tuple[Prompt, Continuation]] = {}
 
     def refer(self, samples: Sequence[Sample]) -> None:
         """Notes what the uncompressed model says about these samples.
@@ -111,7 +112,7 @@ class Bench:
                 self.store.note(self.off, _where(sample, protocol), outcome)
                 self.progress.advance("reading")
 
-    def known(self, sample: Sample, protocol: Protocol | None = None) -> tuple[Prompt, Answer]:
+    def known(self, sample: Sample, protocol: Protocol | None = None) -> tuple[Prompt, Continuation]:
         """A sample's prompt and the uncompressed model's answer; by the first protocol unless one is named."""
         return self._known[sample.digest, protocol or self.protocols[0]]
 
