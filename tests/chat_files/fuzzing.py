@@ -160,7 +160,7 @@ def change(data, facts):
         elif kind == "twice" and isinstance(at, list):
             at.insert(key, copy.deepcopy(at[key]))
         else:
-            at[key] = data.draw(st.sampled_from(_ODD))
+            at[key] = copy.deepcopy(data.draw(st.sampled_from(_ODD)))  # a later change may reach into it
         return
 
 
