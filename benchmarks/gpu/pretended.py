@@ -27,6 +27,8 @@ from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from mminfer.forward.waits import WAITING
+
 GPU = torch.device("cuda", 0)
 CARD = SimpleNamespace(multi_processor_count=132)  # what kernels ask of it
 # Kernels that torch launches for these, about, where it is not one.
@@ -43,9 +45,6 @@ LAUNCHES = {
 }
 FREE = frozenset({"alias", "detach", "empty", "empty_like", "empty_strided", "lift_fresh", "new_empty", "_unsafe_view"})
 FREE |= {"_local_scalar_dense", "new_empty_strided", "_reshape_alias"}
-# What must know values on the host before it can go on.
-WAITING = frozenset({"_local_scalar_dense", "_unique2", "bincount", "equal", "masked_select", "nonzero"})
-WAITING |= {"unique_consecutive", "unique_dim"}
 # What may be given tensors of the CPU beside those of the GPU; all others only numbers, tensors without dimensions.
 MIXING = frozenset({"copy", "copy_", "_to_copy", "index", "index_put", "index_put_", "_index_put_impl_"})
 OURS = (f"{os.sep}mminfer{os.sep}", f"{os.sep}mminfer_kernels{os.sep}")

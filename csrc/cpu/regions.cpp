@@ -13,7 +13,6 @@ namespace mminfer {
 
 struct None {};
 constexpr int64_t kPairs = 128;    // of rows that one unit of work takes
-constexpr float kRounding = 1e-5f;  // by which a float32 cosine of equal tokens may miss 1
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 template <class T>
@@ -61,6 +60,7 @@ struct GrowArgs {
   int64_t count, columns, edges, groups, threads;
   float threshold;        // not a number: any
   float largest;          // infinity: any
+  float least_cost;       // of a join
 };
 
 // What is known of a region: the square of its sum of unit vectors by size, its patches, and the sums of its members'
@@ -150,7 +150,7 @@ class Growing {
       const Facts &a = facts_[e.a], &b = facts_[e.b];
       const Facts both{a.norm + b.norm + 2 * e.product, a.size + b.size, a.own + b.own, a.squares + b.squares};
       float cost = a.norm / a.size + b.norm / b.size - both.norm / both.size;
-      if (cost < kRounding) cost = kRounding;  // equal tokens are equally good
+      if (cost < x_.least_cost) cost = x_.least_cost;  // equal tokens are equally good
       const float alike = (both.norm - both.own) / (both.size * both.size - both.squares);
       const bool like = std::isnan(x_.threshold) || alike >= x_.threshold;
       if (!like || !(std::max({cost, height_[e.a], height_[e.b]}) <= limit_[group(e.a)]) || cost != cost) continue;

@@ -24,13 +24,14 @@ from mminfer_kernels.dispatch import (
 from mminfer_kernels.merge_rows import merge_rows
 from mminfer_kernels.packed_prompt_attention import packed_prompt_attention
 from mminfer_kernels.prompt_attention import prompt_attention, prompt_attention_mass, prompt_attention_peak
-from mminfer_kernels.regions import grow_regions, row_dots
+from mminfer_kernels.regions import COSINE_ROUNDING, grow_regions, row_dots
 from mminfer_kernels.rotary import apply_rotary, rotary, rotary_, rotary_table
 from mminfer_kernels.rows import add_rows, gather_rms_norm, gather_rows, swiglu
 
 OPS = registered_ops()
 
 __all__ = [
+    "COSINE_ROUNDING",
     "OPS",
     "BackendError",
     "DecoderWeights",

@@ -94,6 +94,17 @@ def pareto_plot(rows: Sequence[Panels], costs: Sequence[str], path: Path, log: b
     handles = {label: handles[label] for label in sorted(handles, key=[*styles, BEST, FULL].index)}
     figure.legend(handles.values(), handles.keys(), loc="center right", fontsize=8, frameon=False)
     figure.tight_layout(rect=(0, 0, 1 - 2.4 / figure.get_size_inches()[0], 1))
+    save_figure(figure, path)
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Writes a figure of matplotlib's, and lets it go.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    import matplotlib.pyplot as plt
+
     try:
         figure.savefig(path, dpi=130)
     except (OSError, ValueError) as error:

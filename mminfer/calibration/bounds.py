@@ -9,7 +9,7 @@ import torch
 
 DRAWS = 4000
 LEAST_DRAWN = 4  # losses; fewer give resamples without any spread too often
-_STUDENT = {2: 6.314, 3: 2.920}  # one-sided, 95 %
+LEAST_SURE = 0.95  # of so few, the least confidence that a bound has
 
 
 def upper_bound(losses: Sequence[float], confidence: float = 0.95, seed: int = 0) -> float:
@@ -36,11 +36,18 @@ def upper_bound(losses: Sequence[float], confidence: float = 0.95, seed: int = 0
     if error == 0:
         return mean
     if len(x) < LEAST_DRAWN:
-        return mean + error * _STUDENT[len(x)] * max(1.0, math.log(2 * (1 - confidence)) / math.log(0.1))
+        return mean + error * _student(max(confidence, LEAST_SURE), len(x) - 1)
     drawn = x[torch.randint(len(x), (DRAWS, len(x)), generator=torch.Generator().manual_seed(seed))]
     errors = drawn.std(1) / math.sqrt(len(x))
     t = (drawn.mean(1) - mean) / errors.clamp_min(1e-9 * error)
     return mean - error * float(t.quantile(1 - confidence))
+
+
+def _student(confidence: float, freedom: int) -> float:
+    """The quantile of Student's distribution with one or two degrees of freedom, in closed form."""
+    if freedom == 1:
+        return math.tan(math.pi * (confidence - 0.5))
+    return (2 * confidence - 1) / math.sqrt(2 * confidence * (1 - confidence))
 
 
 def likely(losses: Sequence[float]) -> float:

@@ -46,7 +46,7 @@ class Plan:
         protocols: "in-prompt", "next-turn" or both; the promise is by each of them.
         tokens: of the uncompressed model's answer that is forced, at most; it ends with its turn.
         held_out: fraction of the samples' contents that the choice never sees.
-        confidence: of the bound.
+        confidence: of the bound, in name: of few and skewed losses it holds less often.
         seed: of the split.
         state: file that keeps what was measured, so that an interrupted calibration goes on; None: none.
 

@@ -6,9 +6,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from mminfer.bench.plots import check_drawable
+from mminfer.bench.plots import check_drawable, save_figure
 from mminfer.calibration.result import Calibration
-from mminfer.errors import InputError
 from mminfer.operators.skip import OperatorSkip
 
 _LOOKS: dict[str, dict[str, Any]] = {
@@ -41,12 +40,7 @@ def draw(calibration: Calibration, path: Path) -> None:
     if with_strip:
         figure.colorbar(_draw_strip(panels[1][0], calibration), ax=panels[1][0], label="KL, nats")
     figure.tight_layout()
-    try:
-        figure.savefig(path, dpi=130)
-    except (OSError, ValueError) as error:
-        raise InputError(f"--plot {path}: {error}") from error
-    finally:
-        plt.close(figure)
+    save_figure(figure, path)
 
 
 def _draw_curve(panel: Any, calibration: Calibration) -> None:

@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 # What must know values on the host before it can go on.
-_WAITING = frozenset({"_local_scalar_dense", "_unique2", "bincount", "equal", "is_nonzero", "masked_select", "nonzero"})
-_WAITING |= {"unique_consecutive", "unique_dim"}
+WAITING = frozenset({"_local_scalar_dense", "_unique2", "bincount", "equal", "is_nonzero", "masked_select", "nonzero"})
+WAITING |= {"unique_consecutive", "unique_dim"}
 _INDEXING = frozenset({"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"})
 
 
@@ -25,7 +25,7 @@ class Unwaiting(TorchDispatchMode):
         wanted = kwargs.get("device")
         if given and wanted is not None:
             devices.add(torch.device(wanted))
-        waits = name in _WAITING or len({device.type for device in devices}) > 1
+        waits = name in WAITING or len({device.type for device in devices}) > 1
         waits |= name in _INDEXING and any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
         waits |= name == "repeat_interleave" and kwargs.get("output_size") is None
         if waits:

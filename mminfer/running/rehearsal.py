@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -83,11 +83,32 @@ def _passes(model: Any, given: Mapping[str, Any], vocab_size: int) -> bool:
     return True
 
 
-def _rehearse(model: Any, given: Mapping[str, Any], vocab_size: int) -> Prepared:
-    """Runs the host's `generate` up to where it would call the model; raises what it raises."""
-    seen: list[Prepared] = []
-    processors = given.get("logits_processor") or []
-    criteria = given.get("stopping_criteria") or []
+class Made(NamedTuple):
+    """What the host makes of a call's settings before it would call the model.
+
+    Args:
+        input_ids: [rows, tokens], as the model would be called with.
+        processors: of logits.
+        criteria: that stop rows.
+        config: the generation config, merged by the host's rules.
+    """
+
+    input_ids: Tensor
+    processors: list[Any]
+    criteria: list[Any]
+    config: Any
+
+
+def made_by_host(model: Any, prompt: Mapping[str, Any], arguments: Mapping[str, Any], criteria: Iterable[Any]) -> Made:
+    """Runs the host's `generate` up to where it would call the model; raises what it raises.
+
+    Args:
+        model: the host's.
+        prompt: inputs that `generate` begins with, a cache among them.
+        arguments: others of the call.
+        criteria: the caller's own that stop rows.
+    """
+    seen: list[Made] = []
 
     def stand_in(
         model: Any,
@@ -97,15 +118,22 @@ def _rehearse(model: Any, given: Mapping[str, Any], vocab_size: int) -> Prepared
         generation_config: Any,
         **_: Any,
     ) -> Tensor:
-        _try(_without(logits_processor, processors), input_ids, vocab_size, generation_config.do_sample)
-        for criterion in _without(stopping_criteria, criteria):
-            criterion(input_ids, None)
-        seen.append(Prepared(generation_config, list(stopping_criteria)))
+        seen.append(Made(input_ids, list(logits_processor), list(stopping_criteria), generation_config))
         return input_ids
 
-    arguments = host_arguments(model, given)
-    model.generate(**_prompt(model), **arguments, stopping_criteria=list(criteria), custom_generate=stand_in)
+    model.generate(**prompt, **arguments, stopping_criteria=list(criteria), custom_generate=stand_in)
     return seen[0]
+
+
+def _rehearse(model: Any, given: Mapping[str, Any], vocab_size: int) -> Prepared:
+    """What the host makes of the arguments, after it was tried; raises what that raises."""
+    processors = given.get("logits_processor") or []
+    criteria = given.get("stopping_criteria") or []
+    made = made_by_host(model, _prompt(model), host_arguments(model, given), criteria)
+    _try(_without(made.processors, processors), made.input_ids, vocab_size, made.config.do_sample)
+    for criterion in _without(made.criteria, criteria):
+        criterion(made.input_ids, None)
+    return Prepared(made.config, made.criteria)
 
 
 def _prompt(model: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from transformers import EosTokenCriteria, MaxLengthCriteria
 from mminfer.errors import InputError
 from mminfer.forward.kv_cache import CACHE_NAME, CompressedCache
 from mminfer.models.adapter import ModelAdapter
-from mminfer.running import GenerationSettings
+from mminfer.running import GenerationSettings, Made, made_by_host
 
 _ROOM = 256  # tokens by which the ids of an answer that somebody looks at grow
 
@@ -81,7 +81,7 @@ class Answer:
         self._row = torch.tensor([prompt_ids], device=adapter.model.get_input_embeddings().weight.device)
         self._length = len(prompt_ids)
         host = _prepared(adapter, request.settings, self._row)
-        self._processors, self._samples = host.processors, host.samples
+        self._processors, self._samples = host.processors, bool(host.config.do_sample)
         self._ends, self._longest, self._criteria = _told_apart(host.criteria)
         self._generator: torch.Generator | None = None
         if request.seed is not None:
@@ -137,41 +137,16 @@ class Answer:
         self._row[0, place] = token_id
 
 
-@dataclass(frozen=True)
-class _Host:
-    """What the host made of the settings for one prompt."""
-
-    processors: list[Any]
-    criteria: list[Any]
-    samples: bool
-
-
-def _prepared(adapter: ModelAdapter, settings: GenerationSettings, prompt: Tensor) -> _Host:
-    """Has the host's `generate` prepare an answer behind a prompt ([1, N] ids), up to where it would call the model."""
-    seen: list[_Host] = []
-
-    def stand_in(
-        model: Any,
-        input_ids: Tensor,
-        logits_processor: list[Any],
-        stopping_criteria: list[Any],
-        generation_config: Any,
-        **_: Any,
-    ) -> Tensor:
-        seen.append(_Host(list(logits_processor), list(stopping_criteria), bool(generation_config.do_sample)))
-        return input_ids
-
+def _prepared(adapter: ModelAdapter, settings: GenerationSettings, prompt: Tensor) -> Made:
+    """What the host's `generate` makes of settings for an answer behind a prompt ([1, N] ids)."""
     axes = adapter.position_axes
-    adapter.model.generate(
-        input_ids=prompt,
-        attention_mask=torch.ones_like(prompt),
-        position_ids=prompt.new_zeros(prompt.shape if axes == 1 else (axes, *prompt.shape)),  # nobody reads them
-        **{CACHE_NAME: CompressedCache()},
-        **settings.arguments,
-        stopping_criteria=list(settings.stopping_criteria),
-        custom_generate=stand_in,
-    )
-    return seen[0]
+    inputs = {
+        "input_ids": prompt,
+        "attention_mask": torch.ones_like(prompt),
+        "position_ids": prompt.new_zeros(prompt.shape if axes == 1 else (axes, *prompt.shape)),  # nobody reads them
+        CACHE_NAME: CompressedCache(),
+    }
+    return made_by_host(adapter.model, inputs, settings.arguments, settings.stopping_criteria)
 
 
 def _told_apart(criteria: Sequence[Any]) -> tuple[frozenset[int], int, list[Any]]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 import torch
-from mminfer_kernels import gather_rows, grow_regions, row_dots
+from mminfer_kernels import COSINE_ROUNDING, gather_rows, grow_regions, row_dots
 from torch import Tensor
 
 from mminfer.errors import ConfigError, shown
@@ -18,9 +18,6 @@ from mminfer.tokens.grid import Grid, grid_of
 
 if TYPE_CHECKING:
     from mminfer.models.spec import ModelSpec
-
-
-ROUNDING = 1e-5  # by which a float32 cosine of equal tokens may miss 1
 
 
 @dataclass(frozen=True)
@@ -98,7 +95,7 @@ class RegionMerge(MergeTechnique):
         if self.threshold is None:
             right, below = grid.beside()
         else:
-            right, below = _in_areas(x, grid, self.threshold - ROUNDING)
+            right, below = _in_areas(x, grid, self.threshold - COSINE_ROUNDING)
         steps = (right, below, grid.later(layout)) if self.across_frames else (right, below)
         pairs = torch.cat([_both(step) for step in steps], 1)
         region = torch.arange(len(grid.rows))

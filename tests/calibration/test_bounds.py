@@ -8,14 +8,15 @@ import torch
 from mminfer.calibration.bounds import likely, upper_bound
 
 
-def test_it_covers_the_mean_of_skewed_losses():
-    """Of losses as prompts have them: a plain percentile of resampled means covers 77 % of these, this one 87."""
-    generator = torch.Generator().manual_seed(0)
-    held = 0
-    for seed in range(200):
-        losses = torch.randn(8, generator=generator).mul(0.7).exp()
-        held += upper_bound(losses.tolist(), 0.95, seed) >= math.exp(0.7**2 / 2)
-    assert held >= 165
+@pytest.mark.parametrize(("spread", "least"), [(0.7, 0.88), (1.5, 0.78)])
+def test_it_covers_the_mean_of_skewed_losses(spread, least):
+    """Of eight losses as prompts have them, 90 % of the time; of wilder ones 80 %: less than it says, and told so."""
+    generator = torch.Generator().manual_seed(1)
+    held, draws = 0, 1000
+    for seed in range(draws):
+        losses = torch.randn(8, generator=generator).mul(spread).exp()
+        held += upper_bound(losses.tolist(), 0.95, seed) >= math.exp(spread**2 / 2)
+    assert held >= least * draws
 
 
 def test_more_confidence_is_a_higher_bound():
@@ -32,6 +33,11 @@ def test_nothing_can_be_said_of(losses):
 
 
 def test_two_losses_and_equal_ones():
-    assert upper_bound([0.1, 0.2]) == pytest.approx(0.15 + 0.05 * 6.314, rel=1e-6)
+    assert upper_bound([0.1, 0.2]) == pytest.approx(0.15 + 0.05 * 6.3137515, rel=1e-6)
+    assert upper_bound([0.1, 0.2], 0.99) == pytest.approx(0.15 + 0.05 * 31.8205160, rel=1e-6)
+    three = [0.1, 0.2, 0.3]
+    error = 0.1 / math.sqrt(3)
+    assert upper_bound(three) == pytest.approx(0.2 + error * 2.9199856, rel=1e-6)
+    assert upper_bound(three, 0.99) == pytest.approx(0.2 + error * 6.9645567, rel=1e-6)
     assert upper_bound([0.1] * 4) == pytest.approx(0.1)
     assert likely([0.1, 0.2]) == pytest.approx(0.2) and likely([0.1]) == 0.1 and likely([math.nan]) == math.inf

@@ -6,9 +6,10 @@ from mminfer_kernels.backends import cpu_takes
 from mminfer_kernels.checks import check_floats, check_number, check_places, check_tensors, check_whole, described
 from mminfer_kernels.dispatch import register, resolve
 from mminfer_kernels.regions import reference
+from mminfer_kernels.regions.reference import COSINE_ROUNDING
 from mminfer_kernels.tracing import traceable
 
-__all__ = ["grow_regions", "row_dots"]
+__all__ = ["COSINE_ROUNDING", "grow_regions", "row_dots"]
 
 for _op in ("grow_regions", "row_dots"):
     register(_op, "reference", getattr(reference, _op))

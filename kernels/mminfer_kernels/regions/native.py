@@ -6,7 +6,7 @@ import math
 import torch
 
 from mminfer_kernels.native import DTYPE_CODES, call, pointer, rows_contiguous
-from mminfer_kernels.regions.reference import ROUNDING
+from mminfer_kernels.regions.reference import COSINE_ROUNDING
 
 
 class DotsArgs(ctypes.Structure):
@@ -24,7 +24,7 @@ class GrowArgs(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("x", "sizes", "pairs", "group", "spare", "block", "owner")),
         *((name, ctypes.c_int64) for name in ("count", "columns", "edges", "groups", "threads")),
-        *((name, ctypes.c_float) for name in ("threshold", "largest")),
+        *((name, ctypes.c_float) for name in ("threshold", "largest", "least_cost")),
     ]
 
 
@@ -59,8 +59,9 @@ def grow_regions(
     args = GrowArgs(
         *map(pointer, (rows, weights, pairs, *of_regions, owner)),
         *(*rows.shape, pairs.shape[1], 1 if spare is None else len(spare), torch.get_num_threads()),
-        math.nan if threshold is None else threshold - ROUNDING,
+        math.nan if threshold is None else threshold - COSINE_ROUNDING,
         math.inf if largest is None else largest,
+        COSINE_ROUNDING,
     )
     call("grow_regions", ctypes.byref(args))
     return owner

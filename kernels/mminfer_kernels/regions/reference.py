@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-ROUNDING = 1e-5  # by which a float32 cosine of equal tokens may miss 1
+COSINE_ROUNDING = 1e-5  # by which a float32 cosine of equal tokens may miss 1
 CACHED = 1 << 18  # numbers gathered at a time: what a core's cache holds, with room for their partners
 GATHERED = 1 << 24  # the same on a GPU
 
@@ -58,7 +58,7 @@ def grow_regions(
         union = found.union(edges, dots)
         may = joins.undecided(edges, union.cost)
         if threshold is not None:
-            may &= union.alike >= threshold - ROUNDING
+            may &= union.alike >= threshold - COSINE_ROUNDING
         kept = may.nonzero()[:, 0]
         edges, dots, cost = edges[:, kept], dots[kept], union.cost[kept]
         chosen = _mutual(edges, cost, len(x), block)
@@ -109,7 +109,7 @@ class _Regions:
         facts[:, 0] += 2 * dots
         norm, size, own, squares = facts.unbind(1)
         scatter = (parts[:, :, 0] / parts[:, :, 1]).sum(0)
-        cost = (scatter - norm / size).clamp_min(ROUNDING)  # equal tokens are equally good
+        cost = (scatter - norm / size).clamp_min(COSINE_ROUNDING)  # equal tokens are equally good
         return _Union(facts, cost, (norm - own) / (size.square() - squares))
 
     def join(self, edges: Tensor, dots: Tensor, chosen: Tensor, facts: Tensor) -> tuple[Tensor, Tensor]:
