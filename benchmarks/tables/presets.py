@@ -14,6 +14,7 @@ from mminfer.config import PRESETS
 from mminfer.measured import ENOUGH, MODEL, NOT_MEASURED, measured_presets
 
 COLUMNS = ("preset", "stayed", "of", "entries", "commit")
+FILES = ("smol", "smol_regions")  # of the yardstick's rows
 REAL = "a real model kept"
 CHOICES: dict[str, tuple[str, ...]] = {  # who you are -> the presets to take, the first one above all
     "chat, stream, or keep documents for later questions": ("replay-30", "replay-50", "replay-20"),
@@ -26,12 +27,16 @@ CHOICES: dict[str, tuple[str, ...]] = {  # who you are -> the presets to take, t
 
 
 def measured() -> str:
-    """The text of `mminfer/measured.csv`: by pixels, asked after the context was read, all seeds together."""
+    """The text of `mminfer/measured.csv`: by pixels, asked after the context was read, all seeds together.
+
+    Where several files of rows know a preset, the one counts that asked the most.
+    """
     text = StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
     for name, setting in preset_settings().items():
-        cell = smol.cell_of(setting.name, Protocol.NEXT_TURN)
+        found = (smol.cell_of(setting.name, Protocol.NEXT_TURN, file=file) for file in FILES)
+        cell = max((c for c in found if c is not None), key=lambda c: c.total("questions"), default=None)
         if cell is not None and cell.kept:
             commits = " ".join(dict.fromkeys(row["commit"] for row in cell.rows))
             counts = cell.total("stayed"), cell.total("full_right"), f"{cell.mean('cache_kept'):.1f}"

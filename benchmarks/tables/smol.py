@@ -78,9 +78,9 @@ def _cells(file: str, changed: int) -> dict[Key, Cell]:
     return {key: Cell(tuple(rows)) for key, rows in found.items()}
 
 
-def cell_of(setting: str, protocol: str, model: str = PIXELS) -> Cell | None:
+def cell_of(setting: str, protocol: str, model: str = PIXELS, file: str = "smol") -> Cell | None:
     """All questions under a setting, or under another name of what it sets; None: it was not measured."""
-    found = (cells().get((model, name, protocol, ALL, ALL)) for name in _names_of(setting))
+    found = (cells(file).get((model, name, protocol, ALL, ALL)) for name in _names_of(setting))
     return next((cell for cell in found if cell is not None), None)
 
 
