@@ -10,7 +10,7 @@ from benchmarks.models import answers, long_context, merge_stage, prompt_pass, r
 from benchmarks.peers import kvpress, openvino, replay
 from benchmarks.quality import film, length, streamed
 from benchmarks.quality.settings import GROUPS, OFF
-from benchmarks.quality.smol_settings import BUDGETS, known_settings
+from benchmarks.quality.smol_settings import BUDGETS, REGIONS, known_settings
 from mminfer import InferenceConfig
 from mminfer.technique import CACHE_SHARES
 
@@ -84,7 +84,7 @@ def _needle() -> Canaries:
 
 def _smol() -> Canaries:
     known = known_settings((*BUDGETS, *CACHE_SHARES))
-    configs = OFF | {name: setting.config for name, setting in known.items()}
+    configs = OFF | REGIONS | {name: setting.config for name, setting in known.items()}
     return _by_setting(configs, data={"the reader": counted.reader_data})
 
 
