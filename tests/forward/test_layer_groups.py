@@ -14,7 +14,7 @@ from mminfer.cache.snapkv import SnapKV
 from mminfer.forward import layer_groups, prefill
 from mminfer.forward.kv_cache import CACHE_NAME
 from mminfer.forward.layer_groups import MOST_BYTES, PART, most_together
-from mminfer.technique import CacheEntries, LayerView
+from mminfer.technique import CacheEntries, LayerView, fetched
 from tests.tiny import IMAGE, LAYERS, tiny_inputs, tiny_model
 from tests.views import layer_view
 
@@ -176,3 +176,9 @@ def test_layers_that_differ_or_lie_elsewhere_go_by_themselves(monkeypatch):
     kept = LookM(0.2, 0.1, queries="last", window=4).apply_layers([views[0], apart, *views[1:]])
     assert [[view.layer_idx for view in group] for group in groups] == [[0, 1, 2, 3], [4]]
     assert [len(own) for own in kept] == [13, 9, 13, 13, 13]  # the short one has no text
+
+
+def test_numbers_are_fetched_together():
+    assert fetched([]) == [] and fetched([None, 3, torch.tensor(2)]) == [None, 3, 2]
+    found = fetched([torch.tensor(1.5), 0.0, torch.tensor(2.5)])
+    assert found == [1.5, 0.0, 2.5] and isinstance(found[0], float)
