@@ -139,6 +139,22 @@ def best_match(like: Tensor, rows: int, columns: int) -> Call:
     )
 
 
+def k_centres(like: Tensor, pieces: int, points: int) -> Call:
+    """A fifth of the points of each piece, by the cosines of their keys."""
+    keys = torch.nn.functional.normalize(_normal(like, pieces, points, SIZE), dim=-1)
+    similarity, most = keys @ keys.mT, points // 5
+    counts = torch.full((pieces,), most, device=like.device)
+    return Call(
+        "k_centres",
+        ops.k_centres,
+        (similarity, counts),
+        flops=_counted("k_centres", similarity, counts, most),
+        moved=bytes_of(similarity, counts) + 8 * pieces * (most + points),
+        settings={"most": most},
+        rest=(most,),
+    )
+
+
 def merge_rows(like: Tensor, rows: int, columns: int) -> Call:
     """As many rows merged as there are to merge into, weighted."""
     dst, src = _normal(like, rows, columns), _normal(like, rows, columns)

@@ -60,6 +60,13 @@ CASES: tuple[Case, ...] = (
     Case("power_iterate", TOKENS, calls.power_iterate, {"tokens": 2048}, FEW),
     Case("power_iterate", TOKENS, calls.power_iterate, {"tokens": 16_384}, MORE),
     Case("best_match", MATRIX, calls.best_match, {"rows": 6272, "columns": 3584}, FEW_BY_FEW),
+    Case(
+        "k_centres",
+        "{pieces:,} pieces of {points}",
+        calls.k_centres,
+        {"pieces": 512, "points": 98},
+        {"pieces": 6, "points": 20},
+    ),
     Case("merge_rows", MATRIX, calls.merge_rows, {"rows": 3136, "columns": 3584}, FEW_BY_FEW),
     Case("gather_rows", OF_ROWS, calls.gather_rows, ROWS, FEW_ROWS),
     Case("gather_rms_norm", OF_ROWS, calls.gather_rms_norm, ROWS, FEW_ROWS),

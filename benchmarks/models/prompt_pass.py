@@ -47,6 +47,7 @@ def techniques_timed() -> Iterator[Stopwatch]:
     watch = Stopwatch()
     wrapped = [(AIMMerge, "apply"), (AIMPrune, "apply"), (LookM, "apply"), (rows, "keep_rows")]
     wrapped += [(Digest, "layer_demand"), (Digest, "compress_layers")]
+    wrapped += [(technique, name) for technique in (LookM, Digest) for name in ("held", "apply_layers")]  # on a GPU
     patches = [mock.patch.object(owner, name, watch.around(getattr(owner, name))) for owner, name in wrapped]
     for patch in patches:
         patch.start()

@@ -21,6 +21,7 @@ from mminfer_kernels.dispatch import (
     record_backends,
     registered_ops,
 )
+from mminfer_kernels.k_centres import k_centres
 from mminfer_kernels.merge_rows import merge_rows
 from mminfer_kernels.packed_prompt_attention import packed_prompt_attention
 from mminfer_kernels.prompt_attention import prompt_attention, prompt_attention_mass, prompt_attention_peak
@@ -51,6 +52,7 @@ __all__ = [
     "gather_rms_norm",
     "gather_rows",
     "grow_regions",
+    "k_centres",
     "merge_rows",
     "note_backend",
     "packed_decode_attention",

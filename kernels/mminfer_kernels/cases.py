@@ -15,6 +15,7 @@ HEADS, GROUPS, TOKENS, HIDDEN, FFN = 28, 4, 8192, 3584, 18944
 HEAD_SIZES = {torch.bfloat16: (64, 80, 128, 256), torch.float16: (128,), torch.float32: (64, 128, 256)}
 FRAME = 1024  # visual tokens that are matched with each other
 FRAMES = 8
+PIECE = 128  # entries of a picture of which some are chosen
 
 
 @dataclass(frozen=True)
@@ -102,9 +103,11 @@ def _row_calls(dtype: torch.dtype) -> Calls:
     gate = torch.empty(1, FRAME, 2 * FFN, dtype=dtype)
     few = torch.arange(0, TOKENS, 2)
     frames = torch.zeros(FRAMES, FRAME // 2, HIDDEN, dtype=dtype)
+    alike, kept = torch.empty(FRAMES * GROUPS, PIECE, PIECE), torch.empty(FRAMES * GROUPS, dtype=torch.int64)
     index, sizes = torch.arange(FRAME // 2).expand(FRAMES, -1), torch.empty(FRAMES, FRAME // 2)
     return [
         ("best_match", "best_match", "", lambda f: f(frames, frames)),
+        ("k_centres", "k_centres", "", lambda f: f(alike, kept, PIECE, kept)),
         ("merge_rows", "merge_rows", "sizes", lambda f: f(frames, frames, index, sizes, sizes)),
         ("gather_rows", "rows", "", lambda f: f(hidden, few, -2)),
         ("add_rows", "rows", "", lambda f: f(hidden, few, hidden[:, : len(few)])),

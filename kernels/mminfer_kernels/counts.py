@@ -183,6 +183,14 @@ def best_match(a: dict[str, Any]) -> Count:
     )
 
 
+def k_centres(a: dict[str, Any]) -> Count:
+    """Of as many centres as there are places for."""
+    asked = 4 * a["counts"].numel() * a["MOST"] * a["N"]
+    own = bytes_of(a["sums"], a["counts"], a["points"], a["centre"], a["owner"])
+    flops = 2 * a["counts"].numel() * a["MOST"]
+    return Count(own + asked, own + asked, own + asked, flops * a["N"], flops * a["BLOCK"])
+
+
 def merge_rows(a: dict[str, Any]) -> Count:
     data = bytes_of(a["dst"], a["src"], a["out"], a["dst_weight"], a["src_weight"], a["weight"], a["order"])
     moved = data + bytes_of(a["offsets"])
@@ -247,7 +255,7 @@ def apply_rotary(a: dict[str, Any]) -> Count:
 COUNTS: dict[str, Callable[[dict[str, Any]], Count]] = {
     f"{function.__name__}_fwd_kernel": function
     for function in (
-        row_lse, column_mass, prompt_attention, decode_attention, decode_merge, best_match, merge_rows, add_rows,
-        gather_rows, gather_rms_norm, swiglu, rotary_table, rotary, apply_rotary,
+        row_lse, column_mass, prompt_attention, decode_attention, decode_merge, best_match, k_centres, merge_rows,
+        add_rows, gather_rows, gather_rms_norm, swiglu, rotary_table, rotary, apply_rotary,
     )
 }  # fmt: skip

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Self
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
+from mminfer.cache.digest_demand import (
+    asking,
+    change_of_readings,
+    demands,
+    narrowed,
+    quartile,
+    query_places_on_host,
+    visual_of,
+    visual_on_host,
+)
 from mminfer.cache.digest_pieces import digested
 from mminfer.cache.digest_rules import PIECE, SPREADS, Piece, Rule, pieces_of, runs_of, share_out
 from mminfer.errors import ConfigError, shown
@@ -20,6 +30,7 @@ from mminfer.technique import (
     LayerWork,
     by_device,
     check_fraction,
+    is_bundled,
     is_number,
     is_whole,
 )
@@ -102,29 +113,48 @@ class Digest(CacheTechnique):
         the same with each picture as one entry, and what all queries have in common is taken off the difference.
         """
         entries, queries = view.entries, view.queries
-        is_visual = _visual_on_host(view)
+        is_visual = visual_on_host(view)
         if is_visual is None or queries.shape[2] == 0 or not bool(is_visual.any()):
             return 0.0
-        asking = (~is_visual[_query_places_on_host(view)]).nonzero()[:, 0]
-        asking = asking if len(asking) else torch.arange(queries.shape[2])
-        count = min(self.queries, len(asking))
-        chosen = asking[torch.linspace(0, len(asking) - 1, count, dtype=torch.float32).round().long()]
-        chosen = chosen.to(queries.device, non_blocking=True)
-        with torch.autocast(queries.device.type, enabled=False):
-            change = _change_of_readings(queries[0, :, chosen], entries, is_visual, view.scale)
-        demand = _quartile(change)
+        chosen = asking(is_visual[query_places_on_host(view)], self.queries).to(queries.device, non_blocking=True)
+        demand = quartile(change_of_readings(queries[:, :, chosen], entries, is_visual, view.scale))[0]
         return float(demand) if demand.device.type == "cpu" else demand  # on a GPU read with those of all layers
+
+    @property
+    def together(self) -> bool:
+        return is_bundled(type(self))
+
+    def held(self, view: LayerView) -> LayerView:
+        return replace(view, queries=narrowed(view, self.queries), query_index=None)
+
+    def apply_layers(self, views: Sequence[LayerView]) -> list[CacheEntries]:
+        layers, tokens_seen = [view.entries for view in views], [view.tokens_seen for view in views]
+        if self._keeps_all(layers, tokens_seen):
+            return layers
+        facts = _known_on_host(views) or _on_host(layers)
+        return self._shared_out(layers, demands(views, facts.is_visual), tokens_seen, facts)
 
     def compress_layers(
         self, layers: Sequence[CacheEntries], demands: Sequence[float], tokens_seen: Sequence[int]
     ) -> list[CacheEntries]:
-        visual = [v for v in map(_is_visual, layers) if v is not None]
-        if len(visual) < len(layers):
+        if self._keeps_all(layers, tokens_seen):
             return list(layers)
-        total = sum(tokens_seen) * self.ratio if self.budget is None else self.budget * len(layers)
-        if sum(map(len, layers)) <= total:
-            return list(layers)
-        flags = _on_host(visual)
+        return self._shared_out(layers, demands, tokens_seen, _on_host(layers))
+
+    def _keeps_all(self, layers: Sequence[CacheEntries], tokens_seen: Sequence[int]) -> bool:
+        """Whether nothing has to leave, or nobody knows what is visual."""
+        unknown = any(entries.is_visual is None for entries in layers)
+        return unknown or sum(map(len, layers)) <= self._total(tokens_seen)
+
+    def _total(self, tokens_seen: Sequence[int]) -> float:
+        """Entries of all layers together."""
+        return sum(tokens_seen) * self.ratio if self.budget is None else self.budget * len(tokens_seen)
+
+    def _shared_out(
+        self, layers: Sequence[CacheEntries], demands: Sequence[float], tokens_seen: Sequence[int], facts: _Facts
+    ) -> list[CacheEntries]:
+        """What is left of all layers' entries, more of them than there may be."""
+        total, flags = self._total(tokens_seen), facts.is_visual
         runs = [len(runs_of(v)) for v in flags]
         tails = [
             min(self.recent, _most_recent(int(total / len(layers)), n), _text_behind_pictures(v))
@@ -138,9 +168,8 @@ class Digest(CacheTechnique):
         weights = [demand**self.contrast for demand in demands]
         left = max(int(total) - sum(text), 0)
         image = share_out(pictures, weights, left, share_out(runs, runs, left))
-        sizes = _on_host([_sizes(entries) for entries in layers])
         kept = zip(text, image, tails, strict=True)
-        pieces = [_pieces(*parts) for parts in zip(flags, sizes, kept, strict=True)]
+        pieces = [_pieces(*parts) for parts in zip(flags, facts.sizes, kept, strict=True)]
         out = list(layers)
         for own in by_device(layers):
             found = digested([layers[i] for i in own], [pieces[i] for i in own], Rule(self.spread, self.join))
@@ -178,20 +207,39 @@ class Digest(CacheTechnique):
         return {"Digest": {f"{share} %": cls(share / 100) for share in CACHE_SHARES}}
 
 
-def _is_visual(entries: CacheEntries) -> Tensor | None:
-    return None if entries.is_visual is None else entries.is_visual[0, 0]
+class _Facts(NamedTuple):
+    """What the host knows of the entries of all layers.
+
+    Args:
+        is_visual: of each layer [N] bool, on the CPU.
+        sizes: of each layer [N] float32, on the CPU: how many entries of the prompt each stands for.
+    """
+
+    is_visual: Sequence[Tensor]
+    sizes: Sequence[Tensor]
+
+
+def _known_on_host(views: Sequence[LayerView]) -> _Facts | None:
+    """What is known without asking the device: where all entries are of this pass. None: it is not."""
+    known = [None if view.known is None else view.known.is_visual for view in views]
+    flags = [v for v, view in zip(known, views, strict=True) if v is not None and len(v) == len(view.entries)]
+    return None if len(flags) < len(views) else _Facts(flags, [torch.ones(len(v)) for v in flags])
+
+
+def _on_host(layers: Sequence[CacheEntries]) -> _Facts:
+    """The same of any entries that know what is visual, fetched together."""
+    flags = [v for v in map(visual_of, layers) if v is not None]
+    columns = [*flags, *map(_sizes, layers)]
+    if columns[0].device.type == "cpu" or len({column.device for column in columns}) > 1:
+        here = [column.cpu() for column in columns]
+    else:
+        here = list(torch.cat([x.float() for x in columns]).cpu().split([len(column) for column in columns]))
+    return _Facts([v.bool() for v in here[: len(layers)]], here[len(layers) :])
 
 
 def _sizes(entries: CacheEntries) -> Tensor:
     """[N] float32."""
     return entries.keys.new_ones(len(entries), dtype=torch.float32) if entries.size is None else entries.size[0, 0]
-
-
-def _on_host(columns: Sequence[Tensor]) -> list[Tensor]:
-    """The columns of all layers on the CPU, fetched together."""
-    if columns[0].device.type == "cpu" or len({column.device for column in columns}) > 1:
-        return [column.cpu() for column in columns]
-    return list(torch.cat(list(columns)).cpu().split([len(column) for column in columns]))
 
 
 def _pieces(is_visual: Tensor, sizes: Tensor, kept: tuple[int, int, int]) -> list[Piece]:
@@ -211,24 +259,6 @@ def _pieces(is_visual: Tensor, sizes: Tensor, kept: tuple[int, int, int]) -> lis
     return [piece for rows, n, each in parts if n > 0 for piece in pieces_of(rows, sizes[rows], n, each)]
 
 
-def _visual_on_host(view: LayerView) -> Tensor | None:
-    """[N] bool, on the CPU: which entries are visual; of those of this pass alone that may be known there."""
-    is_visual, known = _is_visual(view.entries), view.known
-    if is_visual is None:
-        return None
-    if known is not None and known.is_visual is not None and len(is_visual) == len(known.is_visual):
-        return known.is_visual
-    return is_visual.cpu()
-
-
-def _query_places_on_host(view: LayerView) -> Tensor:
-    """[S] int64, on the CPU: `LayerView.query_places`."""
-    if view.query_index is not None:
-        return view.query_index.cpu()
-    longest = max(view.entries.lengths)
-    return torch.arange(longest - view.queries.shape[2], longest)
-
-
 def _most_recent(budget: int, pictures: int) -> int:
     """How many entries of a layer may stay as they are: half, unless pictures need one each, and older text another."""
     room = budget - pictures - 1
@@ -239,41 +269,3 @@ def _text_behind_pictures(is_visual: Tensor) -> int:
     """Entries behind the last visual one."""
     visual = is_visual.nonzero()[:, 0]
     return len(is_visual) - (int(visual[-1]) + 1 if len(visual) else 0)
-
-
-def _quartile(x: Tensor) -> Tensor:
-    """[] the first one of x, [S], by hand: `quantile` takes a dozen kernels."""
-    place, part = divmod(0.25 * (len(x) - 1), 1)
-    ranked = x.sort().values
-    return ranked[int(place)].lerp(ranked[min(int(place) + 1, len(x) - 1)], part)
-
-
-def _change_of_readings(q: Tensor, entries: CacheEntries, is_visual: Tensor, scale: float) -> Tensor:
-    """[S] float32: by how much of itself what queries ([H, S, D]) read changes where every picture is one entry."""
-    exact, pooled = _readings(q, entries, is_visual, scale)
-    change = exact - pooled
-    change = (change - change.mean(1, keepdim=True)).square().sum((0, 2)).sqrt()
-    return change / exact.square().sum((0, 2)).sqrt().clamp_min(1e-12)
-
-
-def _readings(q: Tensor, entries: CacheEntries, is_visual: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """What these queries ([H, S, D]) read among all entries, and with every picture as one of them.
-
-    [H, S, D] float32 each: in half precision logits would overflow, or round, and sums of many rows stand still.
-    """
-    keys, values = entries.keys[0].float(), entries.values[0].float()
-    grouped = q.reshape(keys.shape[0], -1, q.shape[2]).float() * scale  # heads of a group ask the same entries
-    logits = grouped @ keys.mT
-    exact = logits.softmax(-1) @ values
-    runs, lengths = len(bounds := runs_of(is_visual)), bounds[:, 1] - bounds[:, 0]
-    facts = torch.repeat_interleave(lengths), is_visual.nonzero()[:, 0], lengths, (~is_visual).nonzero()[:, 0]
-    owner, rows, lengths, text = (x.to(keys.device, non_blocking=True) for x in facts)
-    count = lengths.float()
-    means = []
-    for x in (keys, values):
-        pooled = x.new_zeros(x.shape[0], runs, x.shape[2]).index_add_(1, owner, x[:, rows])
-        means.append(pooled / count[:, None])
-    of_pictures = grouped @ means[0].mT + count.log()
-    weights = torch.cat([logits[:, :, text], of_pictures], -1).softmax(-1)
-    pooled = weights @ torch.cat([values[:, text], means[1]], 1)
-    return exact.reshape(q.shape), pooled.reshape(q.shape)

@@ -11,12 +11,14 @@ from torch import Tensor
 from torch.nn.functional import normalize, one_hot, pad
 
 from mminfer.cache import digest_rules
+from mminfer.cache.digest_at_once import digested_at_once, parts_of
 from mminfer.cache.digest_rules import Piece, Rule
 from mminfer.technique import CacheEntries
 
 KEPT_ALIKE = 0.5  # what pieces that go together keep, at least, as a share of the most: the rest is padding
 # Cosines at a time, each to each: on a CPU no more than its cache holds.
 COSINES_ON_CPU, COSINES = 1 << 18, 1 << 26
+AT_ONCE_ON = frozenset({"cuda"})  # devices that would wait for launches: see `digested_at_once`
 
 
 class _Place(NamedTuple):
@@ -59,6 +61,8 @@ def digested(layers: Sequence[CacheEntries], pieces: Sequence[Sequence[Piece]], 
         pieces: of each layer, none of which overlap; what is in none is dropped.
         rule: how they become fewer.
     """
+    if rule == Rule() and layers[0].keys.device.type in AT_ONCE_ON:
+        return [kept for part in parts_of(layers) for kept in digested_at_once(layers[part], pieces[part])]
     found: list[_Left] = []
     shorter: dict[int, list[_Place]] = {}
     lengths, begun = [sum(piece.kept for piece in own) for own in pieces], 0

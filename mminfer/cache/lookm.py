@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 import torch
 from mminfer_kernels import column_mass
@@ -13,13 +13,39 @@ from torch import Tensor
 
 from mminfer.cache.lookm_rules import MERGES, lookm_keep, lookm_merge
 from mminfer.errors import ConfigError, shown
-from mminfer.technique import CACHE_SHARES, CacheEntries, CacheTechnique, LayerView, LayerWork, check_fraction, is_whole
+from mminfer.technique import (
+    CACHE_SHARES,
+    CacheEntries,
+    CacheTechnique,
+    LayerView,
+    LayerWork,
+    check_fraction,
+    fetched,
+    is_bundled,
+    is_whole,
+)
 
 if TYPE_CHECKING:
     from mminfer.models.spec import ModelSpec
 
 QUERIES = ("all", "strided", "last")
 OVERFLOWS = ("evict", "keep")
+
+
+class _Quotas(NamedTuple):
+    """How many entries stay of a view.
+
+    Args:
+        important: before the recent window.
+        recent: in it.
+        bounded: whether text counts among `important`, however much there is.
+        texts: entries of text before the window, the most of all heads; None: nobody asks.
+    """
+
+    important: int
+    recent: int
+    bounded: bool
+    texts: int | None
 
 
 @dataclass(frozen=True)
@@ -107,29 +133,76 @@ class LookM(CacheTechnique):
         super().check(spec)
 
     def apply(self, view: LayerView) -> CacheEntries:
-        entries = view.entries
         if self._keeps_all(view.tokens_seen, view.layer_idx):
-            return entries
+            return view.entries
+        return self._compressed(view.entries, self.score(view), self._quotas(view, self._texts([view])[0]))
+
+    @property
+    def together(self) -> bool:
+        return is_bundled(type(self))
+
+    def held(self, view: LayerView) -> LayerView:
+        queries, index = view.queries, view.query_index
+        if view.attention_mass is not None:
+            queries, index = queries.new_empty(1, queries.shape[1], 0, queries.shape[3]), None
+        elif self.queries == "last" and index is None and queries.shape[2] > self.window:
+            queries = queries[:, :, -self.window :].clone()  # a view would hold all of them
+        return replace(view, queries=queries, query_index=index)
+
+    def apply_layers(self, views: Sequence[LayerView]) -> list[CacheEntries]:
+        out = [view.entries for view in views]
+        alike: dict[tuple[Hashable, _Quotas], list[int]] = {}
+        for i, (view, texts) in enumerate(zip(views, self._texts(views), strict=True)):
+            if not self._keeps_all(view.tokens_seen, view.layer_idx):
+                alike.setdefault((view.kind, self._quotas(view, texts)), []).append(i)
+        for (_, quotas), own in alike.items():
+            several = [views[i] for i in own]
+            stacked = LayerView.stacked(several)
+            found = self._compressed(stacked.entries, self._scores(stacked, several), quotas)
+            for i, entries in zip(own, [found] if len(own) == 1 else found.unstacked(), strict=True):
+                out[i] = entries
+        return out
+
+    def _scores(self, stacked: LayerView, views: Sequence[LayerView]) -> Tensor:
+        """[L, G, N] float32: `score` of views side by side, of which `stacked` was made."""
+        return self.score(stacked)
+
+    def _quotas(self, view: LayerView, texts: int | None) -> _Quotas:
+        """How many entries stay of a view that has so many of text before the recent window; None: nobody asks."""
         important, recent = self.quota(view.tokens_seen, view.layer_idx)
-        entries = replace(entries, score=self.accumulate(entries.score, self.score(view)))
+        if texts is not None and self.budget is not None:
+            self._warn_of_overflow(texts, important, recent)
+        bounded = not self.text_prior or (self.budget is not None and self.text_overflow == "evict")
+        return _Quotas(important, recent, bounded, None if bounded else texts)
+
+    def _compressed(self, entries: CacheEntries, score: Tensor, quotas: _Quotas) -> CacheEntries:
+        """What stays of entries [L, G, N, ...], whose score in this pass is [L, G, N]."""
+        important, recent, bounded, texts = quotas
+        entries = replace(entries, score=self.accumulate(entries.score, score))
         if len(entries) <= important + recent or entries.score is None or entries.is_visual is None:
             return entries
-        bounded = not self.text_prior or (self.budget is not None and self.text_overflow == "evict")
-        if self.budget is not None and self.text_prior:
-            self._warn_of_overflow(self._texts(view, recent), important, recent)
-        texts = None if bounded else self._texts(view, recent)
         kept = lookm_keep(entries.score, entries.is_visual, important, recent, self.text_prior, bounded, texts)
         if kept.shape[-1] == len(entries):
             return entries
         keys, values = lookm_merge(entries.keys, entries.values, kept, self.merge)
         return entries.merged(kept, keys, values)
 
-    def _texts(self, view: LayerView, recent: int) -> int:
-        """Entries of text before the recent window, the most of all heads; known where all are of this pass."""
-        entries, is_visual = view.entries, view.entries.is_visual
-        if view.known is not None and view.known.is_visual is not None and len(entries) == len(view.is_visual):
-            is_visual = view.known.is_visual[None, None]
-        return 0 if is_visual is None else int((~is_visual[:, :, : len(entries) - recent]).sum(2).amax())
+    def _texts(self, views: Sequence[LayerView]) -> list[int | None]:
+        """Of each view the entries of text before the recent window, the most of all heads; None: nobody asks.
+
+        They are known where all entries are of this pass; else those of all views are fetched together.
+        """
+        counts: list[Tensor | None] = []
+        for view in views:
+            entries, is_visual = view.entries, view.entries.is_visual
+            important, recent = self.quota(view.tokens_seen, view.layer_idx)
+            if not self.text_prior or is_visual is None or len(entries) <= important + recent:
+                counts.append(None)
+                continue
+            if view.known is not None and view.known.is_visual is not None and len(entries) == len(view.is_visual):
+                is_visual = view.known.is_visual[None, None]
+            counts.append((~is_visual[:, :, : len(entries) - recent]).sum(2).amax())
+        return fetched(counts)
 
     def _warn_of_overflow(self, text: int, important: int, recent: int) -> None:
         """Once in a process for each setting: the same words again are not shown."""

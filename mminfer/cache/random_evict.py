@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
+import torch
 from torch import Tensor
 
 from mminfer.cache.lookm import LookM
@@ -38,6 +39,12 @@ class RandomEvict(LookM):
 
     def score(self, view: LayerView) -> Tensor:
         return draw_lot(view.keys.shape[:3], self.seed, view.layer_idx, view.keys)
+
+    def held(self, view: LayerView) -> LayerView:
+        return super().held(replace(view, queries=view.queries[:, :, :0].clone(), query_index=None))
+
+    def _scores(self, stacked: LayerView, views: Sequence[LayerView]) -> Tensor:
+        return torch.cat([self.score(view) for view in views])  # every layer draws its own
 
     def accumulate(self, earlier: Tensor | None, now: Tensor) -> Tensor:
         """One lot for each entry: those of earlier passes keep theirs."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from mminfer_kernels import prompt_attention_mass
@@ -38,11 +38,23 @@ class PassSettings:
         adapter: the model.
         config: the techniques.
         prompt_tokens: of each sequence, the tokens that entered the language model in this pass.
+        together: whether entries are left as they are for now, to be compressed with those of other layers.
     """
 
     adapter: ModelAdapter
     config: InferenceConfig
     prompt_tokens: tuple[int, ...]
+    together: bool = False
+    _blanks: dict[tuple[torch.device, float], Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    def blank(self, k: Tensor, value: float) -> Tensor:
+        """[1, G, N] float32: a column of new entries, whose keys are k; `together` it is a view of one number."""
+        if not self.together:
+            return k.new_full(k.shape[:3], value, dtype=torch.float32)
+        number = self._blanks.get((k.device, value))
+        if number is None:
+            number = self._blanks[k.device, value] = k.new_full((1, 1, 1), value, dtype=torch.float32)
+        return number.expand(k.shape[:3])
 
 
 @dataclass(frozen=True)
@@ -75,6 +87,8 @@ class LayerAttention:
     Attributes:
         entries: what the layer holds of each sequence.
         demands: of each sequence, `CacheTechnique.layer_demand`, where the cache works across layers.
+        views: of each sequence, what `CacheTechnique.held` keeps of its view, where layers are compressed together;
+            None for one that has no rows.
         kept: packed rows that stay, a tensor for each sequence that was pruned.
     """
 
@@ -91,6 +105,7 @@ class LayerAttention:
         self.queries, self.past = queries, past
         self.entries: list[CacheEntries] = []
         self.demands: list[float | Tensor] = []
+        self.views: list[LayerView | None] = []
         self.kept: list[Tensor] = []
         self._work: list[LayerWork] = []
         self._mass_flops: list[int] = []
@@ -124,6 +139,7 @@ class LayerAttention:
         held = none if self.past is None else self.past.row(sequence)
         self.entries.append(held)
         self.demands.append(0.0)
+        self.views.append(None)
         kept = held.per_head
         self._work.append(LayerWork(self.layer_idx, self.tokens_seen[sequence], 0, 0, kept, 0, kept))
         self._mass_flops.append(0)
@@ -234,10 +250,10 @@ class LayerAttention:
         heads, layout = k.shape[:3], self.layout
         make = {
             "is_visual": lambda: layout.is_visual[start:stop].expand(heads),
-            "score": lambda: k.new_zeros(heads, dtype=torch.float32),
-            "size": lambda: k.new_ones(heads, dtype=torch.float32),
+            "score": lambda: self.settings.blank(k, 0.0),
+            "size": lambda: self.settings.blank(k, 1.0),
             "source": lambda: layout.source[start:stop].expand(heads),
-            "log_mass": lambda: k.new_zeros(heads, dtype=torch.float32),
+            "log_mass": lambda: self.settings.blank(k, 0.0),
         }
         return CacheEntries.of({"keys": k, "values": v} | {name: make[name]() for name in self.config.cache.columns})
 
@@ -258,6 +274,9 @@ class LayerAttention:
         cache = self.config.cache
         if cache is None:
             return view.entries
+        if self.settings.together:
+            self.views.append(cache.held(view))
+            return view.entries
         if cache.across_layers:
             self.demands.append(cache.layer_demand(view))
             return view.entries
@@ -274,7 +293,7 @@ class LayerAttention:
         self._mass_flops[sequence] += flops
 
     def replace_entries(self, sequence: int, entries: CacheEntries) -> None:
-        """What a cache that works across layers has left of a sequence's entries."""
+        """What a cache that compresses layers together has left of a sequence's entries."""
         self.entries[sequence] = entries
         self._work[sequence] = replace(self._work[sequence], kept=entries.per_head)
 

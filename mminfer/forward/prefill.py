@@ -16,6 +16,7 @@ from mminfer.forward.attention import routed_attention
 from mminfer.forward.kv_cache import CompressedCache, Continuation
 from mminfer.forward.kv_layer import CompressedLayer
 from mminfer.forward.layer_attention import LayerAttention, PassSettings
+from mminfer.forward.layer_groups import LayerGroup, Passed, compress_together, most_together
 from mminfer.forward.packed_layer import layer_of
 from mminfer.forward.replay import LayersAgain, ReplayAttention
 from mminfer.forward.rotary import fractional, frequency_factors
@@ -24,7 +25,7 @@ from mminfer.layout import TokenLayout
 from mminfer.metrics.records import LayerRecord, PromptRecord, joined_layers
 from mminfer.models.adapter import ModelAdapter
 from mminfer.models.spec import ModelSpec
-from mminfer.technique import compressed_layers
+from mminfer.technique import compressed_layers, fetched
 
 
 @dataclass(frozen=True)
@@ -162,12 +163,20 @@ def _run_layers(
     between_layers: Callable[[], object] | None,
 ) -> tuple[Rows, list[LayerRecord]]:
     """All layers over the rows of one chunk, behind what the cache holds; it then holds them too."""
-    settings = PassSettings(adapter, config, rows.layout.lengths)
     depth, across_layers = adapter.spec.num_layers, config.cache is not None and config.cache.across_layers
+    most = most_together(rows.hidden.device, depth)
+    together = config.cache is not None and config.cache.together and most > 1
+    group = LayerGroup(config.cache if together and not across_layers else None, most)
+    settings = PassSettings(adapter, config, rows.layout.lengths, together)
     entered, again = rows, LayersAgain(config, between_layers)
-    done: list[tuple[LayerAttention, Tensor | None]] = []  # of all layers, where they are compressed together
+    done: list[Passed] = []  # of all layers, where they are compressed together
     layers: list[CompressedLayer] = []
     records: list[LayerRecord] = []
+
+    def finish(passed: Sequence[Passed]) -> None:
+        layers.extend(layer_of(attend.entries, attend.tokens_seen, cache) for attend, _ in passed)
+        records.extend(attend.record(ffn) for attend, ffn in passed)
+
     with routed_attention(adapter.text_config):
         for i in range(depth):
             queries, ffn = (None, None) if config.skip is None else config.skip.apply(rows.layout, i, depth)
@@ -180,8 +189,7 @@ def _run_layers(
             if across_layers:
                 done.append((attend, ffn))
             else:
-                layers.append(layer_of(attend.entries, attend.tokens_seen, cache))
-                records.append(attend.record(ffn))
+                finish(group.add(attend, ffn))
             if attend.kept:
                 rows = rows.select(torch.cat(attend.kept), attend.counts_left())
             if between_layers is not None:
@@ -190,8 +198,9 @@ def _run_layers(
             again.behind_all([attend for attend, _ in done], entered)
     if across_layers:
         _compress_together(config, [attend for attend, _ in done], again.looked)
-        layers = [layer_of(attend.entries, attend.tokens_seen, cache) for attend, _ in done]
-        records = [attend.record(ffn) for attend, ffn in done]
+        finish(done)
+    else:
+        finish(group.rest())
     cache.layers = layers
     return rows, records
 
@@ -205,17 +214,13 @@ def _compress_together(
     for b, (start, stop) in enumerate(layers[0].layout.spans):
         if start == stop:  # it comes in with a later chunk, and stays as it is until then
             continue
+        if layers[0].settings.together:
+            compress_together(config.cache, [(attend, b) for attend in layers])
+            continue
         held, demands, seen = ([getattr(a, name)[b] for a in layers] for name in ("entries", "demands", "tokens_seen"))
-        asked = [look.found[b] for look in looked] or _numbers(demands)
+        asked = [look.found[b] for look in looked] or fetched(demands)
         for attend, entries in zip(layers, compressed_layers(config.cache, held, asked, seen), strict=True):
             attend.replace_entries(b, entries)
-
-
-def _numbers(values: Sequence[float | Tensor]) -> list[float]:
-    """The numbers, those on a GPU fetched together."""
-    there = [x for x in values if isinstance(x, Tensor)]
-    fetched = iter(torch.stack([x.to(there[0].device) for x in there]).tolist() if there else [])
-    return [next(fetched) if isinstance(x, Tensor) else x for x in values]
 
 
 def _pairs_ahead(layout: TokenLayout) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 from mminfer.technique.chance import draw_lot
 from mminfer.technique.checks import check_columns, check_declared, checked_entries, compressed_layers, kept_rows
 from mminfer.technique.entries import COLUMNS, CacheEntries, by_device, mean_length
+from mminfer.technique.fetching import fetched
 from mminfer.technique.registry import TechniqueRegistry, is_bundled
 from mminfer.technique.replayed import NOTHING, EarlierEntries, ReplayedStretch, ReplayPlan
 from mminfer.technique.row_hooks import only_rows
@@ -66,6 +67,7 @@ __all__ = [
     "checked_entries",
     "compressed_layers",
     "draw_lot",
+    "fetched",
     "is_bundled",
     "is_number",
     "is_whole",

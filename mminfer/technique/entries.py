@@ -188,6 +188,26 @@ class CacheEntries:
             return self
         return replace(self, log_mass=self.keys.new_zeros(self.keys.shape[:3], dtype=torch.float32))
 
+    @classmethod
+    def stacked(cls, layers: Sequence[CacheEntries]) -> CacheEntries:
+        """Entries of several layers side by side along the first axis: [L, G, S, ...] columns.
+
+        Args:
+            layers: none is packed; all are alike in shape, columns and place.
+        """
+        if len(layers) == 1:
+            return layers[0]
+        columns = zip(*(entries.columns.values() for entries in layers), strict=True)
+        return cls.of({name: _joined(own, 0) for name, own in zip(COLUMNS, columns, strict=True)})
+
+    def unstacked(self) -> list[CacheEntries]:
+        """Of each layer by itself, as views: what `stacked` put side by side."""
+        parts = {n: None if x is None else x.split(1) for n, x in self.columns.items()}
+        return [
+            CacheEntries.of({n: None if x is None else x[i] for n, x in parts.items()})
+            for i in range(self.keys.shape[0])
+        ]
+
     def extend(self, new: CacheEntries) -> CacheEntries:
         """These entries, then the new ones, in each head; packed where one of both is."""
         if (self.log_mass is None) != (new.log_mass is None):
@@ -219,9 +239,9 @@ def mean_length(lengths: Sequence[int]) -> int:
     return (2 * sum(lengths) + len(lengths)) // (2 * len(lengths))
 
 
-def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+def _joined(parts: Sequence[Tensor | None], dim: int = 2) -> Tensor | None:
     tensors = [part for part in parts if part is not None]
-    return torch.cat(tensors, 2) if len(tensors) == len(parts) else None
+    return torch.cat(tensors, dim) if len(tensors) == len(parts) else None
 
 
 def _by_heads(column: Tensor | None, head_lengths: tuple[int, ...] | None) -> tuple[Tensor, ...] | None:

@@ -232,6 +232,27 @@ class CacheTechnique(Technique):
     def apply(self, view: LayerView) -> CacheEntries:
         """What one sequence keeps in one layer: `view.entries.select(places)`, or `.merged(...)` of them."""
 
+    @property
+    def together(self) -> bool:
+        """Whether a GPU may be given several layers at once, by `apply_layers`: fewer launches, the same entries.
+
+        A class of anybody's that changes what is done in one layer need not know of it: it is asked layer by layer.
+        """
+        return False
+
+    def held(self, view: LayerView) -> LayerView:
+        """What of a view must be held until `apply_layers`; the rest of it is given back."""
+        return view
+
+    def apply_layers(self, views: Sequence[LayerView]) -> list[CacheEntries]:
+        """`apply` of several layers, or of several sequences, at once; only where it works `together`.
+
+        Args:
+            views: as `held` left them, of layers anywhere. Where the technique works across layers, all of one
+                sequence's.
+        """
+        return [self.apply(view) for view in views]
+
     def needs_attention_mass(self, tokens_seen: int, layer_idx: int) -> bool:
         """Whether `apply` asks for `LayerView.attention_mass`, which the attention gives at little cost.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -78,6 +79,33 @@ class LayerView:
             return self.query_index
         longest = max(self.entries.lengths)
         return torch.arange(longest - self.queries.shape[2], longest, device=self.queries.device)
+
+    @property
+    def kind(self) -> Hashable:
+        """What views must have in common to be `stacked`; packed ones have it in common with no other."""
+        entries, mass, index = self.entries, self.attention_mass, self.query_index
+        own = (id(entries) if entries.is_packed else None, None if index is None else id(index), mass is None)
+        columns = tuple(name for name, x in entries.columns.items() if x is not None)
+        shapes = (entries.keys.shape, entries.keys.dtype, self.queries.shape, self.queries.dtype, self.is_visual.shape)
+        return (entries.keys.device, own, columns, shapes, self.scale, self.tokens_seen, self.prompt_tokens)
+
+    @classmethod
+    def stacked(cls, views: Sequence[LayerView]) -> LayerView:
+        """One view of several layers or sequences of one `kind`, side by side along the first axis of its columns.
+
+        What is no column, such as `is_visual` and `layer_idx`, is the first one's; what the host knows is forgotten.
+        """
+        first = views[0]
+        if len(views) == 1:
+            return first
+        masses = [view.attention_mass for view in views if view.attention_mass is not None]
+        return replace(
+            first,
+            queries=torch.cat([view.queries for view in views]) if first.queries.numel() else first.queries,
+            entries=CacheEntries.stacked([view.entries for view in views]),
+            attention_mass=torch.cat(masses) if masses else None,
+            known=None,
+        )
 
     def heads(self) -> list[LayerView]:
         """The view of each key/value head by itself, with the queries of its group."""

@@ -12,11 +12,13 @@ import torch
 from benchmarks.gpu.pretended import PretendedTensor, pretended_gpu
 from benchmarks.gpu.walk import VOCABULARY, narrow_model, on_pretended_gpu, replayed, walked
 from benchmarks.models.geometries import video_prompt
-from mminfer import AIMMerge, AIMPrune, InferenceConfig, LookM, RegionMerge, patched
+from mminfer import AIMMerge, AIMPrune, Digest, InferenceConfig, LookM, RegionMerge, patched
+from mminfer.cache.snapkv import SnapKV
 from mminfer.forward.kv_cache import CACHE_NAME
 from mminfer.layout import TokenLayout
-from mminfer.technique import PruneTechnique
+from mminfer.technique import CacheEntries, PruneTechnique
 from mminfer.tokens.downsample import Downsample
+from tests.views import layer_view
 
 HOST = 1150  # launches of the unpatched model's pass
 # Launches and waits of a prompt pass, one of them at its end for the clock; launches and waits of a step.
@@ -29,9 +31,9 @@ BOUNDS = {
     "balanced": (1582, 2, 1148, 0),
     "random-prune": (1308, 2, 1151, 0),
     "regions": (1195, 3, 1158, 0),
-    "lookm-20": (2517, 2, 1130, 0),
-    "snapkv-20": (2321, 2, 1130, 0),
-    "digest-20": (3705, 5, 1133, 0),
+    "lookm-20": (1478, 2, 1130, 0),
+    "snapkv-20": (1454, 2, 1130, 0),
+    "digest-20": (1592, 3, 1133, 0),
     "replay-20": (4118, 3, 1194, 0),
 }
 pytestmark = pytest.mark.filterwarnings("ignore:V2PE")
@@ -162,6 +164,36 @@ def test_what_the_host_knows_of_rows_is_forgotten_where_it_may_be_so_no_longer(s
             stack.enter_context(patched(model, config, verify=False))
             kept.append(getattr(model(**inputs), CACHE_NAME).lengths)
     assert kept[0] == kept[1]
+
+
+@pytest.mark.parametrize("cache", [LookM(0.2, 0.1), SnapKV(0.2, 0.1, window=4), Digest(0.3, recent=3)], ids=repr)
+def test_layers_on_several_devices_are_compressed_where_they_are(cache):
+    """By turns on the CPU and on a GPU: nothing is moved, and every layer keeps what it keeps by itself."""
+    flags, generator = torch.arange(60) % 20 > 5, torch.Generator().manual_seed(0)
+    columns = {"is_visual": flags.expand(1, 2, 60), "score": torch.zeros(1, 2, 60), "size": torch.ones(1, 2, 60)}
+    columns = {name: columns[name] for name in cache.columns}
+    q = torch.randn(4, 1, 4, 60, 8, generator=generator)
+    rows = torch.randn(4, 2, 1, 2, 60, 8, generator=generator)
+    plain = [
+        layer_view(queries, CacheEntries(*own, **columns), is_visual=flags, layer_idx=n)
+        for n, (queries, own) in enumerate(zip(q, rows, strict=True))
+    ]
+    wanted = cache.apply_layers([cache.held(view) for view in plain])
+    with pretended_gpu():
+        views = [there(view) if n % 2 else view for n, view in enumerate(plain)]
+        found = cache.apply_layers([cache.held(view) for view in views])
+    for n, (ours, theirs) in enumerate(zip(found, wanted, strict=True)):
+        for name, column in ours.columns.items():
+            if column is not None:
+                assert isinstance(column, PretendedTensor) == bool(n % 2)
+                torch.testing.assert_close(column.held if n % 2 else column, theirs.columns[name], rtol=1e-4, atol=1e-5)
+
+
+def there(view):
+    """The view, all of it on the GPU."""
+    columns = {name: None if x is None else x.to("cuda") for name, x in view.entries.columns.items()}
+    own = {"queries": view.queries.to("cuda"), "is_visual": view.is_visual.to("cuda")}
+    return replace(view, entries=CacheEntries.of(columns), **own)
 
 
 @pytest.mark.parametrize("merge", [RegionMerge(), RegionMerge(None, None, 0.2), Downsample(0.25)], ids=repr)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mminfer import AIMMerge, AIMPrune, ConfigError, Engine, InferenceConfig, OperatorSkip, patched
 from mminfer.bench.contexts import made_contexts
-from mminfer.cache import digest_pieces
+from mminfer.cache import digest_at_once, digest_pieces
 from mminfer.cache.digest import Digest
 from mminfer.cache.digest_pieces import digested
 from mminfer.cache.digest_rules import PIECE, Piece, Rule, farthest_first, pieces_of, runs_of, share_out
@@ -98,6 +98,24 @@ def test_small_pictures_keep_something_beside_large_ones(pattern, spread):
             for first, end in pictures:
                 sources = kept.source[0]  # [G, S]
                 assert ((sources >= first) & (sources < end)).any(-1).all(), (ratio, first)
+
+
+@pytest.mark.parametrize(("most", "cosines"), [(1 << 27, 1 << 26), (1, 1)], ids=["together", "one by one"])
+def test_a_gpu_makes_of_all_layers_at_once_what_a_cpu_does(most, cosines, monkeypatch):
+    """Pieces of several lengths; layers of several; one that keeps all it has, one that loses some by being in none."""
+    layers = [made([3, 30, 2, 30, 1, 9 + n], seed=n) for n in range(3)]
+    layers[2] = replace(layers[2], size=1 + torch.rand(layers[2].size.shape))
+    kept = ((30, 7, 4, 2), (5, 20, 3, 3), (23, 1, 9, 1))
+    pieces = [[Piece(*x) for x in zip((35, 3, 66, 0), (30, 30, 9, 3), own, strict=True)] for own in kept]
+    pieces[2][0] = Piece(35, 24, 23)
+    pieces[1] = [Piece(0, 3, 3), Piece(3, 30, 30)]
+    wanted = digested(layers, pieces, Rule())
+    monkeypatch.setattr(digest_pieces, "AT_ONCE_ON", {"cpu"})
+    monkeypatch.setattr(digest_at_once, "MOST_BYTES", most)
+    monkeypatch.setattr(digest_at_once, "COSINES", cosines)
+    for found, own in zip(digested(layers, pieces, Rule()), wanted, strict=True):
+        for name in ("keys", "values", "size", "source", "is_visual"):
+            torch.testing.assert_close(getattr(found, name), getattr(own, name), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("cosines", [1, 1 << 30], ids=["one by one", "together"])

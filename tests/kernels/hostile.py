@@ -147,6 +147,17 @@ def best_match(draw: Random) -> dict:
     return {"src": src, "dst": dst}
 
 
+def k_centres(draw: Random) -> dict:
+    leading, count = draw.choice(((), (3,), (2, 2), (0,))), draw.choice(SIZES)
+    x, sizes = torch.randn(*leading, count, 4), torch.randint(-1, count + 2, leading)
+    return {
+        "similarity": (x @ x.mT).to(draw.choice(DTYPES)),
+        "counts": torch.randint(-1, count + 2, leading),
+        "most": draw.randint(0, count),
+        "points": draw.choice((None, sizes)),
+    }
+
+
 def merge_rows(draw: Random) -> dict:
     dst, src, index = rows(draw)
     weights = draw.choice((None, torch.rand(dst.shape[:-1]) + 0.1)), draw.choice((None, torch.rand(src.shape[:-1])))
@@ -276,8 +287,8 @@ OPS = {
     make.__name__: make
     for make in (
         prompt_attention, prompt_attention_mass, prompt_attention_peak, column_mass, power_iterate, decode_attention,
-        packed_prompt_attention, packed_decode_attention, best_match, merge_rows, add_rows, gather_rows,
-        gather_rms_norm, row_dots, grow_regions, swiglu, rotary_table, rotary, apply_rotary, decode_step,
+        packed_prompt_attention, packed_decode_attention, best_match, k_centres, merge_rows, add_rows,
+        gather_rows, gather_rms_norm, row_dots, grow_regions, swiglu, rotary_table, rotary, apply_rotary, decode_step,
         packed_decode_step,
     )
 } | {"rotary_": rotary}  # fmt: skip

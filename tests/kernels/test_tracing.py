@@ -12,6 +12,7 @@ from mminfer_kernels import (
     gather_rms_norm,
     gather_rows,
     grow_regions,
+    k_centres,
     merge_rows,
     packed_decode_attention,
     packed_prompt_attention,
@@ -52,6 +53,7 @@ def inputs_of(name):
         "packed_prompt_attention": (q[:1], k[0, 0], v[0, 0], torch.tensor([0, 5]), torch.tensor([9, 12])),
         "packed_decode_attention": (q[:, :, :1], k[0, 0], v[0, 0], *FIRST_AND_LENGTHS),
         "best_match": (rows, x),
+        "k_centres": (-(x[..., :1] - x[..., :1].mT).abs(), torch.tensor([2, 3]), 4),
         "merge_rows": (x, rows, index),
         "_add_rows_": (x, index, rows, "auto"),
         "gather_rows": (x, index),
@@ -68,9 +70,9 @@ def inputs_of(name):
 
 NAMES = [
     "prompt_attention", "prompt_attention_mass", "prompt_attention_peak", "column_mass", "power_iterate",
-    "packed_prompt_attention", "decode_attention", "packed_decode_attention", "best_match", "merge_rows",
-    "_add_rows_", "gather_rows", "gather_rms_norm", "row_dots", "grow_regions", "swiglu", "rotary", "rotary_",
-    "rotary_table", "apply_rotary",
+    "packed_prompt_attention", "decode_attention", "packed_decode_attention", "best_match", "k_centres",
+    "merge_rows", "_add_rows_", "gather_rows", "gather_rms_norm", "row_dots", "grow_regions", "swiglu", "rotary",
+    "rotary_", "rotary_table", "apply_rotary",
 ]  # fmt: skip
 
 
@@ -102,6 +104,7 @@ CALLS = {
     "packed_prompt_attention": packed_prompt_attention,
     "packed_decode_attention": packed_decode_attention,
     "best_match": best_match,
+    "k_centres": lambda similarity, counts, most: k_centres(similarity, counts, most),
     "merge_rows": merge_rows,
     "_add_rows_": lambda x, index, rows, backend: add_rows(x, index, rows, backend=backend),
     "gather_rows": gather_rows,

@@ -34,6 +34,7 @@ def calls(layout):
         "gather_rms_norm": (rows, index, torch.ones(16)),
         "gather_rows": (rows, index),
         "merge_rows": (rows, k[:, 0, :2], index),
+        "k_centres": (q @ q.mT, torch.full((2, 4), 3), 5),
         "power_iterate": (q, k),
         "prompt_attention": (q, k, k),
         "prompt_attention_mass": (q, k, k),

@@ -9,6 +9,7 @@ from mminfer_kernels import (
     best_match,
     gather_rms_norm,
     gather_rows,
+    k_centres,
     merge_rows,
     rotary,
     rotary_,
@@ -42,6 +43,39 @@ def test_best_match_of_equals_takes_the_first_and_of_zeros_zero():
     assert best_match(src, torch.randn(4, 8), backend="triton")[0][2] == 0
     assert torch.equal(best_match(src, torch.zeros(40, 8), backend="triton")[0], torch.zeros(5))
     assert best_match(src, torch.zeros(40, 8), backend="triton")[1].tolist() == [0] * 5
+
+
+@pytest.mark.parametrize(("leading", "points", "most"), [((), 1, 1), ((3,), 20, 20), ((2, 3), 98, 30), ((2,), 5, 0)])
+def test_k_centres(leading, points, most):
+    """Each set chooses as many as it may, none and all of them too; what is beyond the bounds is held to them."""
+    x = torch.randn(*leading, points, 6)
+    counts = torch.randint(-1, most + 2, leading)
+    centre, owner = meets_the_bar(k_centres, x @ x.mT, counts, most)
+    sizes = counts.clamp(0, most)
+    assert torch.equal((centre < points).sum(-1), sizes)
+    assert bool((centre.diff() >= 0).all()) and bool(((owner >= 0) & (owner < points)).all())
+    own = (owner == torch.arange(points)).sum(-1)
+    assert torch.equal(own[sizes > 0], sizes[sizes > 0])
+
+
+def test_k_centres_of_shorter_sets_are_those_of_the_set_alone():
+    x = torch.randn(3, 30, 6)
+    x[1, 20:], x[2, 1:] = 0, 0
+    counts, sizes = torch.tensor([4, 20, 7]), torch.tensor([30, 20, 1])
+    centre, owner = meets_the_bar(k_centres, x @ x.mT, counts, 25, sizes)
+    for n, (count, size) in enumerate(zip(counts.tolist(), sizes.tolist(), strict=True)):
+        own, count = x[n, :size] @ x[n, :size].mT, min(count, size)
+        alone, whose = k_centres(own, torch.tensor(count), count, backend="reference")
+        assert torch.equal(centre[n, :count], alone) and bool((centre[n, count:] == 30).all())
+        assert torch.equal(owner[n, :size], whose)
+
+
+def test_k_centres_of_equals_are_never_the_same_and_nan_is_no_place():
+    same, nan = torch.ones(2, 6, 6), torch.full((2, 6, 6), torch.nan)
+    for similarity in (same, nan):
+        centre, owner = k_centres(similarity, torch.tensor([6, 2]), 6, backend="triton")
+        assert centre[0].tolist() == list(range(6)) and len({*centre[1].tolist()}) == 3 and bool((owner < 6).all())
+    meets_the_bar(k_centres, same, torch.tensor([6, 2]), 6)
 
 
 def test_best_match_of_strided_rows():
