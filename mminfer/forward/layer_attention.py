@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from mminfer_kernels import prompt_attention_mass
@@ -43,6 +43,16 @@ class PassSettings:
     adapter: ModelAdapter
     config: InferenceConfig
     prompt_tokens: tuple[int, ...]
+    _numbers: dict[tuple[torch.device, float], Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    def filled(self, shape: torch.Size, number: float, device: torch.device) -> Tensor:
+        """Of this shape, the number everywhere: on a GPU one number for all layers, not to be written into."""
+        if device.type == "cpu":
+            return torch.full(shape, number, dtype=torch.float32)
+        made = self._numbers.get((device, number))
+        if made is None:
+            made = self._numbers[device, number] = torch.full((), number, dtype=torch.float32, device=device)
+        return made.expand(shape)
 
 
 @dataclass(frozen=True)
@@ -194,7 +204,8 @@ class LayerAttention:
         attended = self._attend(sequence, view, window)
         view = replace(view, attention_mass=attended.mass)
         if self._prune is not None:
-            self.kept.append(kept_rows(self._prune, view) + self.layout.spans[sequence][0])
+            kept, start = kept_rows(self._prune, view), self.layout.spans[sequence][0]
+            self.kept.append(kept + start if start else kept)
         keys = view.entries.per_head
         if window is not None:  # a later query sees no more, itself included
             view = replace(view, entries=view.entries.last(window - 1))
@@ -234,10 +245,10 @@ class LayerAttention:
         heads, layout = k.shape[:3], self.layout
         make = {
             "is_visual": lambda: layout.is_visual[start:stop].expand(heads),
-            "score": lambda: k.new_zeros(heads, dtype=torch.float32),
-            "size": lambda: k.new_ones(heads, dtype=torch.float32),
+            "score": lambda: self.settings.filled(heads, 0.0, k.device),
+            "size": lambda: self.settings.filled(heads, 1.0, k.device),
             "source": lambda: layout.source[start:stop].expand(heads),
-            "log_mass": lambda: k.new_zeros(heads, dtype=torch.float32),
+            "log_mass": lambda: self.settings.filled(heads, 0.0, k.device),
         }
         return CacheEntries.of({"keys": k, "values": v} | {name: make[name]() for name in self.config.cache.columns})
 

@@ -16,7 +16,7 @@ from mminfer.forward.attention import routed_attention
 from mminfer.forward.kv_cache import CompressedCache, Continuation
 from mminfer.forward.kv_layer import CompressedLayer
 from mminfer.forward.layer_attention import LayerAttention, PassSettings
-from mminfer.forward.packed_layer import layer_of
+from mminfer.forward.packed_layer import layer_of, layers_of
 from mminfer.forward.replay import LayersAgain, ReplayAttention
 from mminfer.forward.rotary import fractional, frequency_factors
 from mminfer.forward.rows import Rows, through_layer
@@ -183,14 +183,15 @@ def _run_layers(
                 layers.append(layer_of(attend.entries, attend.tokens_seen, cache))
                 records.append(attend.record(ffn))
             if attend.kept:
-                rows = rows.select(torch.cat(attend.kept), attend.counts_left())
+                kept = attend.kept
+                rows = rows.select(kept[0] if len(kept) == 1 else torch.cat(kept), attend.counts_left())
             if between_layers is not None:
                 between_layers()
         if across_layers:
             again.behind_all([attend for attend, _ in done], entered)
     if across_layers:
-        _compress_together(config, [attend for attend, _ in done], again.looked)
-        layers = [layer_of(attend.entries, attend.tokens_seen, cache) for attend, _ in done]
+        _compress_together(config, [attend for attend, _ in done], again.settled())
+        layers = layers_of([attend.entries for attend, _ in done], [attend.tokens_seen for attend, _ in done], cache)
         records = [attend.record(ffn) for attend, ffn in done]
     cache.layers = layers
     return rows, records
