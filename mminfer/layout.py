@@ -9,7 +9,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from mminfer_kernels import merge_rows
+from mminfer_kernels import merge_rows, top_places
 from torch import Tensor
 
 from mminfer.errors import InputError
@@ -19,6 +19,9 @@ GIVEN_ROWS = "given_rows"  # the name among model inputs under which `GivenRows`
 
 # Those with an entry for each row, but companions, which stay where the rows are.
 _COLUMNS = ("sequence", "modality", "image_id", "size", "source", "position", "block")
+
+
+_TYPES = {"modality": torch.int8, "size": torch.float32, "position": torch.float64}  # of the others int64
 
 
 class Modality(IntEnum):
@@ -47,6 +50,47 @@ class RowCounts:
 
 
 @dataclass(frozen=True, eq=False)
+class SideBySide:
+    """Columns of a layout as they lie in one tensor, so that one gather, or one copy, takes them all.
+
+    Args:
+        data: [K, T] int64, a row or more for each column; smaller types take the first bytes of theirs.
+        names: of the columns, in the rows' order; `position` has the rows that are left.
+        columns: these, as views.
+        is_visual: [T] bool, a view as well.
+    """
+
+    data: Tensor
+    names: tuple[str, ...]
+    columns: dict[str, Tensor]
+    is_visual: Tensor
+
+    @classmethod
+    def of(cls, columns: dict[str, Tensor]) -> SideBySide:
+        """From columns that lie anywhere."""
+        names = (*(name for name in columns if name != "position"), "position")
+        modality = columns["modality"].long()
+        parts = {
+            "modality": modality + ((modality != Modality.TEXT) << 8),  # its second byte
+            "size": columns["size"].view(torch.int32).long(),
+            "position": columns["position"].view(torch.int64),
+        }
+        rows = [parts.get(name, columns[name]) for name in names]
+        return cls.read(torch.cat([x if x.dim() == 2 else x[None] for x in rows]), names)
+
+    @classmethod
+    def read(cls, data: Tensor, names: tuple[str, ...]) -> SideBySide:
+        columns = dict(zip(names, data, strict=False)) | {"position": data[len(names) - 1 :].view(torch.float64)}
+        columns["size"] = columns["size"].view(torch.float32)[::2]
+        bytes_of_modality = columns["modality"].view(torch.int8)
+        columns["modality"] = bytes_of_modality[::8]
+        return cls(data, names, columns, bytes_of_modality[1::8].view(torch.bool))
+
+    def select(self, index: Tensor) -> SideBySide:
+        return self.read(self.data.index_select(1, index), self.names)
+
+
+@dataclass(frozen=True, eq=False)
 class TokenLayout:
     """Per-token facts of a packed batch: T rows, sequence after sequence, no padding.
 
@@ -67,6 +111,7 @@ class TokenLayout:
             visual tokens goes on; nan behind text. None where nothing came before.
         host: the same rows on the CPU, where they are on another device and their facts are known; see `on_host`.
         counts: what is known of rows on another device whose facts are no longer.
+        side_by_side: how the columns lie on a GPU; of those that were replaced since it says nothing.
         known_of: the columns of which `host` and `counts` tell; None: those given. Where a column is replaced beside
             them both are forgotten, so that nobody believes what is no longer so.
 
@@ -86,6 +131,7 @@ class TokenLayout:
     host: TokenLayout | None = None
     counts: RowCounts | None = None
     known_of: tuple[Tensor | None, ...] | None = None
+    side_by_side: SideBySide | None = None
 
     def __post_init__(self) -> None:
         columns, known_of = tuple(getattr(self, name) for name in _COLUMNS), self.known_of
@@ -123,12 +169,29 @@ class TokenLayout:
         return self if self.device == device else replace(self._moved(device), host=replace(self, companions=None))
 
     def _moved(self, device: torch.device | str) -> TokenLayout:
-        columns = {name: getattr(self, name) for name in _COLUMNS}
+        own = self._side_by_side()
         patient = torch.device(device).type == "cpu"
-        moved: dict[str, Any] = {
-            n: None if x is None else x.to(device, non_blocking=not patient) for n, x in columns.items()
-        }
-        return replace(self, **moved)
+        if own is None:
+            columns = {name: x for name in _COLUMNS if (x := getattr(self, name)) is not None}
+            moved: dict[str, Any] = {n: x.to(device, non_blocking=not patient) for n, x in columns.items()}
+            return replace(self, **moved)
+        return self._of(SideBySide.read(own.data.to(device, non_blocking=not patient), own.names))
+
+    def _side_by_side(self) -> SideBySide | None:
+        """The columns, as they lie already or put together; None where somebody gave them other types."""
+        columns = {name: x for name in _COLUMNS if (x := getattr(self, name)) is not None}
+        held = self.side_by_side
+        if held is not None and all(held.columns.get(name) is x for name, x in columns.items()):
+            return held
+        usual = all(x.dtype == _TYPES.get(name, torch.int64) for name, x in columns.items())
+        return SideBySide.of(columns) if usual else None
+
+    def _of(self, rows: SideBySide, **changes: Any) -> TokenLayout:
+        """The layout with these columns."""
+        columns: dict[str, Any] = dict(rows.columns)
+        made = replace(self, side_by_side=rows, **columns, **changes)
+        made.__dict__["is_visual"] = rows.is_visual
+        return made
 
     def _known(self, fact: Tensor) -> Tensor:
         """What was made on the CPU, where the columns are."""
@@ -258,6 +321,15 @@ class TokenLayout:
         own = self.host if index.device.type == "cpu" else None
         host = None if own is None else own.select(index)
         index = index.to(self.device, non_blocking=True)
+        rows = None if self.device.type == "cpu" else self._side_by_side()
+        if rows is not None:
+            return self._of(
+                rows.select(index),
+                host=host,
+                counts=counts if host is None else None,
+                known_of=None,
+                companions=None if self.companions is None else self.companions[self._visual_places(index)],
+            )
         return replace(
             self,
             host=host,
@@ -324,7 +396,7 @@ def places_of(mask: Tensor, count: int | None = None) -> Tensor:
     if count is None or mask.device.type == "cpu":
         found = mask.nonzero()[:, -1]
         return found if mask.dim() == 1 else found.view(*mask.shape[:-1], -1)
-    return mask.contiguous().view(torch.uint8).argsort(dim=-1, descending=True, stable=True)[..., :count]
+    return top_places(mask, count)
 
 
 @dataclass(frozen=True)

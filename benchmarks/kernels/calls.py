@@ -9,6 +9,7 @@ import mminfer_kernels as ops
 import torch
 from mminfer_kernels import DecoderWeights, LayerCache, LayerWeights
 from mminfer_kernels.counts import bytes_of
+from mminfer_kernels.replay_attention import rows_of_entries
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
@@ -93,6 +94,53 @@ def prompt_attention_peak(like: Tensor, tokens: int) -> Call:
         settings={"counted": entries},
         rest=(SIZE**-0.5, None, entries),
         beside={"the attention alone": lambda: ops.prompt_attention(q, k, v)},
+    )
+
+
+def replay_attention(like: Tensor, tokens: int) -> Call:
+    """All tokens once more, in four groups, each behind the quarter of the entries that it made."""
+    q, keys, values = _prompt(like, tokens)
+    k, v = _normal(like, *keys.shape), _normal(like, *values.shape)
+    edges = torch.arange(5, dtype=torch.int32) * tokens // 4
+    groups = torch.stack([edges[:-1], edges[1:], edges[:-1], edges[1:]], 1)
+    longest, seen = int(edges.diff().max()), rows_of_entries(groups, tokens)
+    there = groups.to(like.device), seen.to(like.device), longest
+    return Call(
+        "replay_attention",
+        ops.replay_attention,
+        (q, k, v, keys, values),
+        flops=_counted("replay_attention", q, k, v, keys, values, groups),
+        moved=bytes_of(q, k, v, keys, values) + q.nbytes + 4 * keys.shape[1] * tokens,
+        settings=dict(zip(("groups", "seen", "longest"), there, strict=True)),
+        rest=(*there, SIZE**-0.5),
+    )
+
+
+def fit_masses(like: Tensor, heads: int, kept: int, queries: int) -> Call:
+    shares = torch.rand(heads, kept, queries, device=like.device).div_(queries)
+    counts, settings = torch.full((heads,), kept, device=like.device), {"ridge": 0.3, "iterations": 10, "most": 20.0}
+    return Call(
+        "fit_masses",
+        ops.fit_masses,
+        (shares,),
+        flops=_counted("fit_masses", shares, counts, **settings),
+        moved=bytes_of(shares) + 4 * heads * kept,
+        settings={"counts": counts, **settings},
+        rest=(counts, *settings.values()),
+    )
+
+
+def top_places(like: Tensor, tokens: int) -> Call:
+    """A quarter of all places. No product: bytes alone."""
+    score = torch.rand(tokens, device=like.device)
+    return Call(
+        "top_places",
+        ops.top_places,
+        (score,),
+        flops=0,
+        moved=bytes_of(score) + 2 * tokens,
+        settings={"count": tokens // 4},
+        rest=(tokens // 4, None),
     )
 
 

@@ -49,6 +49,15 @@ CASES: tuple[Case, ...] = (
     Case("prompt_attention_mass", TOKENS, calls.prompt_attention_mass, {"tokens": 16_384}, MORE),
     Case("prompt_attention_peak", TOKENS, calls.prompt_attention_peak, {"tokens": 2048}, FEW),
     Case("prompt_attention_peak", TOKENS, calls.prompt_attention_peak, {"tokens": 16_384}, MORE),
+    Case("replay_attention", TOKENS, calls.replay_attention, {"tokens": 6272}, FEW),
+    Case(
+        "fit_masses",
+        "{heads} x {kept} entries x {queries} queries",
+        calls.fit_masses,
+        {"heads": 48, "kept": 200, "queries": 448},
+        {"heads": 2, "kept": 20, "queries": 30},
+    ),
+    Case("top_places", TOKENS, calls.top_places, {"tokens": 6272}, FEW),
     Case("column_mass", TOKENS, calls.column_mass, {"tokens": 16_384}, FEW),
     Case(
         "column_mass",

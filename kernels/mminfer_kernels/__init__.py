@@ -21,13 +21,16 @@ from mminfer_kernels.dispatch import (
     record_backends,
     registered_ops,
 )
+from mminfer_kernels.fit_masses import fit_masses
 from mminfer_kernels.k_centres import k_centres
 from mminfer_kernels.merge_rows import merge_rows
 from mminfer_kernels.packed_prompt_attention import packed_prompt_attention
 from mminfer_kernels.prompt_attention import prompt_attention, prompt_attention_mass, prompt_attention_peak
 from mminfer_kernels.regions import COSINE_ROUNDING, grow_regions, row_dots
+from mminfer_kernels.replay_attention import replay_attention
 from mminfer_kernels.rotary import apply_rotary, rotary, rotary_, rotary_table
 from mminfer_kernels.rows import add_rows, gather_rms_norm, gather_rows, swiglu
+from mminfer_kernels.top_places import top_places
 
 OPS = registered_ops()
 
@@ -49,6 +52,7 @@ __all__ = [
     "column_mass",
     "decode_attention",
     "decode_step",
+    "fit_masses",
     "gather_rms_norm",
     "gather_rows",
     "grow_regions",
@@ -63,9 +67,11 @@ __all__ = [
     "prompt_attention_mass",
     "prompt_attention_peak",
     "record_backends",
+    "replay_attention",
     "rotary",
     "rotary_",
     "rotary_table",
     "row_dots",
     "swiglu",
+    "top_places",
 ]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from mminfer_kernels.launching import Launch, recorded_launches
+from mminfer_kernels.replay_attention import rows_of_entries
 
 HEADS, GROUPS, TOKENS, HIDDEN, FFN = 28, 4, 8192, 3584, 18944
 HEAD_SIZES = {torch.bfloat16: (64, 80, 128, 256), torch.float16: (128,), torch.float32: (64, 128, 256)}
@@ -71,7 +72,9 @@ def _attention_calls(dtype: torch.dtype, size: int) -> Calls:
     cos = torch.empty(1, TOKENS, size, dtype=dtype)
     scale, last = size**-0.5, q[:, :, -1:]
     fourth, (first, lengths) = q[:, :, : TOKENS // 4], (x[0] for x in segments)
+    few_groups = _groups()
     column, prompt, decode = "column_mass", "prompt_attention", "decode_attention"
+    replay, own = "replay_attention", k[:, :, : TOKENS // 4]
     packed_prompt, packed_decode = f"packed_{prompt}", f"packed_{decode}"
     return [
         ("column_mass", column, "", lambda f: f(q, k, None, scale, True, None)),
@@ -85,6 +88,7 @@ def _attention_calls(dtype: torch.dtype, size: int) -> Calls:
         ("prompt_attention_peak", prompt, "", lambda f: f(q[:, :, : TOKENS // 2], k, k, scale, None, TOKENS // 2)),
         ("prompt_attention_peak", prompt, "log_mass", lambda f: f(q, k, k, scale, None, TOKENS, mass)),
         (packed_prompt, packed_prompt, "", lambda f: f(fourth, rows, rows, first, lengths, scale, None)),
+        (replay, replay, "", lambda f: f(fourth, own, own, k, k, *few_groups, FRAME // 2, scale)),
         (decode, decode, "", lambda f: f(last, k, k, None, None)),
         (decode, decode, "padded", lambda f: f(last, k, k, starts, None)),
         (packed_decode, decode, "", lambda f: f(last, rows, rows, *segments, None, None, None)),
@@ -98,12 +102,21 @@ def _attention_calls(dtype: torch.dtype, size: int) -> Calls:
     ]  # fmt: skip
 
 
+def _groups() -> tuple[torch.Tensor, torch.Tensor]:
+    """A quarter of the tokens, in groups of half a frame, each before as many entries as a frame has."""
+    starts = torch.arange(0, TOKENS // 4, FRAME // 2, dtype=torch.int32)
+    entries = torch.arange(len(starts), dtype=torch.int32) * FRAME
+    groups = torch.stack([starts, starts + FRAME // 2, entries, entries + FRAME], 1)
+    return groups, rows_of_entries(groups, TOKENS)
+
+
 def _row_calls(dtype: torch.dtype) -> Calls:
     hidden = torch.empty(1, TOKENS, HIDDEN, dtype=dtype)
     gate = torch.empty(1, FRAME, 2 * FFN, dtype=dtype)
     few = torch.arange(0, TOKENS, 2)
     frames = torch.zeros(FRAMES, FRAME // 2, HIDDEN, dtype=dtype)
     alike, kept = torch.empty(FRAMES * GROUPS, PIECE, PIECE), torch.empty(FRAMES * GROUPS, dtype=torch.int64)
+    shares = torch.empty(GROUPS * FRAMES, FRAME // 4, 64 * HEADS // GROUPS)
     index, sizes = torch.arange(FRAME // 2).expand(FRAMES, -1), torch.empty(FRAMES, FRAME // 2)
     return [
         ("best_match", "best_match", "", lambda f: f(frames, frames)),
@@ -112,5 +125,7 @@ def _row_calls(dtype: torch.dtype) -> Calls:
         ("gather_rows", "rows", "", lambda f: f(hidden, few, -2)),
         ("add_rows", "rows", "", lambda f: f(hidden, few, hidden[:, : len(few)])),
         ("gather_rms_norm", "rows", "", lambda f: f(hidden, few, torch.empty(HIDDEN, dtype=dtype), 1e-6)),
+        ("fit_masses", "fit_masses", "", lambda f: f(shares, torch.full((len(shares),), FRAME // 4), 0.3, 10, 20.0)),
+        ("top_places", "top_places", "", lambda f: f(sizes.flatten(), FRAME, None)),
         ("swiglu", "rows", "", lambda f: f(*gate.chunk(2, -1))),
     ]

@@ -130,6 +130,45 @@ def _packed_spans(a: dict[str, Any]) -> tuple[int, int]:
     return a["repeat"] * sum(pairs), a["repeat"] * sum(steps)
 
 
+def replay_attention(a: dict[str, Any]) -> Count:
+    heads, size = a["q"].shape[0] * a["q"].shape[1], a["k"].element_size() * a["D"]
+    pairs = tiles = asked = 0
+    for start, stop, begin, end in a["groups"].tolist():
+        rows, held, ahead = stop - start, end - begin, int(begin > 0)
+        blocks = _cdiv(rows, a["BLOCK_S"])
+        own = sum(_cdiv(min((i + 1) * a["BLOCK_S"], rows), a["BLOCK_N"]) for i in range(blocks))
+        pairs += rows * (held + ahead) + rows * (rows + 1) // 2
+        tiles += blocks * (_cdiv(held, a["BLOCK_N"]) + ahead) + own
+        asked += 2 * size * (blocks * (held + ahead) + own * a["BLOCK_N"])
+    held = 2 * size * sum(end - begin for begin, end in {(b, e) for _, _, b, e in a["groups"].tolist()})
+    own = bytes_of(a["q"], a["out"], a["lse"], a["own_k"], a["own_v"])
+    read = held * a["k"].shape[0] * a["k"].shape[1]
+    return Count(
+        own + read,
+        own + read + bytes_of(a["groups"]),
+        bytes_of(a["q"], a["out"], a["lse"]) + heads * asked,
+        4 * heads * pairs * a["D"],
+        4 * heads * tiles * a["BLOCK_S"] * a["BLOCK_N"] * a["BLOCK_D"],
+    )
+
+
+def fit_masses(a: dict[str, Any]) -> Count:
+    heads, passes = a["out"].shape[0], a["iterations"] + 2
+    one, scratch = bytes_of(a["shares"], a["out"]), bytes_of(a["ahead"], a["wanted"], a["step"])
+    of_a_head = bytes_of(a["shares"]) // heads
+    again = 0 if of_a_head <= L2_BYTES else (passes - 1) * bytes_of(a["shares"])
+    flops = 4 * a["shares"].numel() * passes
+    tiles = heads * _cdiv(a["K"], a["BLOCK_K"]) * a["BLOCK_K"] * a["BLOCK_R"]
+    asked = passes * (one + scratch)
+    return Count(one, one + again, asked, flops, 4 * tiles * passes)
+
+
+def top_places(a: dict[str, Any]) -> Count:
+    read = bytes_of(a["score"], a["among"])
+    moved = read + bytes_of(a["out"])
+    return Count(moved, moved, moved + 34 * read, 0, 0)
+
+
 def decode_attention(a: dict[str, Any]) -> Count:
     batch, _, queries, size = a["q"].shape
     if a["lengths"] is not None:
@@ -199,6 +238,12 @@ def merge_rows(a: dict[str, Any]) -> Count:
     return Count(data, moved, moved + (_cdiv(a["C"], a["BLOCK_C"]) - 1) * again, flops, flops)
 
 
+def segments(a: dict[str, Any]) -> Count:
+    moved = bytes_of(a["index"], a["order"], a["offsets"])
+    blocks = _cdiv(max(a["K"], a["N"] + 1), a["BLOCK"])
+    return Count(moved, moved, moved + blocks * bytes_of(a["index"]), 0, 0)
+
+
 def add_rows(a: dict[str, Any]) -> Count:
     touched = int((a["offsets"].diff() > 0).sum()) * a["x"].shape[0] // len(a["offsets"])
     data = bytes_of(a["rows"], a["order"]) + 2 * touched * a["C"] * a["x"].element_size()
@@ -255,7 +300,8 @@ def apply_rotary(a: dict[str, Any]) -> Count:
 COUNTS: dict[str, Callable[[dict[str, Any]], Count]] = {
     f"{function.__name__}_fwd_kernel": function
     for function in (
-        row_lse, column_mass, prompt_attention, decode_attention, decode_merge, best_match, k_centres, merge_rows,
-        add_rows, gather_rows, gather_rms_norm, swiglu, rotary_table, rotary, apply_rotary,
+        row_lse, column_mass, prompt_attention, replay_attention, fit_masses, top_places, decode_attention,
+        decode_merge, best_match, k_centres, merge_rows, add_rows, gather_rows, gather_rms_norm, swiglu,
+        rotary_table, rotary, apply_rotary, segments,
     )
 }  # fmt: skip

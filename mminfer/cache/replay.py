@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from mminfer.cache.digest_rules import runs_of
+from mminfer.cache.replay_fresh import head_by_head, nothing_before, scored, select_together
 from mminfer.cache.replay_parts import fitted_together
 from mminfer.cache.replay_rules import (
     BELOW,
     FOR_PICTURE,
+    LEAST,
     asked_for,
     at_rest,
     one_for_each,
@@ -137,19 +139,26 @@ class Replay(CacheTechnique):
         replayed: Sequence[Sequence[ReplayedStretch]],
         tokens_seen: Sequence[int],
     ) -> list[CacheEntries]:
-        judged, heads = _judged(layers, replayed), len(layers[0].lengths)
+        scores, counts = _scores_of_new(layers, replayed)
+        alone = nothing_before(layers, counts)
+        judged = list(layers) if alone else with_scores(layers, scores.split(counts, 1))
+        flat = head_by_head(scores, counts) if alone else side_by_side([_flat_scores(entries) for entries in judged])
+        heads = len(layers[0].lengths)
         whole = sum(tokens_seen) * self.ratio if self.budget is None else self.budget * len(layers)
         total = max(int(whole * heads), heads * len(layers))
-        scores = side_by_side([entries.score.float().flatten() for entries in judged if entries.score is not None])
         sure = min(0.5, 2 * whole / max(sum(tokens_seen), 1)) if self.sure is None else self.sure
-        keep = shared_choice(scores, [length for entries in judged for length in entries.lengths], total, sure)
+        keep = shared_choice(flat, [length for entries in judged for length in entries.lengths], total, sure)
+        if alone:
+            judged = scored(judged, flat)
         if bool(keep.all()):
             return [at_rest(entries) for entries in judged]
         flags = keep.split([entries.total for entries in judged])
-        of_layers = zip(judged, flags, strict=True)
-        kept = [entries.select_heads(own.view(entries.keys.shape[:3])) for entries, own in of_layers]
-        fitted = fitted_together(judged, replayed, flags, kept) if self.fit else kept
-        return [at_rest(entries) for entries in fitted]
+        if alone:
+            kept = select_together(judged, keep, flat)
+        else:
+            of_layers = zip(judged, flags, strict=True)
+            kept = [at_rest(entries.select_heads(own.view(entries.keys.shape[:3]))) for entries, own in of_layers]
+        return fitted_together(judged, replayed, flags, kept) if self.fit else kept
 
     def describe(self) -> str:
         entries = f"{100 * self.ratio:g} % of the entries" if self.budget is None else f"{self.budget:,} entries a head"
@@ -181,21 +190,29 @@ class Replay(CacheTechnique):
         }
 
 
-def _judged(layers: Sequence[CacheEntries], replayed: Sequence[Sequence[ReplayedStretch]]) -> list[CacheEntries]:
-    """The entries of all layers with the scores of those that are new."""
+def _scores_of_new(
+    layers: Sequence[CacheEntries], replayed: Sequence[Sequence[ReplayedStretch]]
+) -> tuple[Tensor, list[int]]:
+    """[G, N] float32: scores of the entries that are new, layer behind layer; and how many of them each layer has."""
     if not all(replayed):
         raise ValueError("a layer of which nobody has replayed a row")
     peaks = asked_for([stretch for looked in replayed for stretch in looked]).nan_to_num_(0.0)  # of a model giving nan
     counts, groups = [looked[-1].last for looked in replayed], peaks.shape[0]
     run = run_numbers([_is_visual(entries, count) for entries, count in zip(layers, counts, strict=True)])
-    fresh = peaks.clamp_max_(BELOW) + FOR_PICTURE * one_for_each(peaks, run.to(peaks.device))
+    fresh = peaks.clamp_(LEAST, BELOW) + FOR_PICTURE * one_for_each(peaks, run.to(peaks.device))
     ends = zip(accumulate(counts), counts, layers, strict=True)
     first = [end - count for end, count, entries in ends if entries.total == groups * count]  # nothing came before
     always = torch.zeros(fresh.shape[1], dtype=torch.float32).index_fill_(
         0, torch.tensor(first, dtype=torch.int64), ALWAYS
     )
     fresh += always.to(fresh.device, non_blocking=True)
-    return with_scores(layers, fresh.split(counts, 1))
+    return fresh, counts
+
+
+def _flat_scores(entries: CacheEntries) -> Tensor:
+    if entries.score is None:
+        raise ValueError("entries without scores")
+    return entries.score.float().flatten()
 
 
 def _is_visual(entries: CacheEntries, count: int) -> Tensor:

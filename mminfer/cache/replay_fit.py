@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from mminfer_kernels import fit_masses
 from torch import Tensor
 
 RIDGE = 0.3  # how strongly what is fitted is held to what it was, beside the mean attention that an entry receives
@@ -81,17 +82,7 @@ def fitted_masses(shares: Tensor, counts: Tensor) -> Tensor:
     Projected gradients with momentum; each factor has a step of its own, the largest that cannot overshoot where
     nothing is negative. Shares beyond the counts ([P] int64) are 0, and their factors stay 1.
     """
-    ridge = _ridge(shares, counts)
-    wanted = shares.sum(2, keepdim=True).add_(ridge)  # [P, k, 1]
-    step = _product(shares, shares.sum(1)[..., None]).add_(ridge).reciprocal_()
-    factor = ahead = torch.ones_like(wanted)
-    pace = 1.0
-    for _ in range(STEPS):
-        last, pace_was, pace = factor, pace, (1 + (1 + 4 * pace * pace) ** 0.5) / 2
-        gradient = _product(shares, _product(shares.mT, ahead)).addcmul_(ahead, ridge).sub_(wanted)
-        factor = torch.addcmul(ahead, gradient, step, value=-1).clamp_(1 / MOST, MOST)
-        ahead = factor.lerp(last, (1 - pace_was) / pace)
-    return factor[..., 0]
+    return fit_masses(shares, counts, RIDGE, STEPS, MOST)
 
 
 def _ridge(shares: Tensor, counts: Tensor) -> Tensor:

@@ -91,13 +91,17 @@ def one_for_each(peaks: Tensor, run: Tensor) -> Tensor:
 
 
 def with_scores(layers: Sequence[CacheEntries], fresh: Sequence[Tensor]) -> list[CacheEntries]:
-    """The entries of all layers with new scores for the last ones of each head; fresh: of each layer [G, R] float32."""
+    """The entries of all layers with new scores for the last ones of each head.
+
+    Args:
+        layers: the entries.
+        fresh: of each layer [G, R] float32, none of them 0: that says that nobody has judged.
+    """
     held = [_held_scores(entries, new.shape[1]) for entries, new in zip(layers, fresh, strict=True)]
     heads = [score for of_layer in held for score in of_layer]
     unjudged = iter(_zeros(heads) if any(map(len, heads)) else [0] * len(heads))
     out = []
     for entries, older, new in zip(layers, held, fresh, strict=True):
-        new = new.clamp_min(LEAST)
         parts = [by_age(score, own, next(unjudged)) for score, own in zip(older, new, strict=True)]
         if not any(map(len, parts)):
             joined = new.reshape(entries.keys.shape[:3])
@@ -123,10 +127,14 @@ def at_rest(entries: CacheEntries) -> CacheEntries:
     None comes to be promised by it, and none that was promised no longer is.
     """
     score = entries.score
-    if score is None or entries.keys.element_size() > 2:
-        return entries
-    held = torch.where(score < FOR_PICTURE, score.clamp_max(BELOW_AT_REST), score).to(torch.bfloat16)
-    return replace(entries, score=held)
+    return entries if score is None else replace(entries, score=scores_at_rest(score, entries.keys.dtype))
+
+
+def scores_at_rest(score: Tensor, dtype: torch.dtype) -> Tensor:
+    """`at_rest`'s scores, of entries whose keys are of this type; those that are at rest stay as they are."""
+    if dtype.itemsize > 2 or score.dtype == torch.bfloat16:
+        return score
+    return torch.where(score < FOR_PICTURE, score.clamp_max(BELOW_AT_REST), score).to(torch.bfloat16)
 
 
 def _zeros(scores: Sequence[Tensor]) -> list[int]:

@@ -68,7 +68,7 @@ class CompressedLayer(CacheLayerMixin):
     @property
     def allocated_bytes(self) -> int:
         """Bytes of all columns as they lie in memory, padding and spare room included."""
-        return sum(x.untyped_storage().nbytes() for x in self.buffers.values() if x is not None)
+        return sum(x.nbytes for x in self.buffers.values() if x is not None)
 
     @property
     @abstractmethod

@@ -45,11 +45,16 @@ class PassSettings:
     config: InferenceConfig
     prompt_tokens: tuple[int, ...]
     together: bool = False
-    _blanks: dict[tuple[torch.device, float], Tensor] = field(default_factory=dict, repr=False, compare=False)
+    _blanks: dict[tuple[torch.device, float], Tensor] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def blank(self, k: Tensor, value: float) -> Tensor:
-        """[1, G, N] float32: a column of new entries, whose keys are k; `together` it is a view of one number."""
-        if not self.together:
+        """[1, G, N] float32: a column of new entries, whose keys are k.
+
+        On a GPU it is a view of one number for all layers; not for anybody's own technique, which may write into it.
+        """
+        if k.device.type == "cpu" or not is_bundled(type(self.config.cache)):
             return k.new_full(k.shape[:3], value, dtype=torch.float32)
         number = self._blanks.get((k.device, value))
         if number is None:
@@ -210,7 +215,8 @@ class LayerAttention:
         attended = self._attend(sequence, view, window)
         view = replace(view, attention_mass=attended.mass)
         if self._prune is not None:
-            self.kept.append(kept_rows(self._prune, view) + self.layout.spans[sequence][0])
+            kept, start = kept_rows(self._prune, view), self.layout.spans[sequence][0]
+            self.kept.append(kept + start if start else kept)
         keys = view.entries.per_head
         if window is not None:  # a later query sees no more, itself included
             view = replace(view, entries=view.entries.last(window - 1))

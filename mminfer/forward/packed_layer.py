@@ -10,7 +10,7 @@ from mminfer_kernels import PackedLayerCache
 from torch import Tensor
 
 from mminfer.forward.kv_layer import CompressedLayer, PaddedLayer
-from mminfer.forward.packed_store import PackedStore, laid_out, mean_of, room_for, there
+from mminfer.forward.packed_store import PackedStore, laid_out, laid_out_together, mean_of, room_for, there
 from mminfer.forward.room import LEAST_GROWTH, at_rest, growth
 from mminfer.forward.static_rows import StaticRows
 from mminfer.technique import CacheEntries, mean_length
@@ -48,9 +48,43 @@ def layer_of(entries: Sequence[CacheEntries], tokens_seen: Sequence[int], cache:
 
     It is packed where the heads of a sequence differ in length, or entries have log-masses.
     """
-    if all(len(set(e.lengths)) == 1 and e.log_mass is None for e in entries):
+    if _is_padded(entries):
         return PaddedLayer([e.unpacked() for e in entries], tokens_seen, cache)
     return PackedLayer(entries, tokens_seen, cache)
+
+
+def layers_of(
+    entries: Sequence[Sequence[CacheEntries]], tokens_seen: Sequence[Sequence[int]], cache: CompressedCache
+) -> list[CompressedLayer]:
+    """`layer_of` of all layers that are made at one time.
+
+    On a GPU, where every copy is a launch, what packed ones hold beside keys and values is laid out for all together.
+    """
+    packed = [own for own in entries if not _is_padded(own)]
+    ready: list[dict[str, Tensor] | None] = [None] * len(packed)
+    if packed and packed[0][0].keys.device.type != "cpu":
+        own = [_packed_columns(of_layer) for of_layer in packed]
+        spare = [room_for([e.lengths for e in of_layer], cache.headroom) for of_layer in packed]
+        ready = [*laid_out_together([columns for columns, _ in own], [lengths for _, lengths in own], spare)]
+    made = iter(ready)
+    return [
+        layer_of(own, seen, cache) if _is_padded(own) else PackedLayer(own, seen, cache, next(made))
+        for own, seen in zip(entries, tokens_seen, strict=True)
+    ]
+
+
+def _is_padded(entries: Sequence[CacheEntries]) -> bool:
+    return all(len(set(e.lengths)) == 1 and e.log_mass is None for e in entries)
+
+
+def _packed_columns(
+    entries: Sequence[CacheEntries],
+) -> tuple[list[dict[str, Tensor | None]], tuple[tuple[int, ...], ...]]:
+    """The columns of each sequence, and how many entries its heads have."""
+    packed = [e.packed() for e in entries]
+    if any(e.log_mass is not None for e in packed):
+        packed = [e.weighed() for e in packed]
+    return [e.columns for e in packed], tuple(e.lengths for e in packed)
 
 
 class _Ahead(NamedTuple):
@@ -79,17 +113,23 @@ class PackedLayer(CompressedLayer):
         entries: one `CacheEntries` for each sequence.
         tokens_seen: as of `CompressedLayer`.
         cache: likewise.
+        ready: columns that were laid out already, with the room that `room_for` says.
     """
 
-    def __init__(self, entries: Sequence[CacheEntries], tokens_seen: Sequence[int], cache: CompressedCache) -> None:
+    def __init__(
+        self,
+        entries: Sequence[CacheEntries],
+        tokens_seen: Sequence[int],
+        cache: CompressedCache,
+        ready: Mapping[str, Tensor] | None = None,
+    ) -> None:
         super().__init__(tokens_seen, cache, entries[0].keys)
-        lengths = tuple(e.lengths for e in entries)
-        spare = room_for(lengths, cache.headroom)
-        packed = [e.packed() for e in entries]
-        if any(e.log_mass is not None for e in packed):
-            packed = [e.weighed() for e in packed]
-        columns = [e.columns for e in packed]
-        buffers = {name: laid_out([c[name] for c in columns], lengths, spare, name) for name in columns[0]}
+        columns, lengths = _packed_columns(entries)
+        spare, ready = room_for(lengths, cache.headroom), ready or {}
+        buffers = {
+            name: ready[name] if name in ready else laid_out([c[name] for c in columns], lengths, spare, name)
+            for name in columns[0]
+        }
         self._store = PackedStore(lengths, spare, buffers, self.device)
         self._new = 0  # entries that every head got since
         self._ahead: _Ahead | None = None

@@ -103,6 +103,53 @@ def laid_out(
     return joined([part for own, of_heads in of_all for part in own.split(of_heads)], spare, name)
 
 
+def laid_out_together(
+    layers: Sequence[Sequence[Mapping[str, Tensor | None]]],
+    lengths: Sequence[Sequence[tuple[int, ...]]],
+    spare: Sequence[int],
+) -> list[dict[str, Tensor]]:
+    """`laid_out` of the columns of several layers, but keys and values, by a gather for each column.
+
+    The layers' buffers are parts of one stretch of memory, which is let go when all of them have left it: they are
+    small beside keys and values, and layers grow at about the same time.
+
+    Args:
+        layers: of each layer the columns of each sequence, [1, 1, S_b, ...] each.
+        lengths: of each layer and sequence, entries of each head.
+        spare: of each layer, spare rows behind the entries of each head.
+    """
+    sizes = [(n, more) for own, more in zip(lengths, spare, strict=True) for heads in own for n in heads]
+    rows = [sum(map(sum, own)) + more * sum(map(len, own)) for own, more in zip(lengths, spare, strict=True)]
+    device = there(layers[0][0]["keys"]).device
+    places = _with_spare_places(sizes).to(device, non_blocking=True) if any(spare) else None
+    out: list[dict[str, Tensor]] = [{} for _ in layers]
+    for name in (name for name in layers[0][0] if name not in ("keys", "values")):
+        parts = [x[0, 0] for of_layer in layers for columns in of_layer if (x := columns[name]) is not None]
+        if len(parts) < sum(map(len, layers)) or any(x.device != device or x.dtype != parts[0].dtype for x in parts):
+            continue
+        if places is not None:
+            parts.append(parts[0].new_full((1,), NEW.get(name, 0)))
+        flat = torch.cat(parts)
+        for own, column in zip(out, (flat if places is None else flat[places]).split(rows), strict=True):
+            own[name] = column
+    return out
+
+
+def _with_spare_places(sizes: Sequence[tuple[int, int]]) -> Tensor:
+    """[R] int64: places of entries of segments behind each other, and of what is behind all of them for spare rows.
+
+    Args:
+        sizes: entries and spare rows of each segment.
+    """
+    ends, total = accumulate(n for n, _ in sizes), sum(n for n, _ in sizes)
+    pieces = [
+        x
+        for end, (n, more) in zip(ends, sizes, strict=True)
+        for x in (torch.arange(end - n, end), torch.full((more,), total))
+    ]
+    return torch.cat(pieces)
+
+
 def joined(parts: Sequence[Tensor], spare: int, name: str) -> Tensor:
     """Segments of one column behind each other, each with so many spare rows behind it."""
     if not spare:

@@ -17,7 +17,7 @@ from mminfer.forward.kv_cache import CompressedCache, Continuation
 from mminfer.forward.kv_layer import CompressedLayer
 from mminfer.forward.layer_attention import LayerAttention, PassSettings
 from mminfer.forward.layer_groups import LayerGroup, Passed, compress_together, most_together
-from mminfer.forward.packed_layer import layer_of
+from mminfer.forward.packed_layer import layers_of
 from mminfer.forward.replay import LayersAgain, ReplayAttention
 from mminfer.forward.rotary import fractional, frequency_factors
 from mminfer.forward.rows import Rows, through_layer
@@ -174,7 +174,7 @@ def _run_layers(
     records: list[LayerRecord] = []
 
     def finish(passed: Sequence[Passed]) -> None:
-        layers.extend(layer_of(attend.entries, attend.tokens_seen, cache) for attend, _ in passed)
+        layers.extend(layers_of([a.entries for a, _ in passed], [a.tokens_seen for a, _ in passed], cache))
         records.extend(attend.record(ffn) for attend, ffn in passed)
 
     with routed_attention(adapter.text_config):
@@ -191,13 +191,14 @@ def _run_layers(
             else:
                 finish(group.add(attend, ffn))
             if attend.kept:
-                rows = rows.select(torch.cat(attend.kept), attend.counts_left())
+                kept = attend.kept
+                rows = rows.select(kept[0] if len(kept) == 1 else torch.cat(kept), attend.counts_left())
             if between_layers is not None:
                 between_layers()
         if across_layers:
             again.behind_all([attend for attend, _ in done], entered)
     if across_layers:
-        _compress_together(config, [attend for attend, _ in done], again.looked)
+        _compress_together(config, [attend for attend, _ in done], again.settled())
         finish(done)
     else:
         finish(group.rest())

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from mminfer_kernels import prompt_attention_peak
+from mminfer_kernels import prompt_attention_peak, replay_attention
 from mminfer_kernels.prompt_attention import shares_logits
 from torch import Tensor
 from torch.nn.functional import pad
@@ -21,10 +21,10 @@ from torch.nn.utils.rnn import pad_sequence
 from mminfer.config import InferenceConfig
 from mminfer.forward.branches import ffn_branch
 from mminfer.forward.layer_attention import LayerAttention
-from mminfer.forward.replayed_rows import ReplayedRows, Stretch
+from mminfer.forward.replayed_rows import ReplayedRows, Stretch, Together
 from mminfer.forward.rotary import Tables
 from mminfer.forward.rows import Rows, through_layer
-from mminfer.forward.written import output_weights, sampled
+from mminfer.forward.written import OutputWeights, Segments, output_weights, sampled, written_together
 from mminfer.layout import TokenLayout
 from mminfer.metrics.flops import causal_pairs, layer_flops
 from mminfer.technique import NOTHING, CacheEntries, EarlierEntries, ReplayedStretch, only_rows
@@ -57,18 +57,51 @@ class ReplayAttention:
         self.found: list[list[ReplayedStretch]] = [[] for _ in attended.entries]
         self.flops = [0] * len(attended.entries)
         self._read: list[list[tuple[Tensor, Tensor]]] = [[] for _ in attended.entries]
+        self._together: dict[int, tuple[Together, Tensor, Tensor]] = {}  # by sequence, what was read there
+        self._segments: list[tuple[int, int, Segments]] = []  # by sequence and stretch
         self._new: tuple[int, CacheEntries] | None = None  # of which sequence, while stretches of it look
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
         k, v = k.to(q.dtype), v.to(q.dtype)
-        read = [part for stretch in self._replay.stretches for part in self._look(stretch, q, k, v, scale)]
-        out = torch.cat([part.transpose(1, 2) for part in read], 1).transpose(1, 2)  # as the host reads it next
+        read = [part for b in range(len(self.found)) for part in self._sequence(b, q, k, v, scale)]
+        rows = [part.transpose(1, 2) for part in read]
+        out = (rows[0] if len(rows) == 1 else torch.cat(rows, 1)).transpose(1, 2)  # as the host reads it next
         self._new = None
         if self._asking is None:
             return out
         silent = torch.ones(out.shape[2], dtype=torch.bool, device=out.device)
         silent[self._asking] = False
         return out.masked_fill_(silent[None, None, :, None], 0)
+
+    def _sequence(self, b: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> list[Tensor]:
+        """What the rows of one sequence read, [1, H, n, D] of each part of them.
+
+        On a GPU all of them look in one call, where nothing came before this pass.
+        """
+        entries, (start, stop) = self._attended.entries[b], self._attended.layout.spans[b]
+        if q.device.type != "cpu" and not entries.is_packed and len(entries) == stop - start:
+            together = self._replay.together(self._attended.layout)[b]
+            return [] if together is None else [self._look_together(b, together, q, k, v, scale)]
+        own = [stretch for stretch in self._replay.stretches if stretch.sequence == b]
+        return [part for stretch in own for part in self._look(stretch, q, k, v, scale)]
+
+    def _look_together(self, b: int, own: Together, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """What the rows of all stretches of a sequence read, [1, H, n, D]."""
+        entries = self._attended.entries[b]
+        q, k, v = (x[:, :, own.rows] for x in (q, k, v))
+        out, peaks = replay_attention(q, k, v, entries.keys, entries.values, own.groups, own.seen, own.longest, scale)
+        references = _of_references(q[0], own.references)
+        sink = EarlierEntries(entries.keys[0, :, :1], entries.values[0, :, :1], None)
+        stretches = [x for x in self._replay.stretches if x.sequence == b]
+        queries = references.split([x.references.shape[1] for x in stretches], 1)
+        for (first, last), stretch, asked in zip(own.edges, stretches, queries, strict=True):
+            counted = last - first + (first > 0)
+            self.flops[b] += sum(_flops_of(q, len(x), counted, counted) for x in stretch.groups)
+            earlier = sink if first else None
+            self.found[b].append(ReplayedStretch(first, peaks[0, :, first:last], asked, earlier, scale))
+        if self._replay.outputs:
+            self._together[b] = own, entries.values[0], out.transpose(1, 2)[0].flatten(1).index_select(0, own.sample)
+        return out
 
     def _look(self, stretch: Stretch, q: Tensor, k: Tensor, v: Tensor, scale: float) -> list[Tensor]:
         """What one stretch's rows read, [1, H, n, D] of each of its groups."""
@@ -83,7 +116,7 @@ class ReplayAttention:
         log_mass = None
         if earlier is not None and earlier.log_mass is not None:
             log_mass = pad(earlier.log_mass, (0, counted + longest - ahead))[None]
-        out, peaks, pairs = [], None, 0
+        out, peaks = [], None
         for group in stretch.groups:
             stop = counted + len(group)
             for place, own in zip(keys_values, (k, v), strict=True):
@@ -93,9 +126,8 @@ class ReplayAttention:
             read, peak = prompt_attention_peak(asked, keys, values, scale, None, counted, mass)
             out.append(read)
             peaks = peak[0].float() if peaks is None else peaks.maximum(peak[0].float())
-            again = 0 if shares_logits(asked, keys, values) else len(group) * counted
-            pairs += 2 * causal_pairs(len(group), counted) + again
-        self.flops[stretch.sequence] += 2 * q.shape[1] * q.shape[3] * pairs
+            again = 0 if shares_logits(asked, keys, values) else counted
+            self.flops[stretch.sequence] += _flops_of(q, len(group), counted, again)
         if self._replay.outputs:
             self._read[stretch.sequence].append((held.values[0], sampled(out)))
         if peaks is None:
@@ -107,20 +139,33 @@ class ReplayAttention:
 
     def weigh(self) -> None:
         """Adds to what was found what the entries write, once the layer is through: until then it may skip rows."""
-        if not any(self._read):
-            return
         adapter = self.adapter
-        heads, like = adapter.spec.num_attention_heads, next(own[0][0] for own in self._read if own)
-        weights = output_weights(adapter.layers[self.layer_idx].self_attn, heads, like)
-        if weights is None:
+        values_of = [own[0][0] for own in self._read if own] + [x[1] for x in self._together.values()]
+        if not values_of:
             return
+        heads = adapter.spec.num_attention_heads
+        weights = output_weights(adapter.layers[self.layer_idx].self_attn, heads, values_of[0])
+        if weights is None:
+            self._read, self._together = [], {}
+            return
+        for sequence, looked in self._together.items():
+            self._weigh_together(sequence, weights, *looked)
         for sequence, own in enumerate(self._read):
             found = self.found[sequence]
             for n, (values, read) in enumerate(own):
                 found[n] = replace(found[n], written=weights.written(values, read))
             rows = (sum(x.shape[1] for x in columns) for columns in zip(*own, strict=True))
             self.flops[sequence] += weights.flops(*rows) if own else 0
-        self._read = []
+        self._read, self._together = [], {}
+
+    def _weigh_together(
+        self, sequence: int, weights: OutputWeights, own: Together, values: Tensor, read: Tensor
+    ) -> None:
+        """Notes of each stretch what `settle_weights` needs."""
+        squares, lengths = weights.squares(values), weights.lengths(read).split(own.samples)
+        for n, ((first, last), of_stretch) in enumerate(zip(own.edges, lengths, strict=True)):
+            self._segments.append((sequence, n, Segments(squares[:, first:last], of_stretch)))
+        self.flops[sequence] += weights.flops(values.shape[1], len(read))
 
     def _entries(self, stretch: Stretch) -> tuple[int, CacheEntries, EarlierEntries | None]:
         """What rows of a stretch look at.
@@ -141,6 +186,26 @@ class ReplayAttention:
             return first, held, _earlier(entries, len(fresh), max(self._replay.stretch - (last - first), 1))
         sink = None if first == 0 else EarlierEntries(fresh.keys[0, :, :1], fresh.values[0, :, :1], None)
         return first, held, sink
+
+
+def settle_weights(looked: Sequence[ReplayAttention]) -> None:
+    """Adds to what layers found what their entries write, where that waited for all of them: see `Together`."""
+    by_device: dict[torch.device, list[tuple[ReplayAttention, int, int, Segments]]] = {}
+    for look in looked:
+        for sequence, n, own in look._segments:
+            if own.squares.shape[1]:
+                by_device.setdefault(own.squares.device, []).append((look, sequence, n, own))
+            else:
+                look.found[sequence][n] = replace(look.found[sequence][n], written=own.squares)
+        look._segments = []
+    for noted in by_device.values():
+        for (look, sequence, n, _), written in zip(noted, written_together([x[3] for x in noted]), strict=True):
+            look.found[sequence][n] = replace(look.found[sequence][n], written=written)
+
+
+def _flops_of(q: Tensor, rows: int, counted: int, again: int) -> int:
+    """Of so many rows of q [1, H, S, D] that look at so many entries and at each other, `again` counted once more."""
+    return 2 * q.shape[1] * q.shape[3] * (2 * causal_pairs(rows, counted) + rows * again)
 
 
 def _earlier(entries: CacheEntries, fresh: int, most: int) -> EarlierEntries:
@@ -211,6 +276,11 @@ class LayersAgain:
             self._note(look, attend, ffn=i < depth - 1)
             if self._between_layers is not None:
                 self._between_layers()
+
+    def settled(self) -> list[ReplayAttention]:
+        """`looked`, once all layers are through."""
+        settle_weights(self.looked)
+        return self.looked
 
     def _note(self, look: ReplayAttention, attend: LayerAttention, ffn: bool) -> None:
         look.weigh()

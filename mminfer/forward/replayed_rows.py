@@ -8,11 +8,13 @@ from dataclasses import dataclass, replace
 from math import prod
 
 import torch
+from mminfer_kernels.replay_attention import rows_of_entries
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from mminfer.forward.rotary import Tables
 from mminfer.forward.rows import Rows
+from mminfer.forward.written import sample_step
 from mminfer.layout import TokenLayout
 from mminfer.technique import ReplayPlan
 
@@ -59,6 +61,31 @@ class Stretch:
     references: Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class Together:
+    """All stretches of a sequence that look in one call, where nothing came before this pass.
+
+    Args:
+        rows: first and one past the last of the rows replayed that are the sequence's.
+        edges: first and one past the last of each stretch's entries, among the sequence's.
+        groups: [M, 4] int32, as `replay_attention` takes it.
+        seen: [2, N] int32, likewise.
+        longest: rows of the longest group.
+        references: [H / G, R] int64, of all stretches, among the sequence's rows.
+        sample: [n] int64, those of the sequence's rows that say how much attention writes, stretch by stretch.
+        samples: how many these are of each stretch.
+    """
+
+    rows: slice
+    edges: list[tuple[int, int]]
+    groups: Tensor
+    seen: Tensor
+    longest: int
+    references: Tensor
+    sample: Tensor
+    samples: list[int]
+
+
 class ReplayedRows:
     """The rows of one pass as they go by a second time.
 
@@ -78,6 +105,7 @@ class ReplayedRows:
     def __init__(self, hidden: Tensor, layout: TokenLayout, plan: ReplayPlan, sharing: int) -> None:
         self.stretch, self.outputs = plan.stretch, plan.outputs
         self._scratch: Tensor | None = None
+        self._together: tuple[TokenLayout, list[Together | None]] | None = None
         own = layout.on_host
         wanted = _worth_replaying(hidden, layout, plan)
         parts = [
@@ -114,9 +142,44 @@ class ReplayedRows:
             held = self._scratch = like.new_empty(size)
         return held[:size].view(*shape)
 
+    def together(self, attended: TokenLayout) -> list[Together | None]:
+        """For each sequence how its stretches look in one call at the entries of these rows; None: it has none."""
+        if self._together is None or self._together[0] is not attended:  # the first layer, or rows have left
+            own = [[x for x in self.stretches if x.sequence == b] for b in range(attended.num_sequences)]
+            made = [_together(x, attended, b) if x else None for b, x in enumerate(own)]
+            self._together = attended, made
+        return self._together[1]
+
     def tables(self, rows: Rows) -> Tables:
         """Rotary tables of those of the rows that go by again, made as those of all of them are."""
         return rows.rotate(rows.hidden[None], self.layout.position[:, None])
+
+
+def _together(stretches: Sequence[Stretch], attended: TokenLayout, sequence: int) -> Together:
+    """Of one sequence, whose entries are those of these rows."""
+    start, stop = attended.spans[sequence]
+    source, device = attended.on_host.source[start:stop], attended.device
+    edges = [tuple(torch.searchsorted(source, torch.tensor(x.sources)).tolist()) for x in stretches]
+    begun = stretches[0].groups[0].first
+    of_all = [(g, a, b) for x, (a, b) in zip(stretches, edges, strict=True) for g in x.groups]
+    groups = torch.tensor([(g.first - begun, g.last - begun, a, b) for g, a, b in of_all], dtype=torch.int32)
+    samples = [
+        torch.cat([torch.arange(g.first, g.last, sample_step(sum(map(len, x.groups)))) for g in x.groups]) - begun
+        for x in stretches
+    ]
+    there = (groups, rows_of_entries(groups, stop - start), torch.cat(samples))
+    on_device = [x.to(device, non_blocking=True) for x in there]
+    references = torch.cat([x.references for x in stretches], 1)
+    return Together(
+        rows=slice(begun, of_all[-1][0].last),
+        edges=[(a, b) for a, b in edges],
+        groups=on_device[0],
+        seen=on_device[1],
+        longest=max(len(g) for g, *_ in of_all),
+        references=references - begun if begun else references,
+        sample=on_device[2],
+        samples=[len(x) for x in samples],
+    )
 
 
 def _stretches(layout: TokenLayout, start: int, stop: int, size: int) -> list[tuple[int, int]]:

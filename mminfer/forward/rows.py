@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from mminfer.config import InferenceConfig
@@ -58,11 +59,27 @@ def keep_rows(
     """Hidden states [T, C], layout and rotary tables of the rows in `kept` ([K] int64, ascending)."""
     there = kept.to(hidden.device, non_blocking=True)
     turned: dict[int, tuple[Tensor, Tensor]] = {}  # kinds of layers may share their tables
-    for cos, sin in tables.values():
-        if id(cos) not in turned:
-            turned[id(cos)] = cos.index_select(-2, there), sin.index_select(-2, there)
+    for table in tables.values():
+        if id(table[0]) not in turned:
+            turned[id(table[0])] = _rows_of_table(table, there)
     narrowed = {kind: turned[id(cos)] for kind, (cos, _) in tables.items()}
     return hidden.index_select(0, there), layout.select(kept, counts), narrowed
+
+
+class _Stacked(tuple[Tensor, Tensor]):
+    """Cos and sin as parts of one tensor, so that one gather takes both."""
+
+    both: Tensor
+
+
+def _rows_of_table(table: tuple[Tensor, Tensor], index: Tensor) -> tuple[Tensor, Tensor]:
+    cos, sin = table
+    if cos.device.type == "cpu":
+        return cos.index_select(-2, index), sin.index_select(-2, index)
+    both = (table.both if isinstance(table, _Stacked) else torch.stack([cos, sin])).index_select(-2, index)
+    stacked = _Stacked(both.unbind())
+    stacked.both = both
+    return stacked
 
 
 def through_layer(

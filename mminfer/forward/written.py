@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeGuard
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -50,14 +50,26 @@ class OutputWeights:
 
     def norms(self, values: Tensor) -> Tensor:
         """[G, n] float32: of what values [G, n, D] write."""
-        products = self._products.unflatten(0, (len(values), -1))  # [G, H / G, D, D]
+        return self.squares(values).clamp_min(0).sqrt()
+
+    def squares(self, values: Tensor) -> Tensor:
+        """[G, n] float32: these norms squared; rounding may leave some below 0."""
+        width = self._shape[2]
+        products = self._products.view(len(values), -1, width)  # [G, H / G * D, D], each of which is symmetric
         with torch.autocast(values.device.type, enabled=False):
-            wide = values.float()[:, None]
-            return ((wide @ products) * wide).sum(-1).amax(1).clamp_min(0).sqrt()
+            wide = values.float()
+            turned = (wide @ products.mT).unflatten(2, (-1, width))  # [G, n, H / G, D]
+            if values.device.type == "cpu":
+                return turned.mul_(wide[:, :, None]).sum(-1).amax(2)
+            return (turned @ wide[..., None])[..., 0].amax(2)  # one launch for both, and none of these numbers twice
 
     def usual(self, outputs: Tensor) -> Tensor:
         """[] float32: of what attention writes to a middling row."""
-        return self._project(outputs.transpose(0, 1).flatten(1)[None])[0].float().norm(dim=-1).median()
+        return self.lengths(outputs.transpose(0, 1).flatten(1)).median()
+
+    def lengths(self, rows: Tensor) -> Tensor:
+        """[n] float32: how much attention writes to rows whose heads' outputs are these, [n, H * D]."""
+        return torch.linalg.vector_norm(self._project(rows[None])[0], dim=-1, dtype=torch.float32)
 
 
 def output_weights(attention: nn.Module, heads: int, like: Tensor) -> OutputWeights | None:
@@ -68,9 +80,53 @@ def output_weights(attention: nn.Module, heads: int, like: Tensor) -> OutputWeig
 
 def sampled(outputs: Sequence[Tensor]) -> Tensor:
     """[H, n, D]: some of the rows of outputs [1, H, n', D], evenly spread over all of them."""
-    rows = sum(part.shape[2] for part in outputs)
-    every = max(-(-rows // SAMPLE), 1)
+    every = sample_step(sum(part.shape[2] for part in outputs))
     return torch.cat([part[0, :, ::every] for part in outputs], 1)
+
+
+def sample_step(rows: int) -> int:
+    """How far apart those of so many rows are that say how much attention writes."""
+    return max(-(-rows // SAMPLE), 1)
+
+
+class Segments(NamedTuple):
+    """What is known of one stretch's entries in one layer until all layers are through.
+
+    Args:
+        squares: [G, n] float32, of `OutputWeights.squares`.
+        lengths: [m] float32, of `OutputWeights.lengths`.
+    """
+
+    squares: Tensor
+    lengths: Tensor
+
+
+def written_together(segments: Sequence[Segments]) -> list[Tensor]:
+    """`OutputWeights.written` of many stretches and layers, in as many launches as one takes.
+
+    Returns:
+        [G, n] float32 of each.
+    """
+    sizes, counts = ([x.shape[-1] for x in column] for column in zip(*segments, strict=True))
+    device = segments[0].squares.device
+    norms = torch.cat([x.squares for x in segments], 1).clamp_min_(0).sqrt_()
+    mean = _padded(norms.sum(0), sizes, 0.0).sum(1) / _there([n * len(norms) for n in sizes], device)
+    usual = _padded(torch.cat([x.lengths for x in segments]), counts, torch.nan).nanmedian(1).values
+    unit = (mean * usual).sqrt_().clamp_min_(TINY)
+    own = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    return list((norms / unit[own.to(device, non_blocking=True)]).split(sizes, 1))
+
+
+def _padded(flat: Tensor, sizes: Sequence[int], filling: float) -> Tensor:
+    """[S, n]: parts of so many numbers in turn, a row each, filled up."""
+    starts = torch.tensor(sizes).cumsum(0)[:, None] - torch.tensor(sizes)[:, None]
+    turn = torch.arange(max(sizes))
+    places = (starts + turn).where(turn < torch.tensor(sizes)[:, None], len(flat))
+    return torch.nn.functional.pad(flat, (0, 1), value=filling)[places.to(flat.device, non_blocking=True)]
+
+
+def _there(numbers: Sequence[int], device: torch.device) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.float32).to(device, non_blocking=True)
 
 
 def _weight(project: nn.Module, width: int, like: Tensor) -> Tensor:

@@ -73,7 +73,7 @@ class AIMMerge(MergeTechnique):
             return inputs_embeds, layout
         device = layout.device
         stays, size = (~mergeable).to(device, non_blocking=True), layout.size.clone()
-        owner = torch.arange(len(layout), device=device)
+        owner = every = torch.arange(len(layout), device=device)
         merged = []  # rows and tokens of the images of one length
         gone = []  # as many rows of each image as leave, whichever these are
         for images in _images_by_length(mergeable, self._units(host)):  # [images, T]
@@ -85,9 +85,8 @@ class AIMMerge(MergeTechnique):
             while tokens.shape[1] > target:
                 r = min(tokens.shape[1] // 2, tokens.shape[1] - target)
                 place, tokens, sizes, joined = _merge_round(tokens, sizes, r, self.reference_order)
-                step = torch.arange(len(layout), device=device)
-                step[rows] = rows.gather(1, joined)
-                owner = step[owner]
+                step = every.index_put((rows,), rows.gather(1, joined))
+                owner = step if owner is every else step[owner]
                 rows = rows.gather(1, place)
             if self.reference_order:
                 rows, owner = _in_their_order(rows, owner)
@@ -282,15 +281,16 @@ def _merge_round(
     similarity, match = best_match(source, destination)
     order = similarity.argsort(dim=-1, descending=True, stable=True)
     merged, unmerged = order[:, :r], order[:, r:]  # places among the sources
-    size = sizes[:, ::2].gather(1, merged)
+    places, ranked = 2 * order, sizes[:, ::2].gather(1, order)
+    size = ranked[:, :r]
     rows, target = gather_rows(source, merged), match.gather(1, merged)
     weights = (None, None) if reference_order else (sizes[:, 1::2], size)
     destination, _ = merge_rows(destination, rows, target, *weights)
     grown = sizes[:, 1::2].scatter_add(1, target, size)
-    owner = place.scatter(1, 2 * merged, 2 * target + 1)
-    place = torch.cat((2 * unmerged, place[:, 1::2]), 1)
+    owner = place.scatter(1, places[:, :r], 2 * target + 1)
+    place = torch.cat((places[:, r:], place[:, 1::2]), 1)
     result = torch.cat((gather_rows(source, unmerged), destination), 1)
-    sizes = torch.cat((sizes[:, ::2].gather(1, unmerged), grown), 1)
+    sizes = torch.cat((ranked[:, r:], grown), 1)
     if reference_order:
         return place, result, sizes, owner
     place, spatial = place.sort(1)

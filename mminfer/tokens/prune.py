@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
-from mminfer_kernels import power_iterate
+from mminfer_kernels import power_iterate, top_places
 from mminfer_kernels.checks import MOST_ITERATIONS
 from torch import Tensor
 
@@ -115,7 +115,7 @@ class AIMPrune(PruneTechnique):
             mass = torch.cat(of_heads, 1).div_(max(view.entries.lengths))
         else:
             mass = self._mass(view)
-        return mass.square_().mean(1).sqrt_()[0]
+        return _root_mean_square(mass)[0]
 
     def _mass(self, view: LayerView) -> Tensor:
         """[1, H, N] float32."""
@@ -163,7 +163,12 @@ def aim_importance(q: torch.Tensor, k: torch.Tensor, temperature: float = 0.1, i
         AIM (arXiv 2412.03248), token pruning. Same values as the authors' code, without their N x N matrix a
         head.
     """
-    return power_iterate(q, k, iterations=iterations, temperature=temperature).square_().mean(1).sqrt_()
+    return _root_mean_square(power_iterate(q, k, iterations=iterations, temperature=temperature))
+
+
+def _root_mean_square(mass: torch.Tensor) -> torch.Tensor:
+    """[B, N], over the heads of [B, H, N]."""
+    return torch.linalg.vector_norm(mass, dim=1).div_(mass.shape[1] ** 0.5)
 
 
 def aim_schedule(num_layers: int, start: int, end: int) -> list[float]:
@@ -227,6 +232,4 @@ def aim_keep(
     visual = int(visual_mask.sum()) if visual is None else visual
     text = len(importance) - visual
     kept = text + min(int((prompt_tokens - text) * rate), visual)
-    most = torch.finfo(importance.dtype).max
-    ranked = importance.nan_to_num(nan=most).where(visual_mask, torch.inf)  # text first
-    return ranked.argsort(descending=True, stable=True)[:kept].sort().values
+    return top_places(importance, kept, visual_mask)

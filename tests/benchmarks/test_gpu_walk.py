@@ -12,7 +12,7 @@ import torch
 from benchmarks.gpu.pretended import PretendedTensor, pretended_gpu
 from benchmarks.gpu.walk import VOCABULARY, narrow_model, on_pretended_gpu, replayed, walked
 from benchmarks.models.geometries import video_prompt
-from mminfer import AIMMerge, AIMPrune, Digest, InferenceConfig, LookM, RegionMerge, patched
+from mminfer import AIMMerge, AIMPrune, Digest, InferenceConfig, LookM, RegionMerge, Replay, patched
 from mminfer.cache.snapkv import SnapKV
 from mminfer.forward.kv_cache import CACHE_NAME
 from mminfer.layout import TokenLayout
@@ -22,19 +22,20 @@ from tests.views import layer_view
 
 HOST = 1150  # launches of the unpatched model's pass
 # Launches and waits of a prompt pass, one of them at its end for the clock; launches and waits of a step.
+# Of `replay-20` 1,118 are the layers' own when all rows go through them once more.
 BOUNDS = {
     "host": (HOST, 1, 1142, 0),
     "off": (1145, 2, 1158, 0),
     "v2pe-16": (1137, 2, 1158, 0),
     "skip-ffn": (1181, 2, 1158, 0),
-    "aim": (1502, 2, 1146, 0),
-    "balanced": (1582, 2, 1148, 0),
-    "random-prune": (1308, 2, 1151, 0),
-    "regions": (1195, 3, 1158, 0),
+    "aim": (1319, 2, 1146, 0),
+    "balanced": (1381, 2, 1148, 0),
+    "random-prune": (1179, 2, 1151, 0),
+    "regions": (1190, 3, 1158, 0),
     "lookm-20": (1478, 2, 1130, 0),
     "snapkv-20": (1454, 2, 1130, 0),
     "digest-20": (1592, 3, 1133, 0),
-    "replay-20": (4118, 3, 1194, 0),
+    "replay-20": (2855, 3, 1194, 0),
 }
 pytestmark = pytest.mark.filterwarnings("ignore:V2PE")
 
@@ -196,6 +197,27 @@ def there(view):
     return replace(view, entries=CacheEntries.of(columns), **own)
 
 
+@pytest.mark.parametrize("prune", [None, AIMPrune(1, 3)], ids=["all rows", "rows leave"])
+def test_what_is_replayed_together_is_what_is_replayed_one_by_one(prune):
+    """On a GPU all stretches of a sequence look in one call; what entries write is told once all layers are through."""
+    config, held = InferenceConfig(prune=prune, cache=Replay(0.3, stretch=256)), []
+    for on_gpu in (False, True):
+        torch.manual_seed(0)
+        model = narrow_model(3).float()
+        with torch.no_grad(), ExitStack() as stack:
+            if on_gpu:
+                _, inputs = stack.enter_context(on_pretended_gpu(model, 2))
+            else:
+                inputs = video_prompt(model, 2, vocabulary=VOCABULARY - 2)
+            stack.enter_context(patched(model, config, verify=False))
+            layers = getattr(model(**inputs), CACHE_NAME).layers
+            held.append([(x.head_lengths, {n: getattr(b, "held", b) for n, b in x.buffers.items()}) for x in layers])
+    for (lengths, here), (theirs, there) in zip(*held, strict=True):
+        assert lengths == theirs
+        for name in ("keys", "values", "is_visual", "score", "log_mass"):
+            torch.testing.assert_close(here[name], there[name], atol=2e-4, rtol=2e-4)
+
+
 @pytest.mark.parametrize("merge", [RegionMerge(), RegionMerge(None, None, 0.2), Downsample(0.25)], ids=repr)
 def test_merging_by_places_knows_on_the_host_what_is_left(merge):
     count, generator = 2 + 64 + 3, torch.Generator().manual_seed(0)
@@ -232,6 +254,7 @@ def test_layouts_forget_what_was_known_of_other_columns():
         assert narrowed.host is not None and narrowed.known.lengths == (2,)
         other = replace(there, modality=there.modality + 1)
         assert other.host is None and other.known is None and other.visual_lengths == (4,)
+        assert other.select(torch.tensor([1]).to("cuda")).modality.tolist() == [1] and other.visual_lengths == (4,)
         assert replace(there, run_before=torch.ones(1)).host is there.host
         placed = there.at(there.position + 1, there.next_position)
         assert placed.host is None and placed.known.visual_lengths == (0,)

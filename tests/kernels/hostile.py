@@ -26,6 +26,7 @@ from mminfer_kernels import (
     Segments,
     build,
 )
+from mminfer_kernels.replay_attention import rows_of_entries
 from torch import Tensor
 
 SIZES = (0, 1, 2, 3, 7, 15, 16, 17, 33, 64, 65, 130)
@@ -72,6 +73,41 @@ def prompt_attention_peak(draw: Random) -> dict:
     arguments = attention(draw, scores=True)
     counted = draw.choice((None, draw.randint(0, arguments["k"].shape[2])))
     return arguments | {"counted": counted, "log_mass": log_mass(draw, arguments)}
+
+
+def replay_attention(draw: Random) -> dict:
+    count, size, dtype = draw.choice((0, 1, 2)), draw.choice(SIZES[1:]), draw.choice(DTYPES)
+    entries, groups, rows = draw.choice(SIZES), draw.choice((1, 2)), 0
+    edges = sorted(draw.randint(0, entries) for _ in range(2 * draw.randint(1, 3)))
+    table = []
+    for begin, end in zip(edges[::2], edges[1::2], strict=True):
+        table.append((rows, rows := rows + draw.randint(1, 40), begin, end))
+    table = torch.tensor(table, dtype=torch.int32)
+    q = torch.randn(count, groups * draw.choice((1, 3)), rows, size).to(dtype)
+    k, v = torch.randn(2, count, groups, rows, size).to(dtype)
+    keys, values = torch.randn(2, count, groups, entries, size).to(dtype)
+    seen, longest = rows_of_entries(table, entries), int((table[:, 1] - table[:, 0]).max())
+    return {
+        "q": q, "k": k, "v": v, "keys": keys, "values": values, "groups": table, "seen": seen, "longest": longest,
+        "scale": draw.choice((None, 0.3)),
+    }  # fmt: skip
+
+
+def fit_masses(draw: Random) -> dict:
+    heads, kept, queries = draw.choice((0, 1, 3)), draw.choice(SIZES), draw.choice(SIZES)
+    shares, counts = torch.rand(heads, kept, queries), torch.randint(kept + 1, (heads,)).clamp_min(1)
+    shares = shares * (torch.arange(kept) < counts[:, None])[..., None]
+    return {"shares": shares, "counts": counts, "ridge": 0.3, "iterations": draw.choice((0, 1, 4)), "most": 20.0}
+
+
+def top_places(draw: Random) -> dict:
+    shape = (*draw.choice(((), (2,), (0,))), draw.choice(SIZES))
+    score = draw.choice((torch.randn(shape), torch.randint(3, shape).half(), torch.rand(shape) < 0.5))
+    return {
+        "score": score,
+        "count": draw.randint(0, shape[-1]),
+        "among": draw.choice((None, torch.rand(shape) < 0.5)),
+    }
 
 
 def column_mass(draw: Random) -> dict:
@@ -287,9 +323,9 @@ OPS = {
     make.__name__: make
     for make in (
         prompt_attention, prompt_attention_mass, prompt_attention_peak, column_mass, power_iterate, decode_attention,
-        packed_prompt_attention, packed_decode_attention, best_match, k_centres, merge_rows, add_rows,
-        gather_rows, gather_rms_norm, row_dots, grow_regions, swiglu, rotary_table, rotary, apply_rotary, decode_step,
-        packed_decode_step,
+        packed_prompt_attention, packed_decode_attention, best_match, k_centres, merge_rows, add_rows, gather_rows,
+        gather_rms_norm, row_dots, grow_regions, swiglu, rotary_table, rotary, apply_rotary, decode_step,
+        packed_decode_step, replay_attention, fit_masses, top_places,
     )
 } | {"rotary_": rotary}  # fmt: skip
 

@@ -9,6 +9,7 @@ from mminfer_kernels import (
     best_match,
     column_mass,
     decode_attention,
+    fit_masses,
     gather_rms_norm,
     gather_rows,
     grow_regions,
@@ -20,13 +21,16 @@ from mminfer_kernels import (
     prompt_attention,
     prompt_attention_mass,
     prompt_attention_peak,
+    replay_attention,
     rotary,
     rotary_,
     rotary_table,
     row_dots,
     swiglu,
+    top_places,
     tracing,
 )
+from mminfer_kernels.replay_attention import rows_of_entries
 from torch.utils.flop_counter import FlopCounterMode
 
 pytestmark = pytest.mark.usefixtures("backend")
@@ -42,11 +46,15 @@ def inputs_of(name):
     k, v = torch.randn(BATCH, GROUPS, TOKENS, SIZE), torch.randn(BATCH, GROUPS, TOKENS, SIZE)
     x, rows, index = torch.randn(BATCH, 7, SIZE), torch.randn(BATCH, 4, SIZE), torch.randint(7, (BATCH, 4))
     position, inv_freq = torch.rand(BATCH, TOKENS).double(), torch.rand(SIZE // 2)
+    own, groups = torch.randn(2, BATCH, GROUPS, QUERIES, SIZE), torch.tensor([[0, QUERIES, 2, 7]], dtype=torch.int32)
     turned = torch.randn(BATCH, HEADS, TOKENS, SIZE)
     return {
         "prompt_attention": (q, k, v),
         "prompt_attention_mass": (q, k, v),
         "prompt_attention_peak": (q, k, v, 0.3, None, 15, torch.rand(BATCH, GROUPS, TOKENS)),
+        "replay_attention": (q, *own, k, v, groups, rows_of_entries(groups, TOKENS), QUERIES),
+        "fit_masses": (torch.rand(3, 5, 4), torch.tensor([5, 4, 1]), 0.3, 4, 20.0),
+        "top_places": (torch.rand(2, 9), 4, torch.rand(2, 9) < 0.5),
         "column_mass": (q, k),
         "power_iterate": (q, k, 3),
         "decode_attention": (q, k, v, torch.tensor([0, 5])),
@@ -70,9 +78,9 @@ def inputs_of(name):
 
 NAMES = [
     "prompt_attention", "prompt_attention_mass", "prompt_attention_peak", "column_mass", "power_iterate",
-    "packed_prompt_attention", "decode_attention", "packed_decode_attention", "best_match", "k_centres",
-    "merge_rows", "_add_rows_", "gather_rows", "gather_rms_norm", "row_dots", "grow_regions", "swiglu", "rotary",
-    "rotary_", "rotary_table", "apply_rotary",
+    "packed_prompt_attention", "decode_attention", "packed_decode_attention", "best_match", "k_centres", "merge_rows",
+    "_add_rows_", "gather_rows", "gather_rms_norm", "row_dots", "grow_regions", "swiglu", "rotary", "rotary_",
+    "rotary_table", "apply_rotary", "replay_attention", "fit_masses", "top_places",
 ]  # fmt: skip
 
 
@@ -98,6 +106,9 @@ CALLS = {
     "prompt_attention": lambda q, k, v: prompt_attention(q, k, v, window=4),
     "prompt_attention_mass": prompt_attention_mass,
     "prompt_attention_peak": prompt_attention_peak,
+    "replay_attention": replay_attention,
+    "fit_masses": fit_masses,
+    "top_places": top_places,
     "column_mass": lambda q, k: column_mass(q, k, temperature=0.5),
     "power_iterate": power_iterate,
     "decode_attention": decode_attention,

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from mminfer_kernels import rotary_table
+from mminfer_kernels.replay_attention import rows_of_entries
 
 INV_FREQ = 1 / 1e4 ** (torch.arange(8) / 8)
 POSITION = torch.rand(2, 9, dtype=torch.float64)
@@ -17,6 +18,7 @@ def heads(count, tokens=9, layout="dense"):
 def calls(layout):
     q, k = heads(4, 9, layout), heads(2, 9, layout)
     cos, sin = rotary_table(POSITION, INV_FREQ)
+    groups = torch.tensor([[0, k.shape[2], 2, 7]], dtype=torch.int32)
     rows, index = q[:, 0], torch.tensor([[1, 3], [0, 0]])
     return {
         "apply_rotary": (q, k, cos, sin),
@@ -39,6 +41,9 @@ def calls(layout):
         "prompt_attention": (q, k, k),
         "prompt_attention_mass": (q, k, k),
         "prompt_attention_peak": (q, k, k, None, None, 5),
+        "replay_attention": (q, k, k, k, k, groups, rows_of_entries(groups, k.shape[2]), k.shape[2]),
+        "fit_masses": (rows.abs(), torch.full(rows.shape[:1], rows.shape[1]), 0.3, 3, 20.0),
+        "top_places": (rows[..., 0], 3),
         "rotary": (q, k, POSITION, INV_FREQ),
         "rotary_": (q, k, POSITION, INV_FREQ),
         "rotary_table": (POSITION, INV_FREQ),

@@ -32,7 +32,7 @@ def _fits(arguments: dict[str, Any]) -> bool:
 )
 @triton.jit(do_not_specialize=["S", "T"])
 def best_match_fwd_kernel(
-    src, dst, src_length, dst_length, similarity, index,
+    src, dst, src_length, dst_length, similarity, index, tiny,
     stride_sb, stride_ss, stride_tb, stride_tt, S, T, C,
     BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -53,13 +53,13 @@ def best_match_fwd_kernel(
             b_src = tl.load(p_src + piece + pieces[None, :], mask=m_s[:, None] & m_c, other=0.0)
             b_dst = tl.load(p_dst + piece + pieces[None, :], mask=m_t[:, None] & m_c, other=0.0)
             b_dots = tl.dot(b_src, b_dst.trans(), b_dots, input_precision="ieee")
-        b_length = tl.load(dst_length + batch * T + start + targets, mask=m_t, other=1.0)
+        b_length = tl.maximum(tl.load(dst_length + batch * T + start + targets, mask=m_t, other=1.0), tiny)
         b_cosines = tl.where(m_t[None, :], b_dots / b_length[None, :], float("-inf"))  # times the source's length
         b_found, b_place = tl.max(b_cosines, 1, return_indices=True)  # of equals the first
         b_index = tl.where(b_found > b_best, start + b_place, b_index)
         b_best = tl.maximum(b_found, b_best)
     p_out = batch * S + sources
-    b_length = tl.load(src_length + p_out, mask=m_s, other=1.0)
+    b_length = tl.maximum(tl.load(src_length + p_out, mask=m_s, other=1.0), tiny)
     tl.store(similarity + p_out, b_best / b_length, mask=m_s)
     tl.store(index + p_out, b_index.to(tl.int64), mask=m_s)
 
@@ -68,10 +68,10 @@ def best_match_fwd_kernel(
 def best_match(src: torch.Tensor, dst: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """See `mminfer_kernels.best_match`."""
     leading, rows, size = src.shape[:-2], src.shape[-2], src.shape[-1]
-    similarity = torch.zeros(*leading, rows, dtype=torch.float32, device=src.device)
-    index = torch.zeros(*leading, rows, dtype=torch.int64, device=src.device)
+    similarity = torch.empty(*leading, rows, dtype=torch.float32, device=src.device)
+    index = torch.empty(*leading, rows, dtype=torch.int64, device=src.device)
     if src.numel() == 0:
-        return similarity, index
+        return similarity.zero_(), index.zero_()
     src, dst = (dense_rows(x.reshape(-1, *x.shape[-2:])) for x in interpretable(src, dst))
     launch(
         best_match_fwd_kernel,
@@ -87,11 +87,11 @@ def best_match(src: torch.Tensor, dst: torch.Tensor) -> tuple[torch.Tensor, torc
         **strides(src, "sbs"),
         **strides(dst, "tbt"),
         **{"S": rows, "T": dst.shape[1], "C": size},
+        tiny=torch.finfo(torch.float32).tiny,  # the length of a zero row, so that its similarities are 0
     )
     return similarity, index
 
 
 def _lengths(rows: torch.Tensor) -> torch.Tensor:
-    """[B, N] float32; of a zero row the smallest positive number, so that its similarities are 0."""
-    lengths = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float32)
-    return lengths.clamp_min_(torch.finfo(torch.float32).tiny)
+    """[B, N] float32."""
+    return torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float32)

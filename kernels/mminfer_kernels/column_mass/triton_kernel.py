@@ -1,5 +1,6 @@
 """Column mass, column peaks and power iteration in Triton: from the rows' log-sum-exp, passes over columns."""
 
+import math
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ def _columns_fit(arguments: dict[str, Any]) -> bool:
     do_not_specialize_on_alignment=["weights", "out"],  # whose parts begin anywhere, by how many rows there are
 )
 def column_mass_fwd_kernel(
-    q, k, lse, weights, log_mass, row_lo, row_hi, out, scale,
+    q, k, lse, weights, log_mass, row_lo, row_hi, out, scale, factor,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kg, stride_kn, stride_lb, stride_lh,
     stride_wt, stride_wb, stride_wh, stride_mb, stride_mg, stride_ot, stride_ob, stride_oh,
     H, repeat, S, N, votes,
@@ -86,7 +87,7 @@ def column_mass_fwd_kernel(
     for start in tl.range(begin // BLOCK_S * BLOCK_S, end, BLOCK_S):
         b_q = load_rows(p_q, start, rows, stride_qs, S, D, BLOCK_D, True)
         m_s = start + rows < S
-        b_lse = tl.load(p_lse + start + rows, mask=m_s, other=float("inf"))  # no probability past the last row
+        b_lse = tl.load(p_lse + start + rows, mask=m_s, other=float("inf")) - factor  # nothing past the last row
         b_p = tl.dot(b_k, b_q.trans(), input_precision="ieee") * scale - b_lse[None, :]  # [BLOCK_N, BLOCK_S]
         m_p = (start + rows[None, :] >= b_lo[:, None]) & (start + rows[None, :] < b_hi[:, None])
         b_p = tl.where(m_p, b_p, float("-inf"))
@@ -136,6 +137,7 @@ def add_columns(
     accumulate: bool,
     peak: bool = False,
     log_mass: torch.Tensor | None = None,
+    factor: float = 0.0,
 ) -> None:
     """Write into `mass`, or add to it, each key's probability times the votes of the rows that see it.
 
@@ -149,6 +151,7 @@ def add_columns(
         accumulate: add to what `mass` holds.
         peak: write the largest probability in place of the sum; without weights, and T = 1.
         log_mass: [B, G, N] of `in_base_2`, for peaks; it is in `lse` already.
+        factor: of all probabilities, its logarithm in base 2.
     """
     votes = mass.shape[0]
     launch(
@@ -170,6 +173,7 @@ def add_columns(
         **strides(log_mass, "mbg"),
         **strides(mass, "otbh"),
         scale=scale * LOG2_E,
+        factor=factor,
         votes=votes,
         CAUSAL=causal,
         VOTES=1 if votes == 1 else MOST_VOTES,
@@ -255,12 +259,15 @@ def power_iterate(
     """
     batch, heads, queries, _ = q.shape
     keys = k.shape[2]
-    x = torch.zeros(iterations + 1, batch, heads, keys, dtype=torch.float32, device=q.device)
-    x[0] = 1 / max(keys, 1)
+    shape, first = (batch, heads, keys), 1 / max(keys, 1)
     if q.numel() == 0 or iterations == 0:
-        return x[-1].clone()
+        return torch.full(shape, 0.0 if iterations else first, dtype=torch.float32, device=q.device)
     q, k = (dense_rows(x) for x in interpretable(q, k))
     lse = row_lse(q, k, scale, True, ranges_of(keys, None, None if query_index is None else query_index + 1))
+    if queries <= SETTLED_ROWS:
+        return _all_at_once(q, k, lse, iterations, scale, query_index)
+    x = torch.zeros(iterations + 1, *shape, dtype=torch.float32, device=q.device)
+    x[0] = first
     starts = range(0, queries, SETTLED_ROWS)
     places = [start + keys - queries for start in starts]
     if query_index is not None and len(starts) > 1:
@@ -271,6 +278,27 @@ def power_iterate(
         index = None if query_index is None else query_index[rows]
         _settle(x, q[:, :, rows], k, lse[:, :, rows], scale, index, place, end)
     return x[-1].clone()  # the other iterations need not stay in memory
+
+
+def _all_at_once(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    lse: torch.Tensor,
+    iterations: int,
+    scale: float,
+    query_index: torch.Tensor | None,
+) -> torch.Tensor:
+    """[B, H, N]: every iteration as one pass over all rows."""
+    queries, keys = q.shape[2], k.shape[2]
+    ranges = ranges_of(keys, None, None if query_index is None else query_index + 1)
+    votes: torch.Tensor | None = None  # each the same at first
+    for last in range(iterations - 1, -1, -1):
+        mass = torch.empty(1, *lse.shape[:2], keys, dtype=torch.float32, device=q.device)
+        factor, own = (-math.log2(keys), None) if votes is None else (0.0, votes[None])
+        add_columns(mass, q, k, lse, own, scale, True, ranges, accumulate=False, factor=factor)
+        if last:
+            votes = mass[0, ..., keys - queries :] if query_index is None else mass[0].index_select(-1, query_index)
+    return mass[0]
 
 
 def _settle(

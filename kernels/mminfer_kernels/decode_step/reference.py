@@ -35,7 +35,7 @@ def decode_step(
         q = q if layer.q_norm is None else rms_norm(q, size, layer.q_norm, weights.eps)
         k = k if layer.k_norm is None else rms_norm(k, size, layer.k_norm, weights.eps)
         q, k = apply_rotary(q, k, cos[:, None], sin[:, None])
-        x = _attend(q, k[:, :, 0], v, cache, weights.scale)
+        x = _attend(q, k[:, :, 0], v, cache, float(weights.scale))
         hidden_states = hidden_states + linear(x.flatten(1), layer.o, layer.o_bias)
         x = rms_norm(hidden_states, hidden_states.shape[1:], layer.post_norm, weights.eps)
         x = silu(linear(x, layer.gate, layer.gate_bias)) * linear(x, layer.up, layer.up_bias)

@@ -22,7 +22,7 @@ from mminfer_kernels.tiles.triton_kernel import (
 
 
 @triton.jit
-def _attend(
+def attend_to(
     b_out, b_max, b_sum, b_q, p_k, p_v, p_m, b_lo, b_hi, begin, end, stride_kn, stride_vn, N, scale,
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -102,11 +102,11 @@ def prompt_attention_fwd_kernel(
     b_sum = tl.zeros([BLOCK_S], tl.float32)
     b_out = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
     if lo is None:
-        b_out, b_max, b_sum = _attend(
+        b_out, b_max, b_sum = attend_to(
             b_out, b_max, b_sum, b_q, p_k, p_v, p_m, b_lo, b_hi, begin, full_end, stride_kn, stride_vn, keys, scale,
             D, BLOCK_N, BLOCK_D, False,
         )  # fmt: skip
-    b_out, b_max, b_sum = _attend(
+    b_out, b_max, b_sum = attend_to(
         b_out, b_max, b_sum, b_q, p_k, p_v, p_m, b_lo, b_hi, full_end, end, stride_kn, stride_vn, keys, scale,
         D, BLOCK_N, BLOCK_D, True,
     )  # fmt: skip

@@ -12,6 +12,7 @@ from mminfer_kernels.launching import dense_rows, interpretable, launch, power_o
 
 MOST_COLUMNS = 1024  # of a block
 BLOCK_ELEMENTS = 4096  # of a block of several rows
+SEGMENT_BLOCK, MOST_COUNTED = 128, 8192  # sources that find their places at a time, and that may compare at all
 SOURCES = 4  # rows of one destination that are loaded at a time
 AS_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # a copy does not ask what it copies
 
@@ -101,8 +102,26 @@ def swiglu_fwd_kernel(
     tl.store(out + rows * C + columns, b_out.to(out.dtype.element_ty), mask=m_block)
 
 
+@triton.jit(do_not_specialize=["K", "N"])
+def segments_fwd_kernel(index, order, offsets, K, N, BLOCK: tl.constexpr):
+    """Every source finds its place among all by counting who comes before it. Grid: blocks of sources; batch."""
+    batch, own = tl.program_id(1).to(tl.int64), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    others, p_index = tl.arange(0, BLOCK), index + batch * K
+    b_own = tl.load(p_index + own, mask=own < K, other=0).to(tl.int32)
+    b_place, b_before = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32)
+    for start in range(0, K, BLOCK):
+        b_other = tl.load(p_index + start + others, mask=start + others < K, other=2**31 - 1).to(tl.int32)[None, :]
+        ahead = (b_other == b_own[:, None]) & (start + others[None, :] < own[:, None])
+        b_place += tl.sum(((b_other < b_own[:, None]) | ahead).to(tl.int32), 1)
+        b_before += tl.sum((b_other < own[:, None]).to(tl.int32), 1)
+    tl.store(order + batch * K + b_place, own.to(tl.int64), mask=own < K)
+    tl.store(offsets + batch * (N + 1) + own, b_before.to(tl.int64), mask=own <= N)
+
+
 def segments(index: torch.Tensor, destinations: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Which sources each destination gets: a stable sort, so that sums never depend on timing.
+
+    Of not too many sources by one launch, which compares each with all others.
 
     Args:
         index: [B, K] int64, the destination of each source.
@@ -111,6 +130,20 @@ def segments(index: torch.Tensor, destinations: int) -> tuple[torch.Tensor, torc
     Returns:
         order [B, K], the sources by destination; offsets [B, N + 1], where in it each destination's begin.
     """
+    batch, sources = index.shape
+    if 0 < sources <= MOST_COUNTED and batch:
+        order = torch.empty(batch, sources, dtype=torch.int64, device=index.device)
+        offsets = torch.empty(batch, destinations + 1, dtype=torch.int64, device=index.device)
+        launch(
+            segments_fwd_kernel,
+            (triton.cdiv(max(sources, destinations + 1), SEGMENT_BLOCK), batch),
+            {"index": index.contiguous(), "order": order, "offsets": offsets},
+            K=sources,
+            N=destinations,
+            BLOCK=SEGMENT_BLOCK,
+            num_warps=8,
+        )
+        return order, offsets
     ordered, order = index.sort(dim=-1, stable=True)
     edges = torch.arange(destinations + 1, device=index.device).repeat(len(index), 1)
     return order, torch.searchsorted(ordered, edges)
