@@ -60,7 +60,7 @@ def test_auto_takes_native_but_for_float64():
             assert backend_for(op, torch.zeros(2).double()) == "reference"
             assert backend_for(op, torch.zeros(2, dtype=torch.int64)) != "native"
     assert {op for op in mminfer_kernels.OPS if "native" not in available_backends(op)} == {
-        "gather_rows", "fit_masses", "top_places",
+        "gather_rows", "fit_masses", "k_centres", "top_places",
     }  # fmt: skip
 
 
