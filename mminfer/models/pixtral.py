@@ -39,6 +39,7 @@ class RaggedPixtral(RaggedTower):
         index, place = kept[None].to(pixels.device), torch.searchsorted(kept, patches).to(pixels.device)
         with ahead_of(self._tower.part("vision_tower.transformer"), lambda m, a, g: only_rows_of(a, g, index)[:2]):
             output = self._module(pixels, **given)
+        self.check_rows(output.last_hidden_state.shape[1], len(kept))
         image = torch.repeat_interleave(torch.tensor([len(x) for x in stands]))
         pairs = (int(image[kept].bincount().square().sum()),) * len(self._whole.pairs)
         whole = output_of([output], lambda states: states[0].index_select(1, place))

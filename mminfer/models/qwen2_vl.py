@@ -37,6 +37,7 @@ class RaggedQwen(RaggedTower):
         lengths = [_lengths(grid.frame[kept], area)]
         facts, lengths = self.facts(given["grid_thw"], grid, kept, rows, lengths)
         output = self._module(pixels.index_select(0, rows), **{**given, **facts})
+        self.check_rows(len(output.pooler_output), len(kept))
         output.pooler_output = output.pooler_output.index_select(0, place)
         features = getattr(output, "deepstack_features", None)
         if features is not None:

@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from mminfer.cells import CellGrid, standing_cells
+from mminfer.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
     from mminfer.models.vision import VisionTower, VisionWork
@@ -58,6 +59,14 @@ class RaggedTower(ABC):
         output, self.work = self.run(pixel_values, given, found[1], self.owner)
         return output
 
+    def check_rows(self, found: int, wanted: int) -> None:
+        """Raises `UnsupportedModelError` where the host's tower ran another number of rows than it was to run."""
+        if found != wanted:
+            raise UnsupportedModelError(
+                f"{type(self._module).__name__} gave {found} rows where {wanted} were to go through it, as a compiled "
+                f"or replaced tower may: {type(self._technique).__name__} needs the host's own; leave tower=None"
+            )
+
     @abstractmethod
     def cells(self, pixels: Tensor, given: Mapping[str, Any]) -> tuple[Tensor, CellGrid] | None:
         """[N, P], the pixels of each cell, and their grid; None where they make no whole cells."""
@@ -99,6 +108,7 @@ class FixedGridTower(RaggedTower):
             own_given = {k: v[some] if _is_of_pictures(v, count) else v for k, v in given.items()}
             with self._gathered(index.to(pixels.device)) as pairs:
                 outputs.append(self._module(pixels.index_select(0, some), **own_given))
+            self.check_rows(outputs[-1].last_hidden_state.shape[1], index.shape[1])
             seen += sum(pairs)
         place = self._places(patches, stays, order, first)
         work = replace(

@@ -278,6 +278,18 @@ def test_a_tower_that_is_never_called_is_told():
         del vars(model.model)["get_image_features"]
 
 
+def test_a_tower_that_runs_other_rows_is_told():
+    """As one may that was compiled or replaced; here somebody's hook adds rows."""
+    model, inputs = tiny_model("llava"), half_blank(tiny_inputs("llava", [[IMAGE]]))
+    adapter = adapter_for(model)
+    doubled = adapter.tower.layers[0].register_forward_hook(lambda module, args, out: torch.cat([out, out], 1))
+    try:
+        with pytest.raises(mminfer.UnsupportedModelError, match="PatchDedup"):
+            HostEncoder(adapter, PatchDedup()).encode(inputs)
+    finally:
+        doubled.remove()
+
+
 @pytest.mark.parametrize(
     "owner", [None, torch.zeros(3), torch.tensor([0, 0, 1]), torch.tensor([0, 1, 0]), torch.tensor([0, 1, 9])]
 )
