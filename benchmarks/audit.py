@@ -60,6 +60,12 @@ BEHIND: dict[str, tuple[str, ...]] = {
     "smol": YARDSTICK,
     "smol_regions": YARDSTICK,
     "streamed": (*FIDELITY, "benchmarks/quality/streamed.py"),
+    "tower": (
+        "mminfer/tower",
+        "mminfer/cells.py",
+        *(f"mminfer/models/{name}.py" for name in ("encoder_cache", "encoding", "ragged", "qwen2_vl", "qwen2_5_vl")),
+        *(f"benchmarks/models/{name}.py" for name in ("sheets", "tower")),
+    ),
     "turns": (*TECHNIQUES, *PASS, "benchmarks/models/turns.py"),
 }
 SHOWN = 3  # changed files that a note names

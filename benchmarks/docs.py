@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from benchmarks.tables import cost, needle, overview, presets, project
+from benchmarks.tables import cost, needle, overview, presets, project, tower
 from mminfer.bench.protocols import Protocol
 
 ROOT = Path(__file__).parents[1]
@@ -20,6 +20,7 @@ Sections = dict[str, Callable[[], str]]
 QUOTED: Sections = {  # as they stand in the report
     "answers": cost.answers,
     "prompt_pass": cost.prompt_pass,
+    "tower": tower.tower,
     "decode": cost.decode,
     "batch_decode": cost.batch_decode,
     "budgets": partial(needle.budgets, Protocol.NEXT_TURN),

@@ -14,7 +14,7 @@ from pathlib import Path
 from benchmarks import audit
 from benchmarks.canaries import stored
 from benchmarks.quality.smol_cells import MODELS
-from benchmarks.tables import cost, kernels, lost, needle, paper, peers, quality, regions, smol
+from benchmarks.tables import cost, kernels, lost, needle, paper, peers, quality, regions, smol, tower
 from mminfer.bench.protocols import Protocol
 
 REPORT = Path(__file__).with_name("REPORT.md")
@@ -52,6 +52,12 @@ SECTIONS: list[Section] = [
         [cost.answers],
     ),
     ("The prompt pass", "The language model alone, visual features ready made.", [cost.prompt_pass]),
+    (
+        "The vision tower",
+        "Pages drawn clean: text, slides and forms, and one of which nothing repeats. Real widths, random weights, "
+        "towers cut to a few layers; search for repeats and projector included.",
+        [tower.tower],
+    ),
     (
         "What replaying costs",
         "A context read with `Replay`, with values fitted and without (`fit=0`), beside the plain pass: what it may "

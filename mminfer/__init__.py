@@ -18,6 +18,7 @@ __all__ = [
     "DynamicNTK",
     "EmbeddingPart",
     "Engine",
+    "FrameDedup",
     "GenerationOutput",
     "ImagePart",
     "InferenceConfig",
@@ -29,6 +30,7 @@ __all__ = [
     "Message",
     "MminferError",
     "OperatorSkip",
+    "PatchDedup",
     "RegionMerge",
     "Replay",
     "TextPart",
@@ -47,6 +49,7 @@ if TYPE_CHECKING:  # what type checkers and editors read; a test holds it to the
     from mminfer import positions as positions
     from mminfer import technique as technique
     from mminfer import tokens as tokens
+    from mminfer import tower as tower
     from mminfer.cache import Digest, LookM, Replay
     from mminfer.calibration import Calibration, calibrate
     from mminfer.config import InferenceConfig
@@ -62,6 +65,7 @@ if TYPE_CHECKING:  # what type checkers and editors read; a test holds it to the
     from mminfer.tokens.merge import AIMMerge
     from mminfer.tokens.prune import AIMPrune
     from mminfer.tokens.regions import RegionMerge
+    from mminfer.tower import FrameDedup, PatchDedup
 else:  # hidden from type checkers, which would take any name for one of ours
     _NAMES = {
         "mminfer.cache": ("Digest", "LookM", "Replay"),
@@ -79,6 +83,7 @@ else:  # hidden from type checkers, which would take any name for one of ours
         "mminfer.tokens.merge": ("AIMMerge",),
         "mminfer.tokens.prune": ("AIMPrune",),
         "mminfer.tokens.regions": ("RegionMerge",),
+        "mminfer.tower": ("FrameDedup", "PatchDedup"),
     }
     _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
-from mminfer import cache, operators, positions, tokens
+from mminfer import cache, operators, positions, tokens, tower
 from mminfer.errors import ConfigError, UntrainedWarning, shown
 from mminfer.models.fingerprint import Fingerprint
 from mminfer.operators.skip import OperatorSkip
@@ -27,6 +27,7 @@ from mminfer.technique import (
     Stage,
     Technique,
     TechniqueRegistry,
+    TowerTechnique,
     check_columns,
     check_declared,
     is_bundled,
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from mminfer.models.spec import ModelSpec
 
 # A technique registers itself when its module is loaded; whatever lies in a room is found.
-for _room in (positions, tokens, operators, cache):
+for _room in (tower, positions, tokens, operators, cache):
     for _module in pkgutil.iter_modules(_room.__path__, f"{_room.__name__}."):
         importlib.import_module(_module.name)
 
@@ -56,6 +57,7 @@ class InferenceConfig:
         prune: pruning of visual tokens inside it (`AIMPrune`).
         skip: operators that visual tokens skip (`OperatorSkip`).
         cache: compression of the key/value cache (`Replay`, `LookM`, `Digest`).
+        tower: what leaves pictures before the vision tower (`PatchDedup`, `FrameDedup`).
         calibrated_on: the only model that takes these settings, where a calibration chose them; None: any.
 
     Raises:
@@ -67,6 +69,7 @@ class InferenceConfig:
     prune: PruneTechnique | None = None
     skip: SkipTechnique | None = None
     cache: CacheTechnique | None = None
+    tower: TowerTechnique | None = None
     calibrated_on: Fingerprint | None = field(default=None, compare=False, repr=False, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -90,7 +93,7 @@ class InferenceConfig:
     @property
     def removes_rows(self) -> bool:
         """Whether tokens of the prompt may be gone after the last layer."""
-        return self.merge is not None or self.prune is not None
+        return any(technique is not None for technique in (self.tower, self.merge, self.prune))
 
     def check(self, spec: ModelSpec) -> None:
         """Raises `ConfigError` if any setting does not fit the model, or was calibrated on another one."""

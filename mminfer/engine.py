@@ -27,6 +27,7 @@ from mminfer.inputs.parts import Message, Part
 from mminfer.inputs.reader import RequestReader
 from mminfer.inputs.request import Request
 from mminfer.models.checkpoint import checked_name
+from mminfer.models.encoder_cache import encoder_cache_of
 from mminfer.models.loading import Checkpoint, chosen_device, chosen_dtype
 from mminfer.models.registry import adapter_for
 from mminfer.models.wrappers import check_loaded, unwrapped
@@ -55,11 +56,17 @@ class Engine:
         config: the techniques; None: all off.
         compile: decode by the host's modules under torch.compile; see `mminfer.patch`.
         verify: whether to compare our pass with the host's own first; see `mminfer.patch`.
+        encoder_cache_bytes: memory for encoded pictures: one that comes again, in a batch, a chat or another request,
+            costs no pass of the vision tower. 0: none are kept.
+
+    Attributes:
+        encoder_cache: what is kept of encoded pictures; None: nothing.
 
     Raises:
         UnsupportedModelError: the family has no adapter, weights are missing, the model stands in another wrapper, or
             our pass is not the host's own for this language model.
-        ConfigError: a setting does not fit the model, the config is none, or `compile` or `verify` no bool.
+        ConfigError: a setting does not fit the model, the config is none, `compile` or `verify` no bool, or
+            `encoder_cache_bytes` no number of bytes.
     """
 
     def __init__(
@@ -69,13 +76,16 @@ class Engine:
         config: InferenceConfig | None = None,
         compile: bool = False,
         verify: bool = True,
+        encoder_cache_bytes: int = 0,
     ) -> None:
         self.config = InferenceConfig() if config is None else checked_config(config)
         check_flag("compile", compile)
         check_flag("verify", verify)
+        self.encoder_cache = encoder_cache_of(encoder_cache_bytes)
         self.model: Any = unwrapped(model)
         self.processor = processor
         self.adapter = adapter_for(self.model)
+        self.adapter.encoder_cache = self.encoder_cache
         check_loaded(self.model)
         self.config.check(self.adapter.spec)
         self.config.check_calibration(self.adapter)
@@ -83,7 +93,7 @@ class Engine:
         self.config.warn_of_doubts(self.adapter.spec)
         self.runner = Runner(self.model, processor, self.adapter, self.config, compile, verify)
         self.reader = RequestReader(self.model, processor, self.adapter)
-        self._made_with = compile, verify
+        self._made_with = compile, verify, encoder_cache_bytes
         self._identity = ChatIdentity(self.adapter, processor, self.config)
 
     @classmethod
@@ -95,6 +105,7 @@ class Engine:
         dtype: torch.dtype | str | None = None,
         compile: bool = False,
         verify: bool = True,
+        encoder_cache_bytes: int = 0,
         **hf_kwargs: Any,
     ) -> Engine:
         """Loads a model and its processor by the host library; safetensors only.
@@ -110,6 +121,7 @@ class Engine:
             dtype: default float32 on the CPU, the checkpoint's own on a GPU.
             compile: decode by the host's modules under torch.compile; see `mminfer.patch`.
             verify: whether to compare our pass with the host's own first; see `mminfer.patch`.
+            encoder_cache_bytes: as of the class.
             hf_kwargs: passed on to the host's `from_pretrained` (`device_map`, `revision`, `trust_remote_code`, ...).
 
         Raises:
@@ -118,6 +130,7 @@ class Engine:
             ConfigError: a setting does not fit the model, or the config is none.
         """
         config = InferenceConfig() if config is None else checked_config(config)
+        encoder_cache_of(encoder_cache_bytes)
         name = checked_name(name_or_path)
         if device is not None and "device_map" in hf_kwargs:
             raise InputError(f"device={shown(device)} and device_map: pass one of them")
@@ -128,7 +141,7 @@ class Engine:
         model_config = checkpoint.config()
         check_before_loading(model_config, config)
         processor = checkpoint.processor(model_config)
-        return cls(checkpoint.model(dtype, device), processor, config, compile, verify)
+        return cls(checkpoint.model(dtype, device), processor, config, compile, verify, encoder_cache_bytes)
 
     def __copy__(self) -> Engine:
         other = object.__new__(type(self))

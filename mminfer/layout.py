@@ -109,6 +109,8 @@ class TokenLayout:
             where all do.
         run_before: [B] float64: where the last token before these rows stands, if it is visual, so that a run of
             visual tokens goes on; nan behind text. None where nothing came before.
+        stand_in: [T] int64, on the CPU: the row that stands for each, its own where it stands for itself; None where
+            all do. Those for which others stand are copies, which leave before the first layer: `without_copies`.
         host: the same rows on the CPU, where they are on another device and their facts are known; see `on_host`.
         counts: what is known of rows on another device whose facts are no longer.
         side_by_side: how the columns lie on a GPU; of those that were replaced since it says nothing.
@@ -128,6 +130,7 @@ class TokenLayout:
     companions: Tensor | None = None
     block: Tensor | None = None
     run_before: Tensor | None = None
+    stand_in: Tensor | None = None
     host: TokenLayout | None = None
     counts: RowCounts | None = None
     known_of: tuple[Tensor | None, ...] | None = None
@@ -335,6 +338,7 @@ class TokenLayout:
             host=host,
             counts=counts if host is None else None,
             known_of=None,
+            stand_in=None,
             sequence=self.sequence[index],
             modality=self.modality[index],
             image_id=self.image_id[index],
@@ -344,6 +348,17 @@ class TokenLayout:
             block=None if self.block is None else self.block[index],
             companions=None if self.companions is None else self.companions[self._visual_places(index)],
         )
+
+    def without_copies(self) -> tuple[Tensor, TokenLayout]:
+        """Rows that stand for themselves ([K] int64, ascending, on the CPU), and their layout, sizes added up."""
+        rows = torch.arange(len(self))
+        if self.stand_in is None:
+            return rows, self
+        own = self.on_host
+        kept, gone = (self.stand_in == rows).nonzero()[:, 0], (self.stand_in != rows).nonzero()[:, 0]
+        size = own.size[kept].index_add(0, torch.searchsorted(kept, self.stand_in[gone]), own.size[gone])
+        left = replace(self.select(kept), size=self._known(size))
+        return kept, left if own is self else replace(left, host=replace(own.select(kept), size=size))
 
     def merge(self, index: Tensor, size: Tensor, owner: Tensor) -> TokenLayout:
         """The layout after merging; companions are averaged as their tokens were, by size.

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from benchmarks.canaries import counted
 from benchmarks.canaries.asked import asked, worked
 from benchmarks.canaries.outcome import Outcome
-from benchmarks.models import answers, long_context, merge_stage, prompt_pass, replay_cost, turns
+from benchmarks.models import answers, long_context, merge_stage, prompt_pass, replay_cost, tower, turns
 from benchmarks.peers import kvpress, openvino, replay
 from benchmarks.quality import film, length, streamed
 from benchmarks.quality.settings import GROUPS, OFF
@@ -161,5 +161,6 @@ FILES: Mapping[str, Callable[[], Canaries]] = {
     "smol": _smol,
     "smol_regions": _smol,
     "streamed": _streamed,
+    "tower": lambda: _by_setting(tower.SETTINGS, worked),
     "turns": lambda: Canaries(_setting, counted.one_by_one(counted.chat, turns.SETTINGS)),
 }

@@ -48,7 +48,7 @@ class Renderer:
     def __init__(self, tokenizer: Any, seed: int) -> None:
         self._tokenizer = tokenizer
         self._rng, self._noise_rng = random.Random(seed), np.random.default_rng(seed)
-        self._styles = [(str(_font_folder() / f"{name}.ttf"), size) for name in FONTS for size in SIZES]
+        self._styles = [(str(font_folder() / f"{name}.ttf"), size) for name in FONTS for size in SIZES]
         self._glyphs: dict[tuple[str, int, str], Glyph] = {}
 
     def draw(self, page: Page) -> Image.Image:
@@ -157,7 +157,8 @@ class Renderer:
         return image.filter(ImageFilter.GaussianBlur(rng.uniform(0.2, 0.65))) if rng.random() < 0.25 else image
 
 
-def _font_folder() -> Path:
+def font_folder() -> Path:
+    """Where matplotlib keeps its fonts."""
     import matplotlib
 
     return Path(matplotlib.get_data_path()) / "fonts" / "ttf"

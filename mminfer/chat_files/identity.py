@@ -61,13 +61,17 @@ class ChatIdentity:
             "weights": weights_digest(self.adapter.model),
             "model_settings": settings_digest(self.adapter.text_config),
             **self._text,
-            "config": self.config.to_dict(),
+            "config": self._config(),
         }
         try:
             plain: dict[str, Any] = json.loads(json.dumps(facts))
         except (TypeError, ValueError) as error:
             raise InputError(f"config {shown(self.config)}: its settings have no place in JSON ({error})") from error
         return plain
+
+    def _config(self) -> dict[str, Any]:
+        """The techniques; files from before there was a stage ahead of the tower do not name it."""
+        return {stage: value for stage, value in self.config.to_dict().items() if stage != "tower" or value is not None}
 
     def check(self, found: dict[str, Any]) -> None:
         """Whether a chat of these facts can go on here.

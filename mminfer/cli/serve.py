@@ -39,6 +39,9 @@ def serve(
     store_mib: Annotated[
         int, typer.Option(min=0, max=2**31, help="Keep prompts that were read, in this much memory at most.")
     ] = 1024,
+    encoder_cache_mib: Annotated[
+        int, typer.Option(min=0, max=2**31, help="Keep encoded pictures, in this much memory at most.")
+    ] = 256,
     max_new_tokens: options.MaxNewTokens = 1024,
     max_prompt_tokens: Annotated[
         int | None, typer.Option(min=1, max=options.MOST_TOKENS, help="Refuse prompts of more tokens than these.")
@@ -66,7 +69,8 @@ def serve(
     from mminfer.serving.limits import ServerLimits, ServerSettings
     from mminfer.serving.running import model_id_of, run_server
 
-    engine = Engine.from_pretrained(model, settings[preset], device, dtype)
+    room = encoder_cache_mib * 2**20
+    engine = Engine.from_pretrained(model, settings[preset], device, dtype, encoder_cache_bytes=room)
     for config in settings.values():
         config.check(engine.adapter.spec)
     server = ServerSettings(

@@ -13,6 +13,7 @@ from torch import Tensor
 from mminfer.errors import ConfigError
 from mminfer.forward.kv_cache import CompressedCache
 from mminfer.layout import GivenRows
+from mminfer.models.encoding import Encoded
 from mminfer.technique import is_whole
 
 VISUAL_INPUTS = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
@@ -32,6 +33,7 @@ class CallState:
         progress: told after each chunk how many tokens of the prompt it was.
         given_embeddings: rows of the next prompt whose embeddings are given; that prompt takes them.
         between_layers: called behind each layer of a prompt, so that others may have a turn.
+        encoded: the pictures of the next prompt, encoded; that prompt takes them.
 
     Attributes:
         first_token_at: `time.perf_counter()` at the end of the last prompt pass.
@@ -47,6 +49,7 @@ class CallState:
     progress: Callable[[int], object] | None = None
     given_embeddings: GivenRows | None = None
     between_layers: Callable[[], object] | None = None
+    encoded: Encoded | None = None
     first_token_at: float = field(default=0.0, init=False)
     step_ms: list[float] = field(default_factory=list, init=False)
     _prompt_only: bool = field(default=False, init=False)  # every call is a stretch of a prompt, be it of one token
@@ -112,12 +115,19 @@ class CallState:
         given, self.given_embeddings = self.given_embeddings, None
         return given
 
+    def take_encoded(self) -> Encoded | None:
+        """The pictures encoded for the next prompt, once."""
+        encoded, self.encoded = self.encoded, None
+        return encoded
+
     def is_step(self, inputs: dict[str, Any], cache: CompressedCache) -> bool:
         """Whether a forward pass with these inputs is a decoding step and no prompt.
 
         It is one where something is in the cache and one token of text is added to each sequence.
         """
-        if not cache.logical_length or self._prompt_only or self.given_embeddings is not None:
+        if not cache.logical_length or self._prompt_only:
+            return False
+        if self.given_embeddings is not None or self.encoded is not None:
             return False
         if tokens_of(inputs).shape[1] != 1:
             return False

@@ -96,6 +96,9 @@ def prompt_pass(
     earlier = cache.tokens or (0,) * layout.num_sequences
     record = PromptRecord(earlier, layout.lengths, layout.visual_lengths, pairs_ahead=_pairs_ahead(layout))
     length = cache.rotary_length or float(layout.next_position.max())
+    if layout.stand_in is not None:
+        kept, layout = layout.without_copies() if config.tower is None else config.tower.leave(layout)
+        inputs_embeds = inputs_embeds.index_select(0, kept.to(inputs_embeds.device, non_blocking=True))
     if config.merge is not None:
         record.merge_flops = config.merge.cost(adapter.spec, config.merge.unit_lengths(layout))
         inputs_embeds, layout = config.merge.apply(inputs_embeds, layout)

@@ -225,7 +225,8 @@ def _token_facts(
         held[layer] = present[layer] * heads
         if layer in record.held:
             held[layer] = torch.bincount(record.held[layer].flatten(), minlength=count).cpu().numpy()
-    return TokenFacts(image_of, is_patch, owner, size, present, left, held, heads, importance)
+    unencoded = np.zeros(count, np.bool_) if record.unencoded is None else record.unencoded.numpy()
+    return TokenFacts(image_of, is_patch, owner, size, present, left, held, heads, importance, unencoded)
 
 
 def _importance(record: PassRecord, config: InferenceConfig, count: int) -> tuple[Floats, str]:

@@ -8,6 +8,7 @@ Colour = tuple[int, int, int]
 
 SHADE: Colour = (255, 176, 0)
 STRIKE: Colour = (255, 45, 120)
+UNENCODED: Colour = (40, 110, 255)
 MOST_SHADE = 0.42  # opacity over the most important patch
 LEAST_DIM, MOST_DIM = 0.25, 0.62  # opacity of the dark over patches that left last and first
 LEAST_STRIKE = 0.02  # below this share nothing is struck

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
-from mminfer.inspection.colours import LEAST_STRIKE, SHADE, STRIKE, Colour, dimness, group_colour, shade
+from mminfer.inspection.colours import LEAST_STRIKE, SHADE, STRIKE, UNENCODED, Colour, dimness, group_colour, shade
 from mminfer.inspection.facts import ImageFacts, Inspection, Rows
 
 CELL = 24  # pixels a token's side should have, where the picture may grow or shrink to it
@@ -72,7 +72,7 @@ def draw_grid(inspection: Inspection, facts: ImageFacts, grid: Rows) -> Image.Im
     rows, columns = grid.shape
     cells = Cells(rows, columns, FINE * size[0], FINE * size[1])
     out = plain_grid(facts, grid, size).convert("RGBA")
-    for paint in (_fills, _lines, _strikes, _groups):  # the last ones lie on top
+    for paint in (_fills, _lines, _crosses, _strikes, _groups):  # the last ones lie on top
         layer = Image.new("RGBA", (cells.width, cells.height), (0, 0, 0, 0))
         paint(ImageDraw.Draw(layer), inspection, grid, cells)
         out.alpha_composite(layer.resize(size, Image.Resampling.BOX))
@@ -105,6 +105,16 @@ def _lines(draw: ImageDraw.ImageDraw, inspection: Inspection, grid: Rows, cells:
             left, top, right, bottom = cells.box(row, column)
             draw.line((left, top, right, top), fill=(255, 255, 255, 70), width=FINE)
             draw.line((left, top, left, bottom), fill=(255, 255, 255, 70), width=FINE)
+
+
+def _crosses(draw: ImageDraw.ImageDraw, inspection: Inspection, grid: Rows, cells: Cells) -> None:
+    """Crosses cells that never went through the vision tower."""
+    thick = _thickness(cells, 16, 2)
+    for (row, column), token in np.ndenumerate(grid):
+        if inspection.tokens.unencoded[token]:
+            left, top, right, bottom = cells.box(row, column)
+            for line in ((left, top, right, bottom), (left, bottom, right, top)):
+                draw.line(line, fill=(*UNENCODED, 190), width=thick)
 
 
 def _groups(draw: ImageDraw.ImageDraw, inspection: Inspection, grid: Rows, cells: Cells) -> None:

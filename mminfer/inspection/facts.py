@@ -31,6 +31,7 @@ class TokenFacts:
         held: [L, T], heads that hold the token's entry after the prompt.
         num_heads: G.
         importance: [T] float32 that shades the pictures; nan where there is none.
+        unencoded: [T], whether the patches of a token never went through the vision tower.
     """
 
     image: Rows
@@ -42,6 +43,7 @@ class TokenFacts:
     held: Rows
     num_heads: int
     importance: Floats
+    unencoded: Mask
 
     def __len__(self) -> int:
         return len(self.image)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mminfer.inspection.colours import SHADE, STRIKE, css, dimness, group_colour, shade
+from mminfer.inspection.colours import SHADE, STRIKE, UNENCODED, css, dimness, group_colour, shade
 from mminfer.inspection.drawing import draw_grid, picture_size, plain_grid
 from mminfer.inspection.facts import ImageFacts, Inspection, Rows
 from mminfer.inspection.words import image_names, image_sentence
@@ -103,6 +103,8 @@ layer; struck: heads of this layer that hold its entry no longer.</p>"""
 def _legend(inspection: Inspection) -> str:
     items = [_shade_key(inspection)]
     tokens = inspection.tokens
+    if tokens.unencoded.any():
+        items.append(_cross_key())
     if (tokens.group >= 0).any():
         items.append(_group_key(bool((tokens.image != tokens.image[tokens.owner]).any())))
     if inspection.leaving_layers:
@@ -134,6 +136,13 @@ def _shade_key(inspection: Inspection) -> str:
     text = f"Amber: {inspection.importance_from}, by rank among all visual tokens of the prompt."
     early = " Where all queries count, early tokens have more to look at them."
     return _item(keys, text + (early if inspection.importance_from.startswith("score") else ""))
+
+
+def _cross_key() -> str:
+    drawn = (
+        f'<svg viewBox="0 0 30 30"><path d="M2 2L28 28M2 28L28 2" stroke="{css(UNENCODED)}" stroke-width="2"/></svg>'
+    )
+    return _item(_key(drawn, "repeats"), "Crossed: never went through the vision tower; another patch stands for it.")
 
 
 def _group_key(across: bool) -> str:

@@ -15,6 +15,7 @@ from mminfer.layout import TokenLayout
 from mminfer.technique import (
     CacheEntries,
     CacheTechnique,
+    CellGrid,
     LayerView,
     LayerWork,
     MergeTechnique,
@@ -22,6 +23,7 @@ from mminfer.technique import (
     PruneTechnique,
     SkipTechnique,
     Technique,
+    TowerTechnique,
     checked_entries,
     compressed_layers,
     kept_rows,
@@ -39,6 +41,7 @@ class PassRecord:
         host: the layout as the model's adapter made it.
         placed: the same tokens behind the position technique.
         merged_into: [T] int64, the row of the token that each became part of; its own where it stays.
+        unencoded: [T] bool, tokens whose patches never went through the vision tower; None: there are none.
         rows: for each layer the rows that entered it, [K] int64.
         skipped: for each layer whether visual rows issue no query, and whether they leave the FFN out.
         left: by layer, the rows that left behind it, [K] int64.
@@ -50,6 +53,7 @@ class PassRecord:
     host: TokenLayout | None = None
     placed: TokenLayout | None = None
     merged_into: Tensor | None = None
+    unencoded: Tensor | None = None
     rows: list[Tensor] = field(default_factory=list)
     skipped: list[tuple[bool, bool]] = field(default_factory=list)
     left: dict[int, Tensor] = field(default_factory=dict)
@@ -62,6 +66,20 @@ class PassRecord:
         if self.host is None:
             self.host = self.placed = layout
 
+    def join(self, owner: Tensor, source: Tensor) -> None:
+        """Notes which rows became part of which.
+
+        Args:
+            owner: [K] int64, counted in the layout that is merged: the row that each becomes part of.
+            source: [K] int64, the rows of that layout as they came in.
+        """
+        if self.merged_into is None:
+            count = len(self.host) if self.host is not None else len(source)
+            self.merged_into = torch.arange(count, device=source.device)
+        into = torch.arange(len(self.merged_into), device=source.device)
+        into[source] = source[owner.to(source.device)]
+        self.merged_into = into[self.merged_into.to(source.device)]
+
     def scatter(self, values: Tensor, rows: Tensor) -> Tensor:
         """[T] float32: values ([K]) at their rows ([K] int64), nan elsewhere."""
         count = len(self.host) if self.host is not None else int(rows.max()) + 1
@@ -72,6 +90,7 @@ def recording(config: InferenceConfig) -> tuple[InferenceConfig, PassRecord]:
     """The same techniques, and the record that they will write in the next prompt pass. For one pass only."""
     record = PassRecord()
     wrappers: dict[str, type[_Recorded]] = {
+        "tower": RecordedTower,
         "positions": RecordedPositions,
         "merge": RecordedMerge,
         "prune": RecordedPrune,
@@ -111,6 +130,22 @@ class _Recorded(Technique, register=False):
     def layer_cost(self, spec: ModelSpec, work: LayerWork) -> int:
         cost: int = self.technique.layer_cost(spec, work)
         return cost
+
+
+class RecordedTower(_Recorded, TowerTechnique, register=False):
+    """Notes which tokens others stand for."""
+
+    def apply(self, cells: Tensor, grid: CellGrid) -> Tensor:
+        owner: Tensor = self.technique.apply(cells, grid)
+        return owner
+
+    def leave(self, layout: TokenLayout) -> tuple[Tensor, TokenLayout]:
+        self.record.see(layout)
+        if layout.stand_in is not None:
+            self.record.join(layout.stand_in, layout.on_host.source)
+            self.record.unencoded = layout.stand_in != torch.arange(len(layout))
+        kept, left = self.technique.leave(layout)
+        return kept, left
 
 
 class RecordedPositions(_Recorded, PositionTechnique, register=False):
@@ -264,7 +299,7 @@ class _WatchedLayout(TokenLayout):
 
     def merge(self, index: Tensor, size: Tensor, owner: Tensor) -> TokenLayout:
         if self.record is not None:
-            self.record.merged_into = owner
+            self.record.join(owner, self.source)
         return super().merge(index, size, owner)
 
 

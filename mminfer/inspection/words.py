@@ -38,7 +38,7 @@ def image_names(inspection: Inspection) -> list[str]:
 
 def sentences(inspection: Inspection) -> list[str]:
     """One for each technique that is on."""
-    tell = {"positions": _positions, "merge": _merge, "prune": _prune, "skip": _skip, "cache": _cache}
+    tell = {"tower": _tower, "positions": _positions, "merge": _merge, "prune": _prune, "skip": _skip, "cache": _cache}
     on = [(data["technique"], tell[stage]) for stage, data in inspection.settings.items() if data is not None]
     return [f"{name}: {of(inspection)}" for name, of in on] or ["Nothing: every technique is off."]
 
@@ -66,6 +66,18 @@ def _tokens(count: int) -> str:
     return "token" if count == 1 else "tokens"
 
 
+def _tower(inspection: Inspection) -> str:
+    stats, patches = inspection.stats, inspection.tokens.is_patch
+    repeats = int(inspection.tokens.unencoded.sum())
+    share = percent(stats.vision_flops, stats.full_vision_flops)
+    if repeats:
+        return (
+            f"{repeats:,} of {int(patches.sum()):,} visual tokens repeat others, which stand for them; the vision "
+            f"tower and projector spent {share} of their FLOPs."
+        )
+    return f"every visual token stays; the vision tower and projector spent {share} of their FLOPs."
+
+
 def _positions(inspection: Inspection) -> str:
     now, before = inspection.last_position, inspection.full_last_position
     if now == before:
@@ -78,7 +90,8 @@ def _positions(inspection: Inspection) -> str:
 def _merge(inspection: Inspection) -> str:
     stats = inspection.stats
     removed = stats.prompt_tokens - stats.merged_tokens
-    visual = stats.visual_tokens
+    visual = stats.visual_tokens - int(inspection.tokens.unencoded.sum())
+    removed -= stats.visual_tokens - visual
     return (
         "patches of a picture were averaged into fewer tokens before the language model; "
         f"{visual:,} visual tokens became {visual - removed:,}."

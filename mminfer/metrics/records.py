@@ -68,6 +68,8 @@ class PromptRecord:
             does.
         vision_flops: of the vision tower and projector, for each sequence; empty where features came ready made, as
             the host's `generate` hands them to a patched model.
+        full_vision_flops: the same if all pictures went through the tower as they came.
+        encoder_cache_hits: images and videos, of all sequences, that were encoded before.
     """
 
     past: tuple[int, ...]
@@ -78,6 +80,8 @@ class PromptRecord:
     merge_flops: int = 0
     pairs_ahead: tuple[int, ...] = ()
     vision_flops: tuple[int, ...] = ()
+    full_vision_flops: tuple[int, ...] = ()
+    encoder_cache_hits: int = 0
 
 
 def joined_layers(chunks: Sequence[Sequence[LayerRecord]]) -> list[LayerRecord]:
@@ -96,8 +100,8 @@ def joined(records: Sequence[PromptRecord]) -> PromptRecord:
         merged=tuple(map(sum, zip(*(r.merged for r in records), strict=True))),
         layers=joined_layers([r.layers for r in records]),
         merge_flops=sum(r.merge_flops for r in records),
-        pairs_ahead=_some(map(sum, zip(*(r.pairs_ahead or (0,) * len(r.prompt) for r in records), strict=True))),
-        vision_flops=_some(map(sum, zip(*(r.vision_flops or (0,) * len(r.prompt) for r in records), strict=True))),
+        encoder_cache_hits=sum(r.encoder_cache_hits for r in records),
+        **{name: _summed(records, name) for name in ("pairs_ahead", "vision_flops", "full_vision_flops")},
     )
 
 
@@ -114,6 +118,8 @@ def stacked(records: Sequence[PromptRecord]) -> PromptRecord:
         merge_flops=sum(r.merge_flops for r in records),
         pairs_ahead=_some(n for r in records for n in r.pairs_ahead or (0,)),
         vision_flops=_some(n for r in records for n in r.vision_flops or (0,)),
+        full_vision_flops=_some(n for r in records for n in r.full_vision_flops or (0,)),
+        encoder_cache_hits=sum(r.encoder_cache_hits for r in records),
     )
 
 
@@ -122,6 +128,11 @@ def shares(total: int, weights: Sequence[int]) -> tuple[int, ...]:
     whole = max(1, sum(weights))
     ends = [total * part // whole for part in accumulate(weights, initial=0)]
     return tuple(b - a for a, b in pairwise(ends))
+
+
+def _summed(records: Sequence[PromptRecord], name: str) -> tuple[int, ...]:
+    """Of each sequence the sum over passes of a field that may be empty; nothing if all are 0."""
+    return _some(map(sum, zip(*(getattr(r, name) or (0,) * len(r.prompt) for r in records), strict=True)))
 
 
 def _some(values: Iterable[int]) -> tuple[int, ...]:

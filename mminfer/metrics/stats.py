@@ -31,7 +31,9 @@ class GenerationStats:
         full_cache_bytes: the same of the uncompressed model.
         prompt_flops: the language model's work on the prompt as it ran, techniques included; vision tower left out.
         full_prompt_flops: the same of the uncompressed model.
-        vision_flops: the vision tower's and projector's work on the images; 0 where features came ready made.
+        vision_flops: the vision tower's and projector's work on the images as it ran; 0 where features came ready made.
+        full_vision_flops: the same if every image went through the tower as it came.
+        encoder_cache_hits: images and videos of the whole call that were encoded before, which a batch shares.
         new_tokens: tokens generated.
         allocated_bytes: memory that the cache of the whole call, all its rows together, took at the end: generated
             tokens, what the cache technique notes of each entry, padding and room for tokens to come.
@@ -55,6 +57,8 @@ class GenerationStats:
     prompt_flops: int
     full_prompt_flops: int
     vision_flops: int
+    full_vision_flops: int
+    encoder_cache_hits: int
     new_tokens: int
     allocated_bytes: int
     ttft_ms: float
@@ -102,6 +106,8 @@ def stats_of(
         prompt_flops=prompt_flops(spec, own),
         full_prompt_flops=full_prompt_flops(spec, own.prompt, own.past, own.pairs_ahead),
         vision_flops=sum(own.vision_flops),
+        full_vision_flops=sum(own.full_vision_flops),
+        encoder_cache_hits=own.encoder_cache_hits,
         new_tokens=new_tokens,
         **dataclasses.asdict(times),
     )
@@ -118,6 +124,8 @@ def _own_record(record: PromptRecord, sequence: int) -> PromptRecord:
         merge_flops=shares(record.merge_flops, record.visual)[sequence],
         pairs_ahead=record.pairs_ahead[sequence : sequence + 1],
         vision_flops=record.vision_flops[sequence : sequence + 1],
+        full_vision_flops=record.full_vision_flops[sequence : sequence + 1],
+        encoder_cache_hits=record.encoder_cache_hits,
     )
 
 

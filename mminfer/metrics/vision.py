@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mminfer.errors import UnsupportedModelError
-from mminfer.metrics.records import shares
+from mminfer.metrics.records import PromptRecord, shares
 
 if TYPE_CHECKING:
     from mminfer.models.adapter import ModelAdapter
+    from mminfer.models.encoding import Encoded
     from mminfer.models.vision import VisionTower, VisionWork
 
 
@@ -61,6 +62,33 @@ def vision_flops(adapter: ModelAdapter, inputs: Mapping[str, Any]) -> VisionFlop
     return total
 
 
+def encoded_flops(adapter: ModelAdapter, encoded: Encoded) -> VisionFlops:
+    """What encoding these pictures took; errors as of `vision_flops`."""
+    total = VisionFlops()
+    for call in encoded.calls:
+        work = adapter.tower.work(call.modality, call.inputs) if call.ragged is None else call.ragged
+        total += tower_flops(adapter.tower, work)
+    return total
+
+
+def note_vision(adapter: ModelAdapter, record: PromptRecord, inputs: Mapping[str, Any], encoded: Encoded) -> None:
+    """Notes in a pass's record what its pictures took.
+
+    Args:
+        adapter: the host model.
+        record: of the pass.
+        inputs: its inputs.
+        encoded: the pictures.
+    """
+    record.full_vision_flops = vision_shares(adapter, {**encoded.pixels, **inputs}, record.visual, encoded.copies)
+    record.encoder_cache_hits = encoded.hits
+    whole = len(encoded.units) == len(encoded.calls) and all(call.ragged is None for call in encoded.calls)
+    if whole and not encoded.hits:
+        record.vision_flops = record.full_vision_flops
+    elif record.full_vision_flops:  # else of unknown build, which was said already
+        record.vision_flops = _shared(encoded_flops(adapter, encoded).total, record.visual, encoded.copies)
+
+
 def vision_shares(
     adapter: ModelAdapter, inputs: Mapping[str, Any], visual: Sequence[int], copies: int = 1
 ) -> tuple[int, ...]:
@@ -77,6 +105,10 @@ def vision_shares(
     except UnsupportedModelError as error:
         warnings.warn(f"{error}; they are reported as 0", stacklevel=2)
         return ()
+    return _shared(total, visual, copies)
+
+
+def _shared(total: int, visual: Sequence[int], copies: int) -> tuple[int, ...]:
     of_each = shares(total, visual[::copies]) if total else ()
     return tuple(flops for flops in of_each for _ in range(copies))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -13,6 +12,8 @@ from torch import Tensor, nn
 
 from mminfer.errors import InputError, UnsupportedModelError
 from mminfer.layout import GivenRows, Modality, TokenLayout
+from mminfer.models.encoder_cache import EncoderCache
+from mminfer.models.encoding import Encoded, HostEncoder
 from mminfer.models.entry import embedding_scale
 from mminfer.models.packing import PackedRows
 from mminfer.models.spec import (
@@ -29,6 +30,9 @@ from mminfer.models.vision import PIXEL_INPUTS, VisionTower, VisionWork
 
 class ModelAdapter:
     """A family's names and rules. It reads the host model and calls its modules; it never changes them.
+
+    Attributes:
+        encoder_cache: of pictures that were encoded before; None: none are kept.
 
     Args:
         model: a Hugging Face `...ForConditionalGeneration` whose language model is a stack of decoder layers with
@@ -53,6 +57,7 @@ class ModelAdapter:
 
     def __init__(self, model: Any) -> None:
         self.model = model
+        self.encoder_cache: EncoderCache | None = None
         self.base: Any = model.base_model
         self.language_model: Any = getattr(self.base, self.language_model_name)
         check_structure(self.language_model)
@@ -64,6 +69,7 @@ class ModelAdapter:
         self.spec = replace(
             self.spec_of(model.config.model_type, self.text_config),
             variable_positions=says_variable_positions(model.config, self.text_config),
+            ragged_tower=self.tower.takes_cells(),
         )
 
     @classmethod
@@ -104,19 +110,7 @@ class ModelAdapter:
 
         Features that `generate` has encoded already (`mm_encoder_outputs`) are taken as they are.
         """
-        encoded = inputs.get("mm_encoder_outputs") or {}
-        units, to_encode = {}, self._to_encode(inputs)
-        for modality, pixels in PIXEL_INPUTS.items():
-            output = encoded.get(modality.name.lower())
-            if modality in to_encode:
-                encode = to_encode[modality]
-                # The pixels come first; some host versions call those of a video `pixel_values` too.
-                _, *others = inspect.signature(encode).parameters
-                given = {k: v for k, v in inputs.items() if k in others and v is not None}
-                output = encode(inputs[pixels], **given, return_dict=True)
-            if output is not None:
-                units[modality] = self.split_units(modality, output)
-        return units
+        return HostEncoder(self).encode(inputs).units
 
     def _to_encode(self, inputs: Mapping[str, Any]) -> dict[Modality, Any]:
         """The host's encoders for what comes as pixels and was not encoded before."""
@@ -247,12 +241,15 @@ class ModelAdapter:
         """Final norm and head: [..., C] -> [..., vocabulary]."""
         return self.model.lm_head(self.language_model.norm(hidden_states))
 
-    def embed(self, inputs: Mapping[str, Any], given: GivenRows | None = None) -> tuple[Tensor, TokenLayout]:
+    def embed(
+        self, inputs: Mapping[str, Any], given: GivenRows | None = None, encoded: Encoded | None = None
+    ) -> tuple[Tensor, TokenLayout]:
         """The packed prompt: input embeddings [T, C] with visual features in place, and their layout.
 
         Args:
             inputs: the model's inputs.
             given: rows whose embeddings are given; visual ones are images of their own.
+            encoded: the pictures; None: they are encoded now.
 
         Raises:
             InputError: placeholders and features do not match, or the batch is not in the host's format.
@@ -270,7 +267,7 @@ class ModelAdapter:
             rows = given.mask.cpu()[mask].nonzero()[:, 0]
             packed.put(rows, given.features, given.modality.cpu(), given.part.cpu(), rows.new_ones(len(rows)))
             ids = ids if ids is None else ids.index_fill(0, rows, -1)  # no placeholder, whatever stands there
-        units = self.visual_units(inputs)
+        units = self.visual_units(inputs) if encoded is None else encoded.units
         for kind in PIXEL_INPUTS:
             of_kind = units.get(kind, [])
             rows = self._placeholder_rows(kind, ids, of_kind)
@@ -281,6 +278,8 @@ class ModelAdapter:
                     rows, torch.cat([u.features for u in of_kind]), torch.full_like(rows, int(kind)), parts, sizes
                 )
                 packed.accompany(rows, [u.companions for u in of_kind if u.companions is not None])
+                if any(unit.back is not None for unit in of_kind):
+                    packed.stand_in(rows, torch.cat([_steps_back(unit) for unit in of_kind]))
         position = self.host_positions(inputs, mask)
         last = position.new_full((mask.shape[0],), -1.0)
         last = last.scatter_reduce(0, sequence, position.amax(0), "amax", include_self=True)
@@ -320,6 +319,11 @@ def _packed(padded: Tensor, mask: Tensor) -> Tensor:
     if bool(mask.all()):
         return flat
     return flat.index_select(0, mask.flatten().nonzero()[:, 0].to(flat.device, non_blocking=True))
+
+
+def _steps_back(unit: VisualUnit) -> Tensor:
+    """[n] int64, as `VisualUnit.back`."""
+    return torch.zeros(len(unit.features), dtype=torch.int64) if unit.back is None else unit.back
 
 
 def _on_cpu(x: Tensor | None) -> Tensor | None:

@@ -20,6 +20,10 @@ class Gemma3Tower(VisionTower):
     def projector_weights(self) -> int:
         return int(self.part("multi_modal_projector.mm_input_projection_weight").numel())
 
+    @property
+    def cell_side(self) -> int:
+        return int(self.part("multi_modal_projector").kernel_size)
+
     def projected(self, rows: int, patches: int) -> int:
         return int(self.config.mm_tokens_per_image)
 

@@ -21,6 +21,26 @@ class Idefics3Tower(VisionTower):
     layer_list = "vision_model.encoder.layers"
     projector = "connector"
     pooling = ""
+    module = "vision_model"
+
+    @property
+    def cell_side(self) -> int:
+        return int(self.config.scale_factor)
+
+    def pictures(self, modality: Modality, inputs: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+        tiles = self._real_tiles(inputs)
+        return None if tiles is None else VisionTower.pictures(self, modality, tiles)
+
+    def chosen(self, modality: Modality, inputs: Mapping[str, Any], some: list[int]) -> dict[str, Any] | None:
+        tiles = self._real_tiles(inputs)
+        return None if tiles is None else {name: x[some][None] for name, x in tiles.items()}
+
+    def _real_tiles(self, inputs: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Pixels and mask of the tiles that are encoded, [tiles, ...]; None where there is more, or no such tile."""
+        if not set(inputs) <= {"pixel_values", "pixel_attention_mask"}:
+            return None
+        real = _are_real(inputs["pixel_values"])
+        return {name: x.flatten(0, 1)[real] for name, x in inputs.items()} if bool(real.any()) else None
 
     def work(self, modality: Modality, inputs: Mapping[str, Any]) -> VisionWork:
         work = super().work(modality, inputs)

@@ -14,6 +14,10 @@ class InternVLTower(VisionTower):
     attention = "attention"
     class_token = "vision_tower.embeddings.cls_token"
 
+    @property
+    def cell_side(self) -> int:
+        return round(1 / self.config.downsample_ratio)
+
     def projected(self, rows: int, patches: int) -> int:
         return round(patches * self.config.downsample_ratio**2)
 

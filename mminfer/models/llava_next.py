@@ -17,6 +17,8 @@ from mminfer.models.vision import PIXEL_INPUTS, VisionTower
 class LlavaNextTower(VisionTower):
     """An image is cut into tiles by its size; where pixels are padded to the most tiles, the rest is left out."""
 
+    cells_are_tokens = False  # tiles are put together, and cut to the image's shape
+
     def images(self, modality: Modality, inputs: Mapping[str, Any]) -> tuple[int, int, int]:
         pixels = inputs[PIXEL_INPUTS[modality]]
         count, height, width = super().images(modality, inputs)
@@ -24,6 +26,13 @@ class LlavaNextTower(VisionTower):
             return count, height, width
         tiles = self.tiles(inputs)
         return sum(min(n, pixels.shape[1]) for n in tiles), height, width
+
+    def pictures(self, modality: Modality, inputs: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+        found = super().pictures(modality, inputs)
+        pixels = PIXEL_INPUTS[modality]
+        if found is None or inputs[pixels].dim() < 5 or modality is Modality.VIDEO:
+            return found
+        return [{**one, pixels: one[pixels][:n]} for one, n in zip(found, self.tiles(inputs), strict=True)]
 
     def tiles(self, inputs: Mapping[str, Any]) -> list[int]:
         """Of each image, the view of the whole included."""

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from itertools import groupby
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mminfer.layout import Modality
 from mminfer.models.llava_next import LlavaNextAdapter, LlavaNextTower
 from mminfer.models.spec import VisualUnit
-from mminfer.models.vision import VisionTower
+from mminfer.models.vision import PIXEL_INPUTS, VisionTower
 
 
 class LlavaOnevisionTower(LlavaNextTower):
@@ -22,12 +24,37 @@ class LlavaOnevisionTower(LlavaNextTower):
             return VisionTower.images(self, modality, inputs)
         return super().images(modality, inputs)
 
+    def pictures(self, modality: Modality, inputs: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+        of_sample = inputs.get("batch_num_images")
+        if of_sample is None or modality is Modality.VIDEO:
+            return super().pictures(modality, inputs)
+        alone = _alone(of_sample)
+        if len(alone) != len(inputs[PIXEL_INPUTS[modality]]):
+            return None
+        found = super().pictures(modality, {k: v for k, v in inputs.items() if k != "batch_num_images"})
+        return found and [{**one, "alone": single} for one, single in zip(found, alone, strict=True)]
+
+    def chosen(self, modality: Modality, inputs: Mapping[str, Any], some: list[int]) -> dict[str, Any] | None:
+        of_sample = inputs.get("batch_num_images")
+        if of_sample is None or modality is Modality.VIDEO:
+            return super().chosen(modality, inputs, some)
+        rest = super().chosen(modality, {k: v for k, v in inputs.items() if k != "batch_num_images"}, some)
+        runs = [(alone, len(list(run))) for alone, run in groupby(some, _alone(of_sample).__getitem__)]
+        if rest is None or (False, 1) in runs:  # a prompt of one image would be one that comes alone
+            return None
+        counts = [n for alone, length in runs for n in ([1] * length if alone else [length])]
+        return {**rest, "batch_num_images": of_sample.new_tensor(counts)}
+
     def tiles(self, inputs: Mapping[str, Any]) -> list[int]:
         tiles, of_sample = super().tiles(inputs), inputs.get("batch_num_images")
         if of_sample is None:
             return tiles
-        alone = [count == 1 for count in of_sample.tolist() for _ in range(count)]
-        return [count if single else 1 for count, single in zip(tiles, alone, strict=False)]
+        return [count if single else 1 for count, single in zip(tiles, _alone(of_sample), strict=False)]
+
+
+def _alone(of_sample: Tensor) -> list[bool]:
+    """Of each image, whether it is the only one of its prompt; of_sample: [B] int64, images of each prompt."""
+    return [count == 1 for count in of_sample.tolist() for _ in range(count)]
 
 
 class LlavaOnevisionAdapter(LlavaNextAdapter):

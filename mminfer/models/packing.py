@@ -25,6 +25,7 @@ class PackedRows:
         self._size = torch.ones(count, dtype=torch.float32)
         self._num_parts = 0
         self._companions: Tensor | None = None  # [T, K, C]
+        self._stand_in: Tensor | None = None  # [T]
 
     def put(self, rows: Tensor, features: Tensor, modality: Tensor, part: Tensor, size: Tensor) -> None:
         """Embeddings ([K, C]) of some rows; on the CPU modality, part (counted from 0) and patches of each ([K])."""
@@ -44,6 +45,12 @@ class PackedRows:
             self._companions = features.new_zeros(len(self.embeds), *features.shape[1:])
         self._companions.index_copy_(0, self._there(rows), features)
 
+    def stand_in(self, rows: Tensor, back: Tensor) -> None:
+        """Says of these rows ([K]) which others stand for them: those so many places back among them ([K])."""
+        if self._stand_in is None:
+            self._stand_in = torch.arange(len(self._image_id))
+        self._stand_in[rows] = rows[torch.arange(len(rows)) - back]
+
     def _there(self, rows: Tensor) -> Tensor:
         return rows.to(self.embeds.device, non_blocking=True)
 
@@ -58,4 +65,5 @@ class PackedRows:
             position=position,
             next_position=next_position,
             companions=None if self._companions is None else self._companions[self._there(visual.nonzero()[:, 0])],
+            stand_in=self._stand_in,
         )

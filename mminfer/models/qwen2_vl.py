@@ -6,11 +6,74 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from mminfer.cells import CellGrid
 from mminfer.layout import Modality, TokenLayout
 from mminfer.models.adapter import ModelAdapter
+from mminfer.models.ragged import RaggedTower
 from mminfer.models.vision import PIXEL_INPUTS, VisionTower, VisionWork
+
+try:
+    from transformers.vision_utils import get_vision_position_ids
+except ImportError:  # of hosts whose towers work out themselves what rows they are given
+    get_vision_position_ids = None  # type: ignore[assignment]
+
+
+class RaggedQwen(RaggedTower):
+    """The tower takes rows, their places, and the ends of their sequences: it is handed those of the rows that stay."""
+
+    def cells(self, pixels: Tensor, given: Mapping[str, Any]) -> tuple[Tensor, CellGrid] | None:
+        side = self._module.spatial_merge_size
+        grid = CellGrid(tuple((t, h // side, w // side) for t, h, w in given["grid_thw"].tolist()))
+        return pixels.view(len(grid), -1), grid
+
+    def run(self, pixels: Tensor, given: Mapping[str, Any], grid: CellGrid, owner: Tensor) -> tuple[Any, VisionWork]:
+        kept = (owner == torch.arange(len(owner))).nonzero()[:, 0]
+        area = self._module.spatial_merge_size**2
+        rows = (kept[:, None] * area + torch.arange(area)).flatten().to(pixels.device)
+        place = torch.searchsorted(kept, owner).to(pixels.device)
+        lengths = [_lengths(grid.frame[kept], area)]
+        facts, lengths = self.facts(given["grid_thw"], grid, kept, rows, lengths)
+        output = self._module(pixels.index_select(0, rows), **{**given, **facts})
+        self.check_rows(len(output.pooler_output), len(kept))
+        output.pooler_output = output.pooler_output.index_select(0, place)
+        features = getattr(output, "deepstack_features", None)
+        if features is not None:
+            output.deepstack_features = [x.index_select(0, place) for x in features]
+        pairs = self.pairs([int(x.square().sum()) for x in lengths])
+        return output, VisionWork(len(lengths[0]), len(rows), len(rows), pairs, len(kept))
+
+    def facts(
+        self, grid_thw: Tensor, grid: CellGrid, kept: Tensor, rows: Tensor, lengths: list[Tensor]
+    ) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """What the tower would work out for whole pictures, and rows of each sequence, of each kind of layer.
+
+        Args:
+            grid_thw: as the host's tower takes it.
+            grid: of all cells.
+            kept: [K] int64, cells that stay.
+            rows: [K * patches of a cell] int64, their patches.
+            lengths: of full attention, the rows of each sequence.
+        """
+        positions = get_vision_position_ids(grid_thw, self._module.spatial_merge_size)
+        return {"position_ids": positions[rows], "cu_seqlens": ends(lengths[0], rows.device)}, lengths
+
+    def pairs(self, counts: list[int]) -> tuple[int, ...]:
+        """Query-key pairs of each layer, given those of each kind."""
+        return (counts[0],) * len(self._whole.pairs)
+
+
+def _lengths(group: Tensor, area: int) -> Tensor:
+    """Rows of each group that has any: [K] int64, the group of each cell, ascending."""
+    counts = group.bincount()
+    return counts[counts > 0] * area
+
+
+def ends(lengths: Tensor, device: torch.device) -> Tensor:
+    """[n + 1] int32: where sequences of these lengths begin and end."""
+    return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int().to(device)
 
 
 class Qwen2VLTower(VisionTower):
@@ -20,6 +83,26 @@ class Qwen2VLTower(VisionTower):
     layer_list = "visual.blocks"
     attention = "attn"
     projector = "visual.merger"
+    module = "visual"
+    ragged = RaggedQwen
+
+    def takes_cells(self) -> bool:
+        return get_vision_position_ids is not None and super().takes_cells()
+
+    def frames(self, modality: Modality, inputs: Mapping[str, Any]) -> int:
+        return 1  # the grid says it of each
+
+    def pictures(self, modality: Modality, inputs: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+        pixels, name = PIXEL_INPUTS[modality], f"{modality.name.lower()}_grid_thw"
+        if set(inputs) != {pixels, name}:
+            return None
+        pieces = inputs[pixels].split(inputs[name].prod(-1).tolist())
+        return [{pixels: piece, name: size} for piece, size in zip(pieces, inputs[name], strict=True)]
+
+    def chosen(self, modality: Modality, inputs: Mapping[str, Any], some: list[int]) -> dict[str, Any] | None:
+        found = self.pictures(modality, inputs) or []
+        pixels, name = PIXEL_INPUTS[modality], f"{modality.name.lower()}_grid_thw"
+        return {pixels: torch.cat([found[i][pixels] for i in some]), name: inputs[name][some]}
 
     def work(self, modality: Modality, inputs: Mapping[str, Any]) -> VisionWork:
         rows = inputs[PIXEL_INPUTS[modality]].shape[0]

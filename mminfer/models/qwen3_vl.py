@@ -8,18 +8,44 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mminfer.cells import CellGrid
 from mminfer.layout import Modality, TokenLayout
-from mminfer.models.qwen2_vl import Qwen2VLAdapter, Qwen2VLTower
+from mminfer.models.qwen2_vl import Qwen2VLAdapter, Qwen2VLTower, RaggedQwen
 from mminfer.models.spec import VisualUnit
 from mminfer.models.vision import linear_weights
+
+
+class RaggedQwen3(RaggedQwen):
+    """Learned positions, too, are those of the rows that stay."""
+
+    def facts(
+        self, grid_thw: Tensor, grid: CellGrid, kept: Tensor, rows: Tensor, lengths: list[Tensor]
+    ) -> tuple[dict[str, Tensor], list[Tensor]]:
+        from transformers.vision_utils import get_vision_interpolation_indices_and_weights
+
+        found, lengths = super().facts(grid_thw, grid, kept, rows, lengths)
+        visual = self._module
+        index, weight = get_vision_interpolation_indices_and_weights(
+            grid_thw,
+            num_grid_per_side=visual.num_grid_per_side,
+            mode=visual.interpolation_mode,
+            align_corners=visual.interpolation_align_corners,
+            spatial_merge_size=visual.config.spatial_merge_size,
+        )
+        return {**found, "interp_indices": index[rows], "interp_weights": weight[rows]}, lengths
 
 
 class Qwen3VLTower(Qwen2VLTower):
     """Rows of some layers go through mergers of their own."""
 
+    ragged = RaggedQwen3
+
     @property
     def projector_weights(self) -> int:
         return super().projector_weights + linear_weights(self.part("visual.deepstack_merger_list"))
+
+    def takes_cells(self) -> bool:
+        return hasattr(self.part(self.module), "interpolation_mode") and super().takes_cells()
 
 
 class Qwen3VLAdapter(Qwen2VLAdapter):

@@ -31,6 +31,8 @@ class ModelSpec:
     bidirectional_images: bool = False
     # Whether its configuration says that it was trained with visual tokens closer together; saved chats go by the rest.
     variable_positions: bool = field(default=False, repr=False)
+    # Whether its vision tower can be given some of a picture's patches.
+    ragged_tower: bool = field(default=True, repr=False)
 
 
 @dataclass(frozen=True)
@@ -41,11 +43,14 @@ class VisualUnit:
         features: [n, C].
         size: [n] float32, patches that each stands for; on the CPU.
         companions: [n, K, C], what joins the hidden states behind the first K layers, if anything does.
+        back: [n] int64, how many tokens of the same modality before each the one comes that stands for it, 0 where it
+            stands for itself; on the CPU. None: all stand for themselves.
     """
 
     features: Tensor
     size: Tensor
     companions: Tensor | None = None
+    back: Tensor | None = None
 
     @classmethod
     def of_patches(cls, features: Tensor) -> VisualUnit:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mminfer.errors import UnsupportedModelError
 from mminfer.layout import Modality
+from mminfer.models.ragged import FixedGridTower, RaggedTower
 
 PIXEL_INPUTS = {Modality.IMAGE: "pixel_values", Modality.VIDEO: "pixel_values_videos"}
 
@@ -48,6 +49,12 @@ class VisionTower:
     projector: ClassVar[str] = "multi_modal_projector"
     pooling: ClassVar[str] = "vision_tower.head"
     class_token: ClassVar[str] = "vision_tower.embeddings.class_embedding"
+    # Of the tower as the host's encoder calls it.
+    module: ClassVar[str] = "vision_tower"
+    # How it is given some of its patches.
+    ragged: ClassVar[type[RaggedTower]] = FixedGridTower
+    # Whether each cell of a picture becomes one token, in the order of the grid.
+    cells_are_tokens: ClassVar[bool] = True
 
     def __init__(self, base: Any, config: Any) -> None:
         self.base, self.config = base, config
@@ -72,6 +79,36 @@ class VisionTower:
         for n in images:
             count *= n
         return count, height, width
+
+    @property
+    def cell_side(self) -> int:
+        """Patches a side of what becomes one token."""
+        return 1
+
+    def takes_cells(self) -> bool:
+        """Whether the tower is built as its `ragged` kind runs it."""
+        needed = (self.module, self.convolution, self.layer_list)
+        return all(self.part(name) is not None for name in needed)
+
+    def frames(self, modality: Modality, inputs: Mapping[str, Any]) -> int:
+        """How many of the tower's pictures are one video's, in order; 1: they are images."""
+        return int(inputs[PIXEL_INPUTS[modality]].shape[1]) if modality is Modality.VIDEO else 1
+
+    def pictures(self, modality: Modality, inputs: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+        """Of each image or video what its encoding depends on; None where they cannot be told apart.
+
+        Args:
+            modality: of which there are pixels among the inputs.
+            inputs: what the host's encoder is given, by name.
+        """
+        count = len(inputs[PIXEL_INPUTS[modality]])
+        if any(not isinstance(x, Tensor) or x.dim() == 0 or len(x) != count for x in inputs.values()):
+            return None
+        return [{name: x[i] for name, x in inputs.items()} for i in range(count)]
+
+    def chosen(self, modality: Modality, inputs: Mapping[str, Any], some: list[int]) -> dict[str, Any] | None:
+        """What the host's encoder is given for some of `pictures`, in order; None: it cannot be given those alone."""
+        return {name: x[some] for name, x in inputs.items()}
 
     def projected(self, rows: int, patches: int) -> int:
         """Rows of an image that go through the projector, of its rows in the tower."""

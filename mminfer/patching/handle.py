@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mminfer.config import InferenceConfig
-from mminfer.errors import InputError
+from mminfer.config import InferenceConfig, checked_config
+from mminfer.errors import ConfigError, InputError
 from mminfer.forward.call_state import CallState
 from mminfer.forward.host_check import check_host
 from mminfer.forward.kv_cache import CompressedCache
@@ -40,6 +40,11 @@ class PatchHandle(ModelPass):
         verify: bool = True,
     ) -> None:
         model = unwrapped(model)
+        if checked_config(config).tower is not None:
+            raise ConfigError(
+                f"tower={config.tower}: the host's generate encodes pictures before it calls a patched model, so that "
+                "nothing can leave ahead of the tower: use Engine(model, processor, config), or leave tower=None"
+            )
         super().__init__(model, config, compile, prefill_chunk_size, verify)
         check_loaded(model)
         config.check_calibration(self.adapter)

@@ -13,17 +13,20 @@ from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mminfer.config import InferenceConfig, check_flag, checked_config
-from mminfer.errors import ConfigError, InputError
+from mminfer.errors import ConfigError, InputError, UnsupportedModelError
 from mminfer.forward.call_state import CallState, tokens_of
 from mminfer.forward.decode import Decoder
 from mminfer.forward.kv_cache import CACHE_NAME, CompressedCache, Origin
 from mminfer.forward.native_build import prepare_kernels
 from mminfer.forward.prefill import PassOptions, PromptOutput, prompt_pass
 from mminfer.forward.surroundings import check_entrance, has_foreign_forward
+from mminfer.layout import TokenLayout
 from mminfer.metrics.clock import done_at
 from mminfer.metrics.records import PromptRecord
-from mminfer.metrics.vision import vision_shares
+from mminfer.metrics.vision import note_vision
 from mminfer.models.adapter import ModelAdapter
+from mminfer.models.encoder_cache import EncoderCache
+from mminfer.models.encoding import Encoded, HostEncoder
 from mminfer.models.registry import adapter_for
 from mminfer.models.structure import running_device
 from mminfer.models.wrappers import check_layers
@@ -54,6 +57,7 @@ class ModelPass:
         compile: decode by the host's modules under torch.compile.
         prefill_chunk_size: tokens of each chat that go through the layers at a time; None: all.
         verify: whether to compare what the layers are given, where the model has a forward of its own.
+        encoder_cache: of pictures that were encoded before; None: none are kept.
 
     Attributes:
         model: the host's.
@@ -74,6 +78,7 @@ class ModelPass:
         compile: bool = False,
         prefill_chunk_size: int | None = None,
         verify: bool = True,
+        encoder_cache: EncoderCache | None = None,
     ) -> None:
         self.config = checked_config(config)
         check_flag("compile", compile)
@@ -89,6 +94,7 @@ class ModelPass:
         check_layers(self.adapter.layers)
         self.records: list[PromptRecord] = []
         self.prompt_ms: list[float] = []
+        self._encoder = HostEncoder(self.adapter, config.tower, encoder_cache)
         self._decoder = Decoder(self.adapter, config, compile)
         self._origin = Origin.of(self.adapter.language_model, config.positions, config.cache)
 
@@ -185,7 +191,6 @@ class ModelPass:
         self._decoder.refresh()
         call.begin_prompt(cache)
         output = self._prompt_output(call, inputs, cache)
-        output.record.vision_flops = vision_shares(self.adapter, inputs, output.record.visual)
         self.records.append(output.record)
         logits = self._prompt_logits(inputs, output)
         call.end_prompt(done_at(logits.device))
@@ -205,15 +210,33 @@ class ModelPass:
         check_holes(inputs, self.adapter.spec.sliding_window)
         ends_in_padding = check_mask(call, inputs, cache, last_only or self.config.removes_rows)
         given = call.take_given_embeddings()
-        embeds, layout = self.adapter.embed(inputs, given)
+        encoded = call.take_encoded() or self._encoder.encode(inputs)
+        embeds, layout = self.adapter.embed(inputs, given, encoded)
         if self._verify and given is None and len(layout.visual_rows) > 0 and has_foreign_forward(self.adapter):
-            check_entrance(self.adapter, self._host_forward, inputs, embeds, layout)
+            self._check_entrance(inputs, encoded, embeds, layout)
         places_given = inputs.get("position_ids") is not None and not call.is_reading  # a reading counts from 0
         columns, between = tokens_of(inputs).shape[1], call.between_layers
         options = PassOptions(columns, call.chunk_size, last_only, call.progress, places_given, between)
         output = prompt_pass(self.adapter, self.config, embeds, layout, cache, options)
         cache.origin, cache.ends_in_padding = self._origin, ends_in_padding
+        note_vision(self.adapter, output.record, inputs, encoded)
         return output
+
+    def _check_entrance(self, inputs: dict[str, Any], encoded: Encoded, embeds: Tensor, layout: TokenLayout) -> None:
+        """Compares what the layers are given with what a forward of the model's own gives them; see `check_entrance`.
+
+        Raises:
+            UnsupportedModelError: it is something else, or cannot be compared.
+        """
+        if encoded.copies > 1 and not self._encoder.is_plain:
+            raise UnsupportedModelError(
+                "this model has a forward or a hook of its own, and several answers of one prompt cannot be compared "
+                "with it where tower= or encoder_cache_bytes= is set: ask for one answer, or pass verify=False"
+            )
+        if not self._encoder.is_plain:
+            inputs = {**encoded.pixels, **inputs}
+            embeds, layout = self.adapter.embed(inputs)
+        check_entrance(self.adapter, self._host_forward, inputs, embeds, layout)
 
     def _prompt_logits(self, inputs: dict[str, Any], output: PromptOutput) -> Tensor:
         """[B, N, vocabulary] (or the columns of `logits_to_keep`), padding as it came; or [B, 1, vocabulary]."""

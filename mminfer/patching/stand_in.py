@@ -6,6 +6,7 @@ import copy
 from typing import Any
 
 from mminfer.config import InferenceConfig
+from mminfer.models.encoder_cache import EncoderCache
 from mminfer.patching.model_pass import ModelPass
 from mminfer.patching.replacement import Replacement
 
@@ -21,13 +22,21 @@ class StandIn(ModelPass):
         config: the techniques.
         compile: decode by the host's modules under torch.compile.
         verify: as of `ModelPass`.
+        encoder_cache: likewise.
 
     Attributes:
         model: the model to call.
     """
 
-    def __init__(self, model: Any, config: InferenceConfig, compile: bool = False, verify: bool = True) -> None:
-        super().__init__(model, config, compile, verify=verify)
+    def __init__(
+        self,
+        model: Any,
+        config: InferenceConfig,
+        compile: bool = False,
+        verify: bool = True,
+        encoder_cache: EncoderCache | None = None,
+    ) -> None:
+        super().__init__(model, config, compile, verify=verify, encoder_cache=encoder_cache)
         self.model = _shallow(model)
         if self.adapter.base is not model:
             modules = self.model.__dict__["_modules"] = dict(model._modules)

@@ -17,13 +17,15 @@ from mminfer.forward.host_check import check_host
 from mminfer.forward.kv_cache import CACHE_NAME, CompressedCache
 from mminfer.inputs.markers import tokenizer_of
 from mminfer.inputs.reading import Reading
-from mminfer.layout import GIVEN_ROWS, GivenRows
+from mminfer.layout import GIVEN_ROWS, GivenRows, Modality
 from mminfer.metrics.memory import peak_memory
 from mminfer.metrics.records import PromptRecord, stacked
 from mminfer.metrics.stats import stats_of
 from mminfer.metrics.vision import vision_shares
 from mminfer.models.adapter import ModelAdapter
+from mminfer.models.encoding import Encoded, HostEncoder
 from mminfer.models.structure import running_device
+from mminfer.models.vision import PIXEL_INPUTS
 from mminfer.output import GenerationOutput
 from mminfer.patching import StandIn, check_unpatched
 from mminfer.running.call import GenerationCall
@@ -87,12 +89,26 @@ class Runner:
         given = inputs.get(GIVEN_ROWS)
         if given is not None:
             given = given.repeated(settings.expand_size)
+        encoder = HostEncoder(self._adapter, self._config.tower, self._adapter.encoder_cache)
+        prompt = {name: value for name, value in inputs.items() if name != GIVEN_ROWS}
         with self._generating(settings, given_embeddings=given) as call, self._turn(stopped):
-            call.generate({name: value for name, value in inputs.items() if name != GIVEN_ROWS})
+            if not encoder.is_plain:  # else the host's `generate` encodes before it calls the model
+                call.state.encoded = self._encoded(encoder, prompt, settings)
+                prompt = {name: value for name, value in prompt.items() if name not in PIXEL_INPUTS.values()}
+            call.generate(prompt)
         record = call.handle.records[0]  # the host's guidance has prompts of its own behind it
-        if not record.vision_flops:  # the host's `generate` encodes before it calls the model
+        if encoder.is_plain and not record.vision_flops:
             record.vision_flops = vision_shares(self._adapter, inputs, record.visual, settings.expand_size)
+            record.full_vision_flops = record.vision_flops
         return self._outputs(call, record, start)
+
+    def _encoded(self, encoder: HostEncoder, inputs: dict[str, Any], settings: GenerationSettings) -> Encoded:
+        """The pictures of a batch, as often as its sequences will be there."""
+        ids, tokens = inputs["input_ids"], dict[Modality, list[int]]()
+        for kind in PIXEL_INPUTS:
+            token = self._adapter.placeholder_id(kind)
+            tokens[kind] = [0] * len(ids) if token is None else (ids == token).sum(1).tolist()
+        return encoder.encode(inputs).repeated(tokens, settings.expand_size)
 
     def read(self, readings: Sequence[Reading], caches: Sequence[CompressedCache], options: RunOptions) -> None:
         """Takes readings in, each into its cache, without generating.
@@ -102,7 +118,7 @@ class Runner:
         self._check_model()
         state = CallState(options.chunk_size, headroom=0)
         with self._lock.reading():
-            handle = StandIn(self._model, self._config, verify=self._verify)
+            handle = StandIn(self._model, self._config, verify=self._verify, encoder_cache=self._adapter.encoder_cache)
             with handle.begin(state):
                 PromptReader(handle, state, self._turn, options.progress).read(readings, caches)
 
@@ -159,7 +175,8 @@ class Runner:
         """A call, whose state is in force within the `with` block and nowhere else."""
         self.check_free()
         state = CallState(chunk_size, settings.finishing_ids, settings.headroom, given_embeddings=given_embeddings)
-        handle = StandIn(self._model, self._config, self._compile, self._verify)
+        cache = self._adapter.encoder_cache
+        handle = StandIn(self._model, self._config, self._compile, self._verify, cache)
         with (
             handle.begin(state),
             record_backends() as backends,

@@ -189,7 +189,9 @@ class Scheduler:
     def _handle(self, config: InferenceConfig) -> StandIn:
         """The pass with these settings; those used last are kept."""
         key = config.to_json()
-        handle = self._handles.pop(key, None) or StandIn(self._adapter.model, config, verify=self._verify)
+        handle = self._handles.pop(key, None) or StandIn(
+            self._adapter.model, config, verify=self._verify, encoder_cache=self._adapter.encoder_cache
+        )
         self._handles[key] = handle
         if len(self._handles) > MOST_HANDLES:
             del self._handles[next(iter(self._handles))]

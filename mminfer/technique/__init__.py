@@ -1,5 +1,6 @@
 """The one interface of every technique: settings in, checks before any forward pass, pure work on tensors."""
 
+from mminfer.cells import CellGrid
 from mminfer.technique.chance import draw_lot
 from mminfer.technique.checks import check_columns, check_declared, checked_entries, compressed_layers, kept_rows
 from mminfer.technique.entries import COLUMNS, CacheEntries, by_device, mean_length
@@ -31,6 +32,7 @@ from mminfer.technique.stages import (
     Stage,
     Technique,
 )
+from mminfer.technique.tower import TowerTechnique
 from mminfer.technique.views import KnownRows, LayerView, LayerWork
 
 __all__ = [
@@ -43,6 +45,7 @@ __all__ = [
     "NOTHING",
     "CacheEntries",
     "CacheTechnique",
+    "CellGrid",
     "EarlierEntries",
     "KnownRows",
     "LayerRange",
@@ -57,6 +60,7 @@ __all__ = [
     "Stage",
     "Technique",
     "TechniqueRegistry",
+    "TowerTechnique",
     "by_device",
     "check_columns",
     "check_declared",

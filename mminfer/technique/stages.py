@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 class Stage(Enum):
     """Where in the way of a request a technique works; the value is its field in `InferenceConfig`."""
 
+    TOWER = "tower"
     POSITIONS = "positions"
     MERGE = "merge"
     PRUNE = "prune"
