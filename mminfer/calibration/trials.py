@@ -49,9 +49,9 @@ class Trial:
         """One standard error above that."""
         return max(likely(losses) for losses in self.by_content)
 
-    def bound(self, confidence: float) -> float:
-        """What the mean loss is below, by every protocol, with this confidence."""
-        return max(upper_bound(losses, confidence) for losses in self.by_content)
+    def bound(self, confidence: float, allowed: float) -> float:
+        """What the mean loss is below, by every protocol, with this confidence; allowed: as of `upper_bound`."""
+        return max(upper_bound(losses, confidence, allowed) for losses in self.by_content)
 
     @property
     def by_content(self) -> list[list[float]]:
