@@ -158,8 +158,8 @@ class _Calibrating:
         prompts = len(bench.protocols)
         for phase, passes in sensing.expected().items():
             bar.begin(phase, passes)
-        bar.begin(SEARCHING, 24 * len(self._split.tuning) * prompts)
-        bar.begin(CHECKING, 2 * len(self._split.held_out) * prompts)
+        bar.begin(SEARCHING, 40 * len(self._split.tuning) * prompts)
+        bar.begin(CHECKING, 6 * len(self._split.held_out) * prompts)
         bar.begin(READING, len(everything) * prompts)
         bench.refer(everything)
         sensed = sensing.run()
@@ -304,16 +304,17 @@ def recheck(engine: Engine, calibration: Calibration, samples: Sequence[Any]) ->
 
     Raises:
         InputError: there are too few samples, one is wrong, or the model answers nan.
-        ConfigError: the calibration is of another model.
+        ConfigError: the calibration is of another model, or its promise is none.
     """
     calibration.config.check(engine.adapter.spec)
     calibration.config.check_calibration(engine.adapter)
+    promise = calibration.promise
+    plan = Plan(promise.protocols, promise.tokens, confidence=promise.confidence)
     prepare_kernels(engine.device)
-    checked, promise = checked_samples(engine, samples), calibration.promise
+    checked = checked_samples(engine, samples)
     bar = Progress(False, {})
     protocols = [Protocol(name) for name in promise.protocols]
     bench = Bench(engine, calibration.off, protocols, promise.tokens, Store(None, {}), bar)
     bench.refer(checked)
     trial = bench.trial(calibration.config, checked)
-    plan = Plan(promise.protocols, promise.tokens, confidence=promise.confidence)
     return promise_of(trial, promise.kl, plan, bench)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from os import PathLike
 from typing import Any
@@ -14,6 +14,7 @@ from mminfer.chat_files.writing import checked_path, write_whole
 from mminfer.config import InferenceConfig
 from mminfer.errors import ConfigError, InputError, shown
 from mminfer.settings_file import FORMAT, read_settings
+from mminfer.technique import is_number
 
 
 @dataclass(frozen=True)
@@ -192,10 +193,19 @@ class Calibration:
                 name: {int(layer): float(x) for layer, x in own.items()} for name, own in noted["operators"].items()
             }
             curve = tuple(CurvePoint(**point) for point in noted["curve"])
+            _check_numbers([noted["cost"], *(own for own in asdict(promise).values() if not isinstance(own, tuple))])
             looks = tuple(Look(**look) for look in noted.get("looks", ()))
+            _check_numbers([value for look in looks for value in asdict(look).values()])
             reference = noted.get("reference") and InferenceConfig.from_dict(noted["reference"])
             return cls(
                 config, noted["target"], noted["cost"], promise, curve, operators, noted["facts"], looks, reference
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"{shown(str(path))}: a damaged calibration ({error!r:.200}): calibrate anew") from error
+
+
+def _check_numbers(values: Sequence[Any]) -> None:
+    """Raises `ValueError` where one is none, or below 0."""
+    for value in values:
+        if not is_number(value, above=-1e-9):
+            raise ValueError(f"{shown(value)} in place of a number")

@@ -160,6 +160,12 @@ def test_files_that_are_none(tmp_path, found):
             InferenceConfig.from_file(path)
     with pytest.raises(InputError, match="No such file"):
         InferenceConfig.from_file(tmp_path / "none")
+    for where, name, value in (("promise", "bound", "low"), ("promise", "kl", None), ("looks", 0, {"cost": "a"})):
+        damaged = copy.deepcopy(found.to_dict())
+        damaged["calibration"][where][name] = value
+        path.write_text(json.dumps(damaged))
+        with pytest.raises(InputError, match="a damaged calibration"):
+            Calibration.load(path)
     damaged = found.to_dict()
     del damaged["calibration"]["promise"]["bound"]
     path.write_text(json.dumps(damaged))
