@@ -16,6 +16,7 @@ from mminfer import (
     Engine,
     InferenceConfig,
     InputError,
+    OperatorSkip,
     calibrate,
     patched,
 )
@@ -95,6 +96,14 @@ def test_where_nothing_can_be_saved(nano_engine, monkeypatch):
     few = calibrate(nano_engine, chats(4, seed=3), kl=0.5, target="flops", progress=False)
     assert not few.saves and few.looks[0].held_out_kl <= 0.5 < few.looks[0].bound and len(few.looks) == 1
     assert "2 contents are too few to promise less than" in few.told()
+
+
+def test_a_promise_is_checked_on_a_model_that_nobody_looked_at_yet(tiny_engine, found):
+    """Of another family, whose layers' branches are found when settings want to leave one out."""
+    fresh = Engine(copy.deepcopy(tiny_engine.model), tiny_engine.processor)
+    skipping = dataclasses.replace(found, config=InferenceConfig(skip=OperatorSkip(ffn=(0,))))
+    told = recheck(fresh, skipping, chats(4, seed=1, pictures=1))
+    assert 0 < told.held_out_kl < math.inf and told.contents == 4
 
 
 @pytest.mark.slow
