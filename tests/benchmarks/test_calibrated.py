@@ -9,6 +9,7 @@ from benchmarks.canaries import files
 from benchmarks.quality import calibrated, calibrated_models
 from benchmarks.tables import calibrated as tables
 from mminfer import AIMMerge, InferenceConfig
+from mminfer.bench.protocols import Protocol
 from mminfer.calibration import sensitivity
 from mminfer.calibration.space import Family
 from mminfer.technique import Stage
@@ -70,3 +71,10 @@ def test_tables(monkeypatch):
     assert "| nano | flops | 1 of 2 | `aim` |" in tables.verdicts()
     lines = [line for line in tables.beside("flops").splitlines() if line.startswith("| nano")]
     assert [line.split("|")[2].strip() for line in lines] == ["`aim`", "**flops 0.05**", "`fast`", "`off`"]
+
+
+def test_answers_in_the_next_turn():
+    pytest.importorskip("sklearn")
+    judge = calibrated.Judge.of(calibrated_models.subject_of("nano"), Protocol.NEXT_TURN, 4)
+    figures = judge.figures(InferenceConfig.from_preset("replay-20"))
+    assert judge.full == 4 and float(figures["unseen_kl"]) > 0 and 15 < figures["cache"] < 30 and figures["flops"] > 100
