@@ -42,6 +42,11 @@ YARDSTICK = (*TECHNIQUES, *PASS, "benchmarks/reader", *(f"benchmarks/quality/{x}
 BEHIND: dict[str, tuple[str, ...]] = {
     "answers": (*SPEED, "benchmarks/models/answers.py"),
     "batch_decode": (*SPEED, "benchmarks/models/batch_decode.py"),
+    "calibrated": (
+        *FIDELITY,
+        "mminfer/calibration",
+        *(f"benchmarks/quality/calibrated{x}.py" for x in ("", "_models")),
+    ),
     "decode": (*SPEED, "benchmarks/models/caches.py", "benchmarks/models/decode.py"),
     "film": (*FIDELITY, *(f"benchmarks/quality/{name}.py" for name in ("film", "lot", "needle"))),
     "kernels": ("kernels/mminfer_kernels", "csrc/include", "csrc/cpu", "benchmarks/kernels"),

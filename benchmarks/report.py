@@ -14,7 +14,7 @@ from pathlib import Path
 from benchmarks import audit
 from benchmarks.canaries import stored
 from benchmarks.quality.smol_cells import MODELS
-from benchmarks.tables import cost, kernels, lost, needle, paper, peers, quality, regions, smol, tower
+from benchmarks.tables import calibrated, cost, kernels, lost, needle, paper, peers, quality, regions, smol, tower
 from mminfer.bench.protocols import Protocol
 
 REPORT = Path(__file__).with_name("REPORT.md")
@@ -42,6 +42,11 @@ resident memory during a call, its result included. Where compiling took too lon
 
 Behind the kernels: what sampled scores (`LookM(queries="strided")` or `"last"`) keep of what exact scores keep, for
 backends whose attention cannot share its product with the scores."""
+
+CALIBRATED = """What `mminfer.calibrate` finds, promises and keeps, on samples that it never saw, beside the presets on
+the same samples. [Calibrating](../docs/calibrating.md) says what is promised. Work and time are asked in-prompt,
+entries in the next turn. Times are of one prompt on a machine with other work, each in turn with the uncompressed
+model's. Random: the bundled model's family in other geometry, weights random, embeddings four times as large."""
 
 SECTIONS: list[Section] = [
     ("Published counts", "FLOPs and bytes that papers print, from geometry by our counter.", [paper.paper]),
@@ -118,6 +123,15 @@ SECTIONS: list[Section] = [
         [partial(needle.by_length, "positions", Protocol.NEXT_TURN), quality.length, quality.streamed],
     ),
     ("Presets", "", [partial(needle.by_length, "presets", Protocol.NEXT_TURN)]),
+    (
+        "Calibrations",
+        CALIBRATED,
+        [
+            calibrated.promises,
+            calibrated.verdicts,
+            *(partial(calibrated.beside, name) for name in calibrated.BY_TARGET),
+        ],
+    ),
     ("Prompts that memory would not hold", "", [cost.long_context]),
     (
         "Peers",

@@ -120,6 +120,18 @@ def _replay_cost() -> Canaries:
     return _by_setting(configs, worked)
 
 
+def _calibrated() -> Canaries:
+    """Of the settings that were found for the bundled model, and of presets on any."""
+
+    def of(row: Row) -> str:
+        return row["config"] if row["model"] == "nano" or not row["target"] else ""
+
+    def run(names: Iterable[str]) -> dict[str, Outcome]:
+        return {name: asked(InferenceConfig.from_json(name)) for name in names}
+
+    return Canaries(of, run, {"contexts and questions": counted.label_data, "bounds": counted.bounds})
+
+
 def _film() -> Canaries:
     return _by_setting({name: InferenceConfig(merge=merge) for name, merge in film.settings().items()})
 
@@ -143,6 +155,7 @@ def _one(name: str, run: Callable[[], Outcome]) -> Canaries:
 FILES: Mapping[str, Callable[[], Canaries]] = {
     "answers": lambda: _presets(answers.PRESETS),
     "batch_decode": lambda: _one("a batch", counted.batch),
+    "calibrated": _calibrated,
     "decode": lambda: _one("a step", counted.step),
     "film": _film,
     "kernels": lambda: Canaries(lambda row: row["op"], counted.ops),

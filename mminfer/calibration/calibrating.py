@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -15,12 +16,13 @@ import mminfer
 from mminfer.bench.plan import origin
 from mminfer.bench.protocols import Protocol
 from mminfer.calibration.beside import compared
+from mminfer.calibration.bounds import spread, upper_bound
 from mminfer.calibration.costs import Target, checked_target, cost_of
 from mminfer.calibration.progress import Progress
 from mminfer.calibration.prompts import PROTOCOLS
-from mminfer.calibration.result import Calibration, CurvePoint, Promise
+from mminfer.calibration.result import Calibration, CurvePoint, Look, Promise
 from mminfer.calibration.samples import Split, checked_samples, split
-from mminfer.calibration.search import SEARCHING, Found, Search, strip
+from mminfer.calibration.search import SEARCHING, Search, strip
 from mminfer.calibration.sensitivity import Sensing, Sensitivities
 from mminfer.calibration.store import Store
 from mminfer.calibration.trials import FEWEST, Bench, Trial
@@ -32,7 +34,6 @@ from mminfer.models.fingerprint import Fingerprint, fingerprint_of
 from mminfer.technique import is_number, is_whole
 
 READING, CHECKING = "reading", "checking"
-LOOKS = 12  # at held-out samples, each at dearer settings, before all is turned off
 WORTH = {Target.FLOPS: 0.99, Target.CACHE: 0.99, Target.LATENCY: 0.97}  # of the cost; beyond nothing is saved
 THOROUGH = 4.0  # times longer than single parts, the settings that were found are timed
 MOST_TOKENS = 4096
@@ -46,9 +47,10 @@ class Plan:
         protocols: "in-prompt", "next-turn" or both; the promise is by each of them.
         tokens: of the uncompressed model's answer that is forced, at most; it ends with its turn.
         held_out: fraction of the samples' contents that the choice never sees.
-        confidence: of the bound, in name: of few and skewed losses it holds less often.
+        confidence: of the promise, if losses are no wilder than log-normal.
         seed: of the split.
         state: file that keeps what was measured, so that an interrupted calibration goes on; None: none.
+        keep: whether that file stays at the end, for another loss or target of the same samples.
 
     Raises:
         ConfigError: a field is out of range.
@@ -60,6 +62,7 @@ class Plan:
     confidence: float = 0.95
     seed: int = 0
     state: str | Path | None = None
+    keep: bool = False
 
     def __post_init__(self) -> None:
         known = [str(protocol) for protocol in PROTOCOLS]
@@ -75,6 +78,7 @@ class Plan:
                 raise ConfigError(f"{name}={shown(value)}: wanted a number above {least:g} and below 1")
         if not is_whole(self.seed, least=0):
             raise ConfigError(f"seed={shown(self.seed)}: wanted a whole number, 0 or more")
+        check_flag("keep", self.keep)
 
 
 def calibrate(
@@ -127,7 +131,8 @@ def calibrate(
     finally:
         bar.close()
         store.write()
-    store.remove()
+    if not plan.keep:
+        store.remove()
     facts = _facts(engine, parts) | {"seconds": round(time.perf_counter() - start, 1)}
     return replace(found, config=replace(found.config, calibrated_on=model), facts=facts)
 
@@ -153,54 +158,62 @@ class _Calibrating:
         prompts = len(bench.protocols)
         for phase, passes in sensing.expected().items():
             bar.begin(phase, passes)
-        bar.begin(SEARCHING, 24 * len(self._split.tuning) * prompts)
-        bar.begin(CHECKING, 2 * len(self._split.held_out) * prompts)
+        bar.begin(SEARCHING, 40 * len(self._split.tuning) * prompts)
+        bar.begin(CHECKING, 6 * len(self._split.held_out) * prompts)
         bar.begin(READING, len(everything) * prompts)
         bench.refer(everything)
         sensed = sensing.run()
         search = Search(bench, self._split.tuning, sensed, self._kl)
-        chosen, trial = self._checked(search, sensing)
+        self._search(search)
         bar.end(SEARCHING)
-        cost = self._cost(chosen.trial.config, trial, sensing)
-        promise = Promise(
-            kl=self._kl,
-            confidence=self._plan.confidence,
-            bound=trial.bound(self._plan.confidence),
-            held_out_kl=trial.kl,
-            held_out=len(trial.samples),
-            protocols=tuple(map(str, bench.protocols)),
-            tokens=self._plan.tokens,
-        )
+        trial, looks = self._checked(search, sensing)
+        cost = self._cost(trial.config, trial, sensing, THOROUGH)
+        promise = promise_of(trial, self._kl, self._plan, bench)
         curve = self._curve(search, sensed) + compared(bench, self._split.tuning, self._target, self._kl)
         curve.sort(key=lambda point: point.cost)
         bar.end(CHECKING)
-        config = chosen.trial.config
-        return Calibration(config, str(self._target), 100 * cost, promise, tuple(curve), strip(sensed.spared))
+        return Calibration(
+            config=trial.config,
+            target=str(self._target),
+            cost=100 * cost,
+            promise=promise,
+            curve=tuple(curve),
+            operators=strip(sensed.spared),
+            looks=tuple(looks),
+            reference=bench.off,
+        )
 
-    def _checked(self, search: Search, sensing: Sensing) -> tuple[Found, Trial]:
-        """The cheapest settings that held-out samples do not speak against, with what they lose there."""
-        held_out, found = self._split.held_out, search.best(self._kl)
+    def _search(self, search: Search) -> None:
+        """For settings that just keep the loss, and for those of which so few samples may promise it."""
+        contents = len({sample.content for sample in self._split.held_out})
+        search.best(self._kl / upper_bound([1.0] * contents, self._plan.confidence, 1.0))
+        search.best(self._kl)
+
+    def _checked(self, search: Search, sensing: Sensing) -> tuple[Trial, list[Look]]:
+        """Held-out samples under the cheapest settings that they do not speak against, and what they said of others."""
+        held_out, confidence = self._split.held_out, self._plan.confidence
         beyond = self._kl * len(held_out) / FEWEST  # of some of them: the mean of all is then beyond what is allowed
-        for _ in range(LOOKS):
+        looks, worth = list[Look](), list[tuple[float, Trial]]()
+        for found in search.ladder(self._kl):
             trial = self._bench.trial(found.trial.config, held_out, beyond, CHECKING)
-            if found.trial.config == self._bench.off or not self._is_worth(found, trial, sensing):
+            bound = trial.bound(confidence, self._kl)
+            if math.isfinite(bound):
+                looks.append(Look(100 * found.cost, trial.kl, bound))
+            if len(trial.samples) < len(held_out) or bound > self._kl:
                 break
-            if trial.bound(self._plan.confidence) <= self._kl:
-                return found, trial
-            found = search.milder(found, self._kl)
-        nothing = search.nothing()
-        return nothing, self._bench.trial(nothing.trial.config, held_out, None, CHECKING)
+            cost = self._cost(trial.config, trial, sensing)
+            if cost < WORTH[self._target]:
+                worth.append((cost, trial))
+        if worth:
+            return min(worth, key=lambda pair: pair[0])[1], looks
+        return self._bench.trial(self._bench.off, held_out, None, CHECKING), looks
 
-    def _is_worth(self, found: Found, trial: Trial, sensing: Sensing) -> bool:
-        """Whether they really cost less."""
-        return self._cost(found.trial.config, trial, sensing) < WORTH[self._target]
-
-    def _cost(self, config: InferenceConfig, trial: Trial, sensing: Sensing) -> float:
-        """Measured, as a fraction of the uncompressed model's."""
+    def _cost(self, config: InferenceConfig, trial: Trial, sensing: Sensing, share: float = 1.0) -> float:
+        """Measured, as a fraction of the uncompressed model's; share: as of `judging.timed_ratio`."""
         if config == self._bench.off:
             return 1.0
         if self._target is Target.LATENCY:
-            return sensing.time_of(config, THOROUGH)
+            return sensing.time_of(config, share)
         return cost_of(trial, self._bench.trial(self._bench.off, trial.samples, None, CHECKING), self._target)
 
     def _curve(self, search: Search, sensed: Sensitivities) -> list[CurvePoint]:
@@ -213,6 +226,24 @@ class _Calibrating:
             if technique in costs:
                 points.append(CurvePoint(named(trial.config), trial.kl, 100 * costs[technique], "part"))
         return [point for point in points if math.isfinite(point.kl)]
+
+
+def promise_of(trial: Trial, kl: float, plan: Plan, bench: Bench) -> Promise:
+    """What held-out samples let one promise of settings; those that change nothing lose nothing."""
+    losses = max(trial.by_content, key=mean)
+    changes = trial.config != bench.off
+    return Promise(
+        kl=kl,
+        confidence=plan.confidence,
+        bound=trial.bound(plan.confidence, kl) if changes else 0.0,
+        held_out_kl=trial.kl,
+        held_out=len(trial.samples),
+        protocols=tuple(map(str, bench.protocols)),
+        tokens=plan.tokens,
+        contents=len(losses),
+        largest=max(map(max, trial.by_content)),
+        spread=max(spread(own, kl) for own in trial.by_content) if changes else 0.0,
+    )
 
 
 def named(config: InferenceConfig) -> str:
@@ -273,16 +304,17 @@ def recheck(engine: Engine, calibration: Calibration, samples: Sequence[Any]) ->
 
     Raises:
         InputError: there are too few samples, one is wrong, or the model answers nan.
-        ConfigError: the calibration is of another model.
+        ConfigError: the calibration is of another model, or its promise is none.
     """
     calibration.config.check(engine.adapter.spec)
     calibration.config.check_calibration(engine.adapter)
+    promise = calibration.promise
+    plan = Plan(promise.protocols, promise.tokens, confidence=promise.confidence)
     prepare_kernels(engine.device)
-    checked, promise = checked_samples(engine, samples), calibration.promise
-    off = InferenceConfig(positions=calibration.config.positions)
+    checked = checked_samples(engine, samples)
     bar = Progress(False, {})
-    bench = Bench(engine, off, [Protocol(p) for p in promise.protocols], promise.tokens, Store(None, {}), bar)
+    protocols = [Protocol(name) for name in promise.protocols]
+    bench = Bench(engine, calibration.off, protocols, promise.tokens, Store(None, {}), bar)
     bench.refer(checked)
-    trial: Trial = bench.trial(calibration.config, checked)
-    bound = trial.bound(promise.confidence)
-    return replace(promise, bound=bound, held_out_kl=trial.kl, held_out=len(checked))
+    trial = bench.trial(calibration.config, checked)
+    return promise_of(trial, promise.kl, plan, bench)

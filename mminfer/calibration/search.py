@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mminfer.calibration.costs import CostModel
 from mminfer.calibration.samples import Sample
@@ -13,7 +14,11 @@ from mminfer.calibration.trials import Bench, Trial
 
 TRIES = 8  # parts that did not fit, before the search gives up
 CAPS = (1.0, 0.2, 0.04)  # of the loss that is allowed, what a path is planned for
-STEP = (1.03, 1.1)  # times dearer, where held-out samples speak against settings: at least, and those beside
+RUNGS, STEP = (
+    12,
+    0.92,
+)  # settings that held-out samples are asked about at most, and of the cost of one, that of the next
+BETTER = 0.8  # of the loss, at which another visual step is worth its place
 LEAST_GAIN = 1e-4  # of the uncompressed model's cost
 NOISE = 1e-3  # of the loss that a path is planned for: less counts as nothing
 SEARCHING = "putting them together"
@@ -59,15 +64,29 @@ class Search:
         for cap in CAPS:  # a path that may go far takes other turns than one that may not
             self._bisect(self._path(Choice(), cap * limit), limit)
         self._bisect(self._path(self._cheapest(limit).choice, limit), limit)
-        return self._polished(self._cheapest(limit), limit)
+        best = self._polished(self._cheapest(limit), limit)
+        stepped = self._stepped(best)
+        return best if stepped is best else self._polished(stepped, limit)
 
-    def milder(self, than: Found, limit: float) -> Found:
-        """Of what was tried and is a little dearer, that which loses least; at last, what changes nothing."""
-        dearer = [f for f in self.tried if f.trial.likely <= limit and f.cost >= than.cost * STEP[0]]
-        if not dearer:
-            return self.nothing()
-        near = min(found.cost for found in dearer) * STEP[1]
-        return min((f for f in dearer if f.cost <= near), key=lambda found: found.trial.likely)
+    def ladder(self, limit: float) -> list[Found]:
+        """Ever cheaper settings of which ever larger losses are to be expected, for held-out samples to speak about.
+
+        They are chosen before these are asked. Whoever goes up from the mildest one, and no further than to the first
+        one that they speak against, needs no larger confidence for having looked more than once.
+        """
+        fit = sorted((f for f in self.tried if f.trial.likely <= limit), key=lambda found: (found.cost, found.trial.kl))
+        front, least = list[Found](), math.inf
+        for found in fit:  # nothing cheaper is expected to lose less
+            if found.trial.likely < least:
+                front.append(found)
+                least = found.trial.likely
+        rungs = list[Found]()
+        for found in front:
+            if found.cost >= STEP:
+                break
+            if not rungs or found.cost * STEP >= rungs[-1].cost:
+                rungs.append(found)
+        return rungs[:RUNGS][::-1]
 
     def _cheapest(self, limit: float) -> Found:
         """Of all that was tried."""
@@ -96,6 +115,14 @@ class Search:
             else:
                 refused.add(tried.trial.config.to_json())
                 left -= 1
+        return best
+
+    def _stepped(self, best: Found) -> Found:
+        """The same with whichever visual step loses least, of those that the model was trained with."""
+        for positions in self._parts.positions if best.choice.changes else ():
+            tried = self._measured(replace(best.choice, positions=positions))
+            if tried.trial.likely < BETTER * best.trial.likely:
+                best = tried
         return best
 
     def _try_alone(self, limit: float) -> None:

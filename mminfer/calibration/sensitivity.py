@@ -11,12 +11,12 @@ from mminfer.calibration.costs import CostModel, Target, counted, held, timed, t
 from mminfer.calibration.judging import loss, timed_ratio
 from mminfer.calibration.prompts import turn_of, with_answer
 from mminfer.calibration.samples import Sample
-from mminfer.calibration.space import Choice, Option, Spared, families, operators
+from mminfer.calibration.space import Choice, Option, Spared, families, operators, visual_steps
 from mminfer.calibration.trials import Bench, Trial
 from mminfer.config import InferenceConfig
 from mminfer.forward.resumed import KeptPass
 from mminfer.operators.skip import OperatorSkip
-from mminfer.technique import Stage, Technique
+from mminfer.technique import PositionTechnique, Stage, Technique
 
 FAR = 4.0  # times the loss that is allowed: what loses more alone is no part of anything
 SKIPPING, TRYING = "leaving operators out", "trying techniques"
@@ -31,12 +31,14 @@ class Sensitivities:
         options: those that lose little enough alone.
         spared: every operator of every layer.
         trials: of the options, and of those that lose too much.
+        positions: other visual steps that the model was trained with.
     """
 
     model: CostModel
     options: tuple[Option, ...]
     spared: tuple[Spared, ...]
     trials: tuple[Trial, ...]
+    positions: tuple[PositionTechnique, ...] = ()
 
 
 class Sensing:
@@ -69,7 +71,8 @@ class Sensing:
                         break
                     options.append(self._option(technique, trial, model))
         self._bench.progress.end(TRYING)
-        return Sensitivities(model, tuple(options), tuple(spared), tuple(trials))
+        steps = visual_steps(self._spec, self._bench.off)
+        return Sensitivities(model, tuple(options), tuple(spared), tuple(trials), steps)
 
     def expected(self) -> dict[str, float]:
         """How many prompts that is at most, by phase."""

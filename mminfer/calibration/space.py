@@ -16,7 +16,8 @@ from mminfer.forward.host_check import check_host
 from mminfer.models.adapter import ModelAdapter
 from mminfer.models.spec import ModelSpec
 from mminfer.operators.skip import OperatorSkip
-from mminfer.technique import Stage, Technique
+from mminfer.positions.v2pe import V2PE
+from mminfer.technique import PositionTechnique, Stage, Technique
 from mminfer.tokens.merge import AIMMerge
 from mminfer.tokens.prune import AIMPrune
 from mminfer.tokens.regions import RegionMerge
@@ -25,6 +26,7 @@ MERGED = (0.75, 0.5, 1 / 3, 0.25, 0.15, 0.1)  # of the visual tokens, what stays
 ALIKE = (0.99, 0.97, 0.95, 0.9)
 HELD = (0.7, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05)  # of the entries
 DEPTHS = (1 / 8, 1 / 4, 1 / 2, 3 / 4)  # of the model, where pruning may begin or be through
+STEPS = (1 / 4, 1 / 16, 1 / 64)  # of visual tokens
 STAGES = {
     Target.FLOPS: (Stage.MERGE, Stage.PRUNE, Stage.SKIP),
     Target.LATENCY: (Stage.MERGE, Stage.PRUNE, Stage.SKIP),
@@ -84,17 +86,24 @@ class Choice:
     Args:
         options: one of a stage at most.
         spared: operators that visual tokens skip.
+        positions: where tokens stand; None: as they do for the uncompressed model.
     """
 
     options: Mapping[Stage, Option] = field(default_factory=dict)
     spared: frozenset[Spared] = frozenset()
+    positions: PositionTechnique | None = None
+
+    @property
+    def changes(self) -> bool:
+        """Whether anything is taken."""
+        return bool(self.options or self.spared)
 
     def config(self, off: InferenceConfig) -> InferenceConfig:
         """As settings; off: those that lose nothing."""
         found = {stage.value: option.technique for stage, option in self.options.items()}
         layers = {name: tuple(sorted(s.layer for s in self.spared if s.operator == name)) for name in (FFN, ATTENTION)}
         skip = OperatorSkip(ffn=layers[FFN], attention=layers[ATTENTION]) if self.spared else None
-        return replace(off, skip=skip, **found)  # type: ignore[arg-type]
+        return replace(off, positions=self.positions or off.positions, skip=skip, **found)  # type: ignore[arg-type]
 
     def loss(self, protocols: int) -> float:
         """What is lost if losses add up, by the protocol by which it is most."""
@@ -140,6 +149,13 @@ def families(spec: ModelSpec, target: Target) -> dict[Stage, list[Family]]:
         for stage in STAGES[target]
         if stage in made
     }
+
+
+def visual_steps(spec: ModelSpec, off: InferenceConfig) -> tuple[V2PE, ...]:
+    """Steps of visual tokens that a model says it was trained with, but for the one that the user's engine has."""
+    if not spec.variable_positions or not isinstance(off.positions, V2PE | None):
+        return ()
+    return tuple(step for delta in STEPS if (step := V2PE(delta)) != off.positions)
 
 
 def operators(adapter: ModelAdapter, target: Target) -> list[tuple[str, int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from statistics import mean
 
@@ -11,11 +12,13 @@ from mminfer.bench.protocols import Protocol
 from mminfer.calibration.bounds import likely, upper_bound
 from mminfer.calibration.judging import Outcome, answer_of, outcome_of
 from mminfer.calibration.progress import Progress
-from mminfer.calibration.prompts import Prompt, prompt_of
+from mminfer.calibration.prompts import Prompt, prompt_of, turn_of
 from mminfer.calibration.samples import Sample
 from mminfer.calibration.store import Store
 from mminfer.config import InferenceConfig
 from mminfer.engine import Engine
+from mminfer.errors import MminferError
+from mminfer.forward.host_check import check_host
 
 FEWEST = 2  # samples after which settings that lose far too much are given up
 
@@ -49,9 +52,9 @@ class Trial:
         """One standard error above that."""
         return max(likely(losses) for losses in self.by_content)
 
-    def bound(self, confidence: float) -> float:
-        """What the mean loss is below, by every protocol, with this confidence."""
-        return max(upper_bound(losses, confidence) for losses in self.by_content)
+    def bound(self, confidence: float, allowed: float) -> float:
+        """What the mean loss is below, by every protocol, with this confidence; allowed: as of `upper_bound`."""
+        return max(upper_bound(losses, confidence, allowed) for losses in self.by_content)
 
     @property
     def by_content(self) -> list[list[float]]:
@@ -96,6 +99,7 @@ class Bench:
         self.store, self.progress = store, progress
         self._tokens = tokens
         self._end_ids = engine.runner.settings({}).end_ids
+        self._prepared: set[InferenceConfig] = set()
         self._known: dict[tuple[str, Protocol], tuple[Prompt, Continuation]] = {}
 
     def refer(self, samples: Sequence[Sample]) -> None:
@@ -127,6 +131,7 @@ class Bench:
             limit: mean loss beyond which it does not matter how large it is; None: none.
             phase: of the progress.
         """
+        self._prepare(config)
         found: list[list[Outcome]] = [[] for _ in self.protocols]
         for place, sample in enumerate(samples, 1):
             for own, protocol in zip(found, self.protocols, strict=True):
@@ -135,6 +140,13 @@ class Bench:
             if limit is not None and place >= FEWEST and max(mean(o.kl for o in own) for own in found) > limit:
                 break
         return Trial(config, tuple(samples[:place]), tuple(map(tuple, found)))
+
+    def _prepare(self, config: InferenceConfig) -> None:
+        """Lets branches be found that layers are to leave out; settings that do not fit are refused when asked."""
+        if config not in self._prepared:
+            with suppress(MminferError), turn_of(self.engine):
+                check_host(self.engine.adapter, config, verify=False)
+            self._prepared.add(config)
 
     def _outcome(self, config: InferenceConfig, sample: Sample, protocol: Protocol) -> Outcome:
         prompt, answer = self._known[sample.digest, protocol]

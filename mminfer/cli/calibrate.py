@@ -61,6 +61,9 @@ def calibrate(
             "that the same command goes on where it was stopped."
         ),
     ] = Path("settings.json"),
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Leave the .part file there, for another --kl or --target of these samples.")
+    ] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw what was found, and write the picture here.")] = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
@@ -81,7 +84,7 @@ def calibrate(
 
         check_drawable(plot)
     state = out.with_name(f"{out.name}.part")
-    plan = Plan(tuple(protocol or ["in-prompt"]), tokens, held_out, confidence, seed, state)
+    plan = Plan(tuple(protocol or ["in-prompt"]), tokens, held_out, confidence, seed, state, keep)
     engine = Engine.from_pretrained(model, None, device, dtype)
     found = run(engine, chats, kl, target, not as_json, plan)
     found.save(out)

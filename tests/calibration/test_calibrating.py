@@ -16,12 +16,13 @@ from mminfer import (
     Engine,
     InferenceConfig,
     InputError,
+    OperatorSkip,
     calibrate,
     patched,
 )
 from mminfer.bench.contexts import made_contexts
 from mminfer.cache.lookm import LookM
-from mminfer.calibration import Plan, beside, recheck, sensitivity
+from mminfer.calibration import Plan, beside, bounds, recheck, sensitivity, trials
 from mminfer.calibration.pictures import draw, left_out
 from mminfer.calibration.space import Family, families
 from mminfer.calibration.trials import Bench
@@ -71,7 +72,9 @@ def test_what_it_finds(nano_engine, found):
     assert {name: sorted(own) for name, own in found.operators.items()} == {
         n: [*range(6)] for n in ("ffn", "attention")
     }
-    assert "below" in found.told() and "95 % confidence" in found.told()
+    assert "below 0.05 nats with 95 % confidence" in found.told() and "37 % of such contents" in found.told()
+    assert [look.bound <= 0.05 for look in found.looks[:-1]] == [True] * (len(found.looks) - 1)
+    assert found.off == InferenceConfig()
     engine = Engine(nano_engine.model, nano_engine.processor, found.config)
     (stats,) = [engine.generate(chat, max_new_tokens=1).stats for chat in chats(1, seed=3)]
     assert stats.prompt_flops < 0.85 * stats.full_prompt_flops
@@ -82,6 +85,25 @@ def test_the_promise_is_kept_on_samples_that_nobody_saw(nano_engine, found):
     assert told.held_out == 8 and told.held_out_kl <= told.kl
     broken = dataclasses.replace(found, config=dataclasses.replace(found.config, merge=AIMMerge(0.02)))
     assert recheck(nano_engine, broken, chats(4, seed=99)).held_out_kl > 0.05
+
+
+def test_where_nothing_can_be_saved(nano_engine, monkeypatch):
+    """Whatever is tried loses more than is allowed; or so few samples may not promise it."""
+    own = calibrate(nano_engine, chats(4, seed=3), kl=1e-9, target="cache", progress=False)
+    assert not own.saves and own.cost == 100 and own.promise.bound == own.promise.held_out_kl == 0
+    assert own.told().endswith("every setting that was tried loses more, or costs no less cache. All is off.")
+    monkeypatch.setattr(bounds, "PRIOR_SPREAD", 3.0)
+    few = calibrate(nano_engine, chats(4, seed=3), kl=0.5, target="flops", progress=False)
+    assert not few.saves and few.looks[0].held_out_kl <= 0.5 < few.looks[0].bound and len(few.looks) == 1
+    assert "2 contents are too few to promise less than" in few.told()
+
+
+def test_a_promise_is_checked_on_a_model_that_nobody_looked_at_yet(tiny_engine, found):
+    """Of another family, whose layers' branches are found when settings want to leave one out."""
+    fresh = Engine(copy.deepcopy(tiny_engine.model), tiny_engine.processor)
+    skipping = dataclasses.replace(found, config=InferenceConfig(skip=OperatorSkip(ffn=(0,))))
+    told = recheck(fresh, skipping, chats(4, seed=1, pictures=1))
+    assert 0 < told.held_out_kl < math.inf and told.contents == 4
 
 
 @pytest.mark.slow
@@ -147,6 +169,12 @@ def test_files_that_are_none(tmp_path, found):
             InferenceConfig.from_file(path)
     with pytest.raises(InputError, match="No such file"):
         InferenceConfig.from_file(tmp_path / "none")
+    for where, name, value in (("promise", "bound", "low"), ("promise", "kl", None), ("looks", 0, {"cost": "a"})):
+        damaged = copy.deepcopy(found.to_dict())
+        damaged["calibration"][where][name] = value
+        path.write_text(json.dumps(damaged))
+        with pytest.raises(InputError, match="a damaged calibration"):
+            Calibration.load(path)
     damaged = found.to_dict()
     del damaged["calibration"]["promise"]["bound"]
     path.write_text(json.dumps(damaged))
@@ -175,8 +203,12 @@ def test_a_stop_in_between(tmp_path, nano_engine, monkeypatch):
         calibrate(nano_engine, samples, 0.05, "flops", progress=False, plan=Plan(state=state, tokens=3))
     kept = json.loads(state.read_text())
     assert len(kept["outcomes"]) >= 4 and len(kept["numbers"]) >= 2
-    found = calibrate(nano_engine, samples, 0.05, "flops", progress=False, plan=Plan(state=state))
-    assert found.promise.bound <= 0.05 and list(tmp_path.iterdir()) == []
+    found = calibrate(nano_engine, samples, 0.05, "flops", progress=False, plan=Plan(state=state, keep=True))
+    assert found.promise.bound <= 0.05 and state.exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(trials, "outcome_of", None)  # nothing is measured twice
+        again = calibrate(nano_engine, samples, 0.05, "flops", progress=False, plan=Plan(state=state))
+    assert again.config == found.config and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("kl", [0, -0.1, math.nan, math.inf, "0.05", None, True])

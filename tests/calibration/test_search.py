@@ -1,18 +1,20 @@
 """The search on a model of losses that add up worse than they seem, against all there is."""
 
-from itertools import product
+from dataclasses import replace
+from itertools import pairwise, product
 from types import SimpleNamespace
 
 import pytest
 
-from mminfer import AIMMerge, AIMPrune, InferenceConfig
+from mminfer import V2PE, AIMMerge, AIMPrune, InferenceConfig
 from mminfer.calibration.costs import CostModel, LayerCost, Target, checked_target
 from mminfer.calibration.judging import Outcome
-from mminfer.calibration.search import Search
+from mminfer.calibration.search import RUNGS, STEP, Search
 from mminfer.calibration.sensitivity import Sensitivities
-from mminfer.calibration.space import Choice, Option, Spared
+from mminfer.calibration.space import STEPS, Choice, Option, Spared, visual_steps
 from mminfer.calibration.trials import Trial
 from mminfer.errors import ConfigError
+from mminfer.positions import LinearScaling
 
 DEPTH = 4
 MODEL = CostModel(
@@ -46,8 +48,8 @@ class Pretended:
 
     def trial(self, config, samples, limit, phase):
         self.asked += 1
-        sample = SimpleNamespace(content="a")
-        return Trial(config, (sample,), ((Outcome(self.losses[config], 1, 1, 1.0, ()),),))
+        samples = tuple(SimpleNamespace(content=name) for name in "abcdefgh")
+        return Trial(config, samples, ((Outcome(self.losses[config], 1, 1, 1.0, ()),) * 8,))
 
 
 def all_choices():
@@ -70,19 +72,46 @@ def test_it_comes_near_the_best_of_all_and_a_larger_limit_never_costs_more():
     assert costs == sorted(costs, reverse=True) and costs[-1] < 0.5 < costs[0]
 
 
-def test_milder_settings_are_found_among_what_was_tried():
+def test_a_ladder_for_held_out_samples():
+    """From mild to cheap, each expected to lose more and to cost less than the one before, of what was tried alone."""
     bench = Pretended()
     search = Search(bench, (), Sensitivities(MODEL, tuple(OPTIONS), tuple(SPARED), ()), 0.1)
-    wild = found = search.best(0.1)
-    asked, costs = bench.asked, [wild.cost]
-    while found.cost < 1:
-        found = search.milder(found, 0.1)
-        assert found.cost >= 1.03 * costs[-1]
-        costs.append(found.cost)
-    assert bench.asked <= asked + len(costs) and len(costs) > 4 and found.trial.config == InferenceConfig()
+    wild = search.best(0.1)
     mild = search.best(0.01)
     assert mild.trial.kl <= 0.01 < wild.trial.kl <= 0.1 and mild.cost > wild.cost
+    asked, rungs = bench.asked, search.ladder(0.1)
+    assert bench.asked <= asked + 2 and 3 <= len(rungs) <= RUNGS
+    for lower, upper in pairwise(rungs):
+        assert upper.cost <= STEP * lower.cost and upper.trial.kl > lower.trial.kl
+    assert rungs[0].cost < 1 and rungs[-1].cost == min(f.cost for f in search.tried if f.trial.kl <= 0.1)
     assert search.nothing().cost == 1 and search.best(0.0).trial.config == InferenceConfig()
+    assert search.ladder(0.0) == []
+
+
+def test_steps_of_visual_tokens_are_taken_where_they_lose_less():
+    """Of a model that was trained with them; they save nothing, so that with nothing else there is none."""
+    steps = (V2PE(1 / 4), V2PE(1 / 16))
+
+    class Stepped(Pretended):
+        def trial(self, config, samples, limit, phase):
+            delta = 1 if config.positions is None else config.positions.delta
+            found = super().trial(replace(config, positions=None), samples, limit, phase)
+            kl = found.kl * {1: 1, 1 / 4: 0.5, 1 / 16: 0.9}[delta]
+            return Trial(config, found.samples, ((Outcome(kl, 1, 1, 1.0, ()),) * 8,))
+
+    parts = Sensitivities(MODEL, tuple(OPTIONS), tuple(SPARED), (), steps)
+    with_steps = Search(Stepped(), (), parts, 0.05).best(0.05)
+    without = Search(Stepped(), (), replace(parts, positions=()), 0.05).best(0.05)
+    assert with_steps.trial.config.positions == V2PE(1 / 4) and with_steps.cost < without.cost
+    assert Search(Stepped(), (), parts, 0.05).best(0.0).trial.config == InferenceConfig()
+
+
+def test_which_steps_a_model_was_trained_with(nano_engine, tiny_engine):
+    spec = nano_engine.adapter.spec
+    assert [own.delta for own in visual_steps(spec, InferenceConfig())] == list(STEPS)
+    assert [own.delta for own in visual_steps(spec, InferenceConfig(positions=V2PE(1 / 16)))] == [1 / 4, 1 / 64]
+    assert visual_steps(spec, InferenceConfig(positions=LinearScaling(2.0))) == ()
+    assert visual_steps(tiny_engine.adapter.spec, InferenceConfig()) == ()
 
 
 def test_costs_between_what_was_looked_at():
