@@ -41,10 +41,13 @@ def serve(
     ] = 1024,
     max_new_tokens: options.MaxNewTokens = 1024,
     max_prompt_tokens: Annotated[
-        int | None, typer.Option(min=1, max=options.MOST_TOKENS, help="Refuse prompts of more tokens than these.")
-    ] = None,
+        int, typer.Option(min=1, max=options.MOST_TOKENS, help="Refuse prompts of more tokens than these.")
+    ] = 131_072,
     max_images: Annotated[int, typer.Option(min=0, max=options.MOST_PICTURES, help="Images of one request.")] = 64,
     max_body_mib: Annotated[int, typer.Option(min=1, max=2**20, help="Of the body of one request.")] = 64,
+    max_held_mib: Annotated[
+        int, typer.Option(min=1, max=2**31, help="Bodies and decoded images of all requests together.")
+    ] = 2048,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds that a request may take.")] = 600.0,
     prefill_chunk_size: Annotated[
         int, typer.Option(min=1, max=options.MOST_TOKENS, help="Send this many tokens of a prompt through at a time.")
@@ -69,10 +72,18 @@ def serve(
     engine = Engine.from_pretrained(model, settings[preset], device, dtype)
     for config in settings.values():
         config.check(engine.adapter.spec)
+    of_requests = ServerLimits(
+        max_body_mib * 2**20,
+        max_images,
+        new_tokens=max_new_tokens,
+        request_s=timeout,
+        held_bytes=max_held_mib * 2**20,
+        text_tokens=max_prompt_tokens,
+    )
     server = ServerSettings(
         model_id_of(model),
         settings,
-        ServerLimits(max_body_mib * 2**20, max_images, new_tokens=max_new_tokens, request_s=timeout),
+        of_requests,
         api_key or None,
         frozenset(domain.lower() for domain in allow_remote_domain or []),
     )

@@ -12,6 +12,7 @@ from fastapi import FastAPI
 from mminfer.engine import Engine
 from mminfer.scheduling import Limits, Scheduler
 from mminfer.serving.app import make_app
+from mminfer.serving.connections import WatchedConnection
 from mminfer.serving.limits import ServerSettings
 from mminfer.serving.prefixes import PrefixStore
 from mminfer.serving.service import Service
@@ -48,7 +49,7 @@ def run_server(
             server_header=False,
             limit_concurrency=MOST_CONNECTIONS,
             h11_max_incomplete_event_size=MOST_HEADER_BYTES,
-            http="h11",
+            http=WatchedConnection,
             ws="none",
             timeout_graceful_shutdown=GRACE_S,
         )
