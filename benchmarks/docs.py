@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from benchmarks.tables import cost, needle, overview, presets, project
+from benchmarks.tables import cost, needle, overview, presets, project, serving
 from mminfer.bench.protocols import Protocol
 
 ROOT = Path(__file__).parents[1]
@@ -38,6 +38,7 @@ PAGES: dict[str, Sections] = {  # by path from the root
     "docs/using.md": {"presets": presets.presets, "choices": presets.choices},
     "docs/techniques.md": {"support": project.support},
     "docs/results.md": QUOTED,
+    "docs/serving.md": {"load": serving.load, "documents": serving.documents},
 }
 
 

@@ -64,6 +64,7 @@ class StreamOptions(_Strict):
 
 class OwnSettings(_Strict):
     preset: str | None = None
+    min_tokens: Annotated[int, Field(ge=1)] | None = None
 
 
 class ChatRequest(_Strict):

@@ -61,6 +61,9 @@ class Service:
         asked = request.new_tokens
         if asked is not None and asked > limits.new_tokens:
             raise RequestError(400, f"wanted {limits.new_tokens} tokens at most", param="max_tokens")
+        least = request.mminfer.min_tokens or 0
+        if least > (asked or limits.new_tokens):
+            raise RequestError(400, f"wanted {asked or limits.new_tokens} at most", param="mminfer.min_tokens")
         if request.n > min(limits.answers, self.scheduler.limits.running):
             raise RequestError(400, f"wanted {limits.answers} answers at most", param="n")
         if request.top_logprobs is not None and not request.logprobs:
@@ -137,6 +140,8 @@ class Service:
 
     def _settings(self, request: ChatRequest, new_tokens: int) -> GenerationSettings:
         given: dict[str, Any] = {"max_new_tokens": new_tokens}
+        if request.mminfer.min_tokens is not None:
+            given["min_new_tokens"] = request.mminfer.min_tokens
         if request.temperature == 0:
             given["do_sample"] = False
         elif request.temperature is not None or request.top_p is not None:
