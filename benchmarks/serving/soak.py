@@ -40,12 +40,13 @@ class Soak:
 
     Args:
         server: which they ask.
-        seed: of what they do.
+        seed: of what they ask about.
+        count: of documents.
     """
 
-    def __init__(self, server: Server, seed: int) -> None:
+    def __init__(self, server: Server, seed: int, count: int = 6) -> None:
         self._server, self.outcomes, self.faults = server, Counter[str](), list[str]()
-        made = documents(6, 3, 3, seed)
+        made = documents(count, 3, 3, seed)
         self._asked = [(about(d, q), name) for d, questions in made for q in questions for name in ("off", "replay-20")]
         self._bodies = [server.body(content, ANSWER, name) for content, name in self._asked]
         self._wanted = [ask(server, body).text for body in self._bodies]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -39,6 +40,10 @@ def serve(
     store_mib: Annotated[
         int, typer.Option(min=0, max=2**31, help="Keep prompts that were read, in this much memory at most.")
     ] = 1024,
+    disk_dir: Annotated[
+        Path | None, typer.Option(help="Keep them in this folder, too, for servers to come; it is theirs alone.")
+    ] = None,
+    disk_mib: Annotated[int, typer.Option(min=1, max=2**31, help="Of that folder at most.")] = 16_384,
     max_new_tokens: options.MaxNewTokens = 1024,
     max_prompt_tokens: Annotated[
         int, typer.Option(min=1, max=options.MOST_TOKENS, help="Refuse prompts of more tokens than these.")
@@ -66,6 +71,7 @@ def serve(
     settings = {name: InferenceConfig.from_preset(name) for name in (preset, *(allow_preset or []))}
     from mminfer.engine import Engine
     from mminfer.scheduling import Limits
+    from mminfer.serving.disk import DiskStore
     from mminfer.serving.limits import ServerLimits, ServerSettings
     from mminfer.serving.running import model_id_of, run_server
 
@@ -89,4 +95,5 @@ def serve(
     )
     limits = Limits(running, waiting, prefill_chunk_size, max_prompt_tokens)
     ERR.print(f"{server.model_id} at http://{host}:{port}/v1", markup=False, highlight=False)
-    run_server(engine, server, limits, store_mib * 2**20, (host, port))
+    disk = None if disk_dir is None else DiskStore(disk_dir, disk_mib * 2**20)
+    run_server(engine, server, limits, store_mib * 2**20, (host, port), *([] if disk is None else [disk]))

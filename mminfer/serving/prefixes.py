@@ -6,7 +6,7 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from mminfer.config import InferenceConfig
 from mminfer.forward.kv_cache import CompressedCache
@@ -58,6 +58,16 @@ class Known:
     facts: PromptFacts
 
 
+class Shelf(Protocol):
+    """A slower place than the store, where beginnings are kept for one engine; any thread may call."""
+
+    def get(self, key: bytes) -> Known | None:
+        """What stands under a key."""
+
+    def put(self, key: bytes, known: Known) -> None:
+        """Keeps it, if it can be kept."""
+
+
 class PrefixStore:
     """Beginnings of prompts, the one used least recently out first, bounded in bytes.
 
@@ -84,22 +94,31 @@ class PrefixStore:
             self._known.move_to_end(key)
         return self._known.get(key)
 
-    def put(self, key: bytes, cache: CompressedCache, row: int, transcript: Transcript, facts: PromptFacts) -> None:
-        """Keeps a copy of a row of a cache, unless it is there already or alone larger than all may be."""
+    def put(
+        self, key: bytes, cache: CompressedCache, row: int, transcript: Transcript, facts: PromptFacts
+    ) -> Known | None:
+        """Keeps a copy of a row of a cache, and gives it, unless it is there already or larger than all may be."""
         if not self._most_bytes or self.get(key) is not None:
-            return
+            return None
         # A guess before it is copied: a cache may be as large as all that is kept.
         if cache.nbytes // max(1, len(cache.tokens)) > 2 * self._most_bytes:
-            return
+            return None
         held = CompressedCache.of_rows([(cache, row)])
         held.settle()
-        if held.allocated_bytes > self._most_bytes:
-            return
-        self.nbytes += held.allocated_bytes
-        self._known[key] = Known(held, transcript, facts)
+        known = Known(held, transcript, facts)
+        return known if self.add(key, known) else None
+
+    def add(self, key: bytes, known: Known) -> bool:
+        """Keeps what nobody else holds, if it is not larger than all may be."""
+        size = known.cache.allocated_bytes
+        if size > self._most_bytes or key in self._known:
+            return False
+        self.nbytes += size
+        self._known[key] = known
         while self.nbytes > self._most_bytes:
             _, gone = self._known.popitem(last=False)
             self.nbytes -= gone.cache.allocated_bytes
+        return True
 
 
 class Station(NamedTuple):
@@ -142,11 +161,28 @@ class ChainPrompt:
         self._stations, self._end = stations_of(chat, beginning)
         self._transcript, self._cache, self._row = Transcript(), CompressedCache(), 0
         self.facts = PromptFacts()
+        self._shelf: Shelf | None = None
+        self._fetched: tuple[bytes, Known] | None = None
+
+    def use(self, shelf: Shelf) -> None:
+        """Takes the longest beginning from a slower place that knows one longer than the store; by any thread."""
+        self._shelf = shelf
+        for station in reversed(self._stations) if self._keeps else ():
+            if station.key in self._store:
+                return
+            known = shelf.get(station.key)
+            if known is not None:
+                self._fetched = station.key, known
+                return
 
     def begin(self) -> CompressedCache:
         self._left = [station for station in self._stations if station.is_read_to] if self._keeps else []
+        if self._fetched is not None:
+            self._store.add(*self._fetched)
         station = self._known_to()
         known = None if station is None else self._store.get(station.key)
+        if known is None and station is not None and self._fetched is not None:  # too large for the store
+            known = self._fetched[1]
         if station is not None and known is not None:
             self._cache, self._transcript = known.cache.clone(), known.transcript
             self.facts = replace(known.facts, cached=len(known.transcript.ids))
@@ -181,14 +217,15 @@ class ChainPrompt:
     def _known_to(self) -> Station | None:
         """Where the longest beginning ends that is known."""
         stations = reversed(self._stations) if self._keeps else iter(())
-        return next((station for station in stations if station.key in self._store), None)
+        fetched = None if self._fetched is None else self._fetched[0]
+        return next((station for station in stations if station.key in self._store or station.key == fetched), None)
 
     def readings(self) -> Iterator[Reading]:
         for station in self._left:
             *earlier, last = self._messages[: station.messages]
             upto = [*earlier, Message(last.role, last.parts[: station.parts])]
             yield from self._stretch(upto, closes=False)
-            self._store.put(station.key, self._cache, self._row, self._transcript, replace(self.facts, cached=0))
+            self._keep(station.key, self._cache, self._row, self._transcript)
         yield from self._stretch(self._messages, closes=True)
 
     def _stretch(self, messages: list[Message] | tuple[Message, ...], *, closes: bool) -> Iterator[Reading]:
@@ -213,7 +250,12 @@ class ChainPrompt:
         if not plain or self._reader.tokens_of(listener.text) != plain:
             return
         key = _behind_message(self._end, "assistant", [text_digest(listener.text)])
-        self._store.put(key, cache, row, self._transcript.answered(ids), replace(self.facts, cached=0))
+        self._keep(key, cache, row, self._transcript.answered(ids))
+
+    def _keep(self, key: bytes, cache: CompressedCache, row: int, transcript: Transcript) -> None:
+        known = self._store.put(key, cache, row, transcript, replace(self.facts, cached=0))
+        if known is not None and self._shelf is not None:
+            self._shelf.put(key, known)
 
 
 def stations_of(chat: Chat, beginning: bytes) -> tuple[list[Station], bytes]:

@@ -11,6 +11,7 @@ from functools import cached_property
 from threading import Lock
 from typing import Any
 
+from mminfer.chat_files import ChatIdentity
 from mminfer.config import InferenceConfig
 from mminfer.engine import Engine
 from mminfer.inputs.parts import ImagePart, Part, TextPart
@@ -20,6 +21,7 @@ from mminfer.scheduling.scheduler import chunk_size_for
 from mminfer.serving.answering import AnswerOptions, Piece, TextListener
 from mminfer.serving.budget import Budget, Share
 from mminfer.serving.content import Chat, SentImage, read_chat
+from mminfer.serving.disk import DiskStore, EngineShelf
 from mminfer.serving.errors import RequestError, request_error
 from mminfer.serving.limits import ServerSettings
 from mminfer.serving.prefixes import ChainPrompt, PrefixStore
@@ -37,12 +39,21 @@ class Service:
         scheduler: of the model.
         server: what the operator allows.
         store: what was read before.
+        disk: likewise, on disk; None: nothing is kept there.
     """
 
-    def __init__(self, engine: Engine, scheduler: Scheduler, server: ServerSettings, store: PrefixStore) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        scheduler: Scheduler,
+        server: ServerSettings,
+        store: PrefixStore,
+        disk: DiskStore | None = None,
+    ) -> None:
         self.scheduler, self.server, self.store = scheduler, server, store
         self.budget = Budget(server.limits.held_bytes)
         self._engine, self._lock = engine, Lock()
+        self._disk, self._shelves = disk, dict[str, EngineShelf]()
         self._resolved: dict[tuple[Any, ...], GenerationSettings] = {}
 
     def prepare(self, request: ChatRequest, share: Share) -> Prepared:
@@ -76,10 +87,22 @@ class Service:
             size = chunk_size_for(config, self.scheduler.limits.chunk_size)
             chat = replace(chat, messages=tuple(messages))
             prompt = ChainPrompt(self._engine.reader, self.store, chat, config, size)
+            if self._disk is not None:
+                prompt.use(self._shelf_of(request, self._disk))
             prompt.open_images(_opener(share))
             return Prepared(request, prompt, config, [self._guided(request, settings) for _ in range(request.n)])
         except Exception as error:
             raise request_error(error) from None
+
+    def _shelf_of(self, request: ChatRequest, disk: DiskStore) -> EngineShelf:
+        """The store on disk for a request's preset."""
+        name = request.mminfer.preset or next(iter(self.server.settings))
+        with self._lock:
+            if name not in self._shelves:
+                engine = self._engine
+                identity = ChatIdentity(engine.adapter, engine.processor, self.server.settings[name])
+                self._shelves[name] = EngineShelf(disk, identity, engine.device)
+            return self._shelves[name]
 
     def _check_text(self, chat: Chat) -> None:
         """Refuses more words than a prompt may have tokens, before anybody waits for them."""

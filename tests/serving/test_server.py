@@ -34,10 +34,10 @@ def engine():
 
 
 @contextmanager
-def serving(engine, server=None, limits=None, store_bytes=2**28):
+def serving(engine, server=None, limits=None, store_bytes=2**28, disk=None):
     """A server on a port of its own: its address."""
     server = server or ServerSettings("nano", PRESETS, SMALL)
-    with app_of(engine, server, limits or Limits(running=8, chunk_size=256), store_bytes) as app:
+    with app_of(engine, server, limits or Limits(running=8, chunk_size=256), store_bytes, disk) as app:
         config = uvicorn.Config(
             app, port=0, log_level="critical", http=WatchedConnection, ws="none", timeout_graceful_shutdown=1
         )
