@@ -8,7 +8,8 @@ all ask about the same few documents, which have been read before. CPU time is t
 the machine; requests a second go by the clock. Every answer is compared with that to one request at a time.
 
 `document`: the time to the first token of a question over a long document that is new, and of a second one. `gap`:
-the longest time between two tokens of an answer while such a document is read. `warm`: bytes that are kept of one.
+the longest time between two tokens of an answer while such a document is read. `warm`: bytes that are kept of one
+and of the chat with the first question.
 """
 
 import argparse

@@ -149,7 +149,7 @@ def _request(body: bytes) -> bytes:
 
 def soak(requests: int, clients: int, seed: int, port: int) -> dict[str, Any]:
     """What came of them all; `faults` is empty where nothing was wrong."""
-    limits = ("--max-body-mib", "2", "--store-mib", "8", "--running", "16", "--waiting", "8")
+    limits = ("--max-body-mib", "2", "--store-mib", "8", "--running", "16", "--waiting", "64")
     with our_server(port, *limits) as server:
         run, memory = Soak(server, seed), list[int]()
         for quarter in range(4):
