@@ -135,7 +135,7 @@ class Scheduler:
                     break
             try:
                 with self._lock.turn():
-                    self._turn()
+                    self._turns()
             except Exception as error:  # of the model's lock, or a defect: nobody is left to wait for ever
                 self._drop(error)
         self._drop(Closed("the scheduler has ended: make another one"))
@@ -146,6 +146,13 @@ class Scheduler:
             self._waiting.clear()
         for ticket in dropped:
             ticket.fail(error)
+
+    def _turns(self) -> None:
+        """As many as others can wait for, since taking the model costs about as much as a small step."""
+        until = time.monotonic() + self.limits.gap_s
+        self._turn()
+        while self._alive and not self._closing and time.monotonic() < until:
+            self._turn()
 
     def _turn(self) -> None:
         """Reads until the next step is due, then takes it."""
