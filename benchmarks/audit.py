@@ -62,6 +62,7 @@ BEHIND: dict[str, tuple[str, ...]] = {
     "replay": (*FIDELITY, "benchmarks/quality/needle.py", "benchmarks/quality/settings.py"),
     "replay_cost": (*SPEED, "benchmarks/models/replay_cost.py"),
     "scores": ("mminfer/cache", *PASS, "benchmarks/quality/scores.py"),
+    "serving": (*SPEED, "mminfer/scheduling", "mminfer/serving", "benchmarks/serving"),
     "smol": YARDSTICK,
     "smol_regions": YARDSTICK,
     "streamed": (*FIDELITY, "benchmarks/quality/streamed.py"),

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from benchmarks.tables import calibrated, cost, needle, overview, presets, project, tower
+from benchmarks.tables import calibrated, cost, needle, overview, presets, project, serving, tower
 from mminfer.bench.protocols import Protocol
 
 ROOT = Path(__file__).parents[1]
@@ -40,6 +40,7 @@ PAGES: dict[str, Sections] = {  # by path from the root
     "docs/techniques.md": {"support": project.support},
     "docs/results.md": QUOTED,
     "docs/calibrating.md": {"promises": calibrated.promises, "verdicts": calibrated.verdicts},
+    "docs/serving.md": {"load": serving.load, "documents": serving.documents},
 }
 
 

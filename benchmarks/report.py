@@ -13,8 +13,22 @@ from pathlib import Path
 
 from benchmarks import audit
 from benchmarks.canaries import stored
+from benchmarks.common import RESULTS
 from benchmarks.quality.smol_cells import MODELS
-from benchmarks.tables import calibrated, cost, kernels, lost, needle, paper, peers, quality, regions, smol, tower
+from benchmarks.tables import (
+    calibrated,
+    cost,
+    kernels,
+    lost,
+    needle,
+    paper,
+    peers,
+    quality,
+    regions,
+    serving,
+    smol,
+    tower,
+)
 from mminfer.bench.protocols import Protocol
 
 REPORT = Path(__file__).with_name("REPORT.md")
@@ -68,6 +82,11 @@ SECTIONS: list[Section] = [
         "A context read with `Replay`, with values fitted and without (`fit=0`), beside the plain pass: what it may "
         "take beyond that is 1.1 of it, and 0.5 in the fast form.",
         [cost.replay_cost],
+    ),
+    (
+        "A server under load",
+        "`mminfer serve` beside `transformers serve` on the same weights, and beside `engine.generate` one by one.",
+        [serving.load, serving.documents],
     ),
     ("Decoding, batches, turns", "", [cost.decode, cost.batch_decode, cost.turns]),
     (
@@ -145,6 +164,7 @@ SECTIONS: list[Section] = [
 PLOTS = {
     "What fewer tokens lose": ("pareto.png", "Fidelity against FLOPs and cache bytes"),
     "Positions": ("length.png", "Accuracy by number of pictures"),
+    "A server under load": ("serving.png", "Requests a second by requests in flight"),
 }
 
 
@@ -157,7 +177,7 @@ def render() -> str:
     ]
     for heading, told, tables in SECTIONS:
         parts += [f"## {heading}", *filter(None, [told]), *(table() for table in tables)]
-        if heading in PLOTS:
+        if heading in PLOTS and (RESULTS / PLOTS[heading][0]).exists():
             file, alt = PLOTS[heading]
             parts.append(f"![{alt}](results/{file})")
     return "\n\n".join(parts) + "\n"
@@ -191,8 +211,10 @@ def main() -> None:
     if parser.parse_args().check:
         sys.exit(not check())
     from benchmarks.quality import plots
+    from benchmarks.serving import plot
 
     plots.main()
+    plot.throughput()
     REPORT.write_text(render())
 
 

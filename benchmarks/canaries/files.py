@@ -11,6 +11,7 @@ from benchmarks.peers import kvpress, openvino, replay
 from benchmarks.quality import film, length, streamed
 from benchmarks.quality.settings import GROUPS, OFF
 from benchmarks.quality.smol_settings import BUDGETS, REGIONS, known_settings
+from benchmarks.serving import load
 from mminfer import InferenceConfig
 from mminfer.technique import CACHE_SHARES
 
@@ -110,6 +111,13 @@ def _presets(names: Iterable[str]) -> Canaries:
     return _by_setting({name: InferenceConfig.from_preset(name) for name in names}, worked, _ours)
 
 
+def _serving() -> Canaries:
+    configs = {name: InferenceConfig.from_preset(name) for name in load.PRESETS}
+    return _by_setting(
+        configs, worked, lambda row: {load.HOST: "", load.ONE_BY_ONE: "off"}.get(row["setting"], row["setting"])
+    )
+
+
 def _long_context() -> Canaries:
     configs = {model: long_context.config_of(model) for model in long_context.SETTINGS}
     return _by_setting(configs, worked, lambda row: row["model"])
@@ -171,6 +179,7 @@ FILES: Mapping[str, Callable[[], Canaries]] = {
     "replay": _needle,
     "replay_cost": _replay_cost,
     "scores": _scores,
+    "serving": _serving,
     "smol": _smol,
     "smol_regions": _smol,
     "streamed": _streamed,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -42,12 +43,19 @@ def serve(
     encoder_cache_mib: Annotated[
         int, typer.Option(min=0, max=2**31, help="Keep encoded pictures, in this much memory at most.")
     ] = 256,
+    disk_dir: Annotated[
+        Path | None, typer.Option(help="Keep them in this folder, too, for servers to come; it is theirs alone.")
+    ] = None,
+    disk_mib: Annotated[int, typer.Option(min=1, max=2**31, help="Of that folder at most.")] = 16_384,
     max_new_tokens: options.MaxNewTokens = 1024,
     max_prompt_tokens: Annotated[
-        int | None, typer.Option(min=1, max=options.MOST_TOKENS, help="Refuse prompts of more tokens than these.")
-    ] = None,
+        int, typer.Option(min=1, max=options.MOST_TOKENS, help="Refuse prompts of more tokens than these.")
+    ] = 131_072,
     max_images: Annotated[int, typer.Option(min=0, max=options.MOST_PICTURES, help="Images of one request.")] = 64,
     max_body_mib: Annotated[int, typer.Option(min=1, max=2**20, help="Of the body of one request.")] = 64,
+    max_held_mib: Annotated[
+        int, typer.Option(min=1, max=2**31, help="Bodies and decoded images of all requests together.")
+    ] = 2048,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds that a request may take.")] = 600.0,
     prefill_chunk_size: Annotated[
         int, typer.Option(min=1, max=options.MOST_TOKENS, help="Send this many tokens of a prompt through at a time.")
@@ -66,6 +74,7 @@ def serve(
     settings = {name: InferenceConfig.from_preset(name) for name in (preset, *(allow_preset or []))}
     from mminfer.engine import Engine
     from mminfer.scheduling import Limits
+    from mminfer.serving.disk import DiskStore
     from mminfer.serving.limits import ServerLimits, ServerSettings
     from mminfer.serving.running import model_id_of, run_server
 
@@ -73,13 +82,22 @@ def serve(
     engine = Engine.from_pretrained(model, settings[preset], device, dtype, encoder_cache_bytes=room)
     for config in settings.values():
         config.check(engine.adapter.spec)
+    of_requests = ServerLimits(
+        max_body_mib * 2**20,
+        max_images,
+        new_tokens=max_new_tokens,
+        request_s=timeout,
+        held_bytes=max_held_mib * 2**20,
+        text_tokens=max_prompt_tokens,
+    )
     server = ServerSettings(
         model_id_of(model),
         settings,
-        ServerLimits(max_body_mib * 2**20, max_images, new_tokens=max_new_tokens, request_s=timeout),
+        of_requests,
         api_key or None,
         frozenset(domain.lower() for domain in allow_remote_domain or []),
     )
     limits = Limits(running, waiting, prefill_chunk_size, max_prompt_tokens)
     ERR.print(f"{server.model_id} at http://{host}:{port}/v1", markup=False, highlight=False)
-    run_server(engine, server, limits, store_mib * 2**20, (host, port))
+    disk = None if disk_dir is None else DiskStore(disk_dir, disk_mib * 2**20)
+    run_server(engine, server, limits, store_mib * 2**20, (host, port), *([] if disk is None else [disk]))

@@ -54,7 +54,8 @@ class PassSettings:
 
         On a GPU it is a view of one number for all layers; not for anybody's own technique, which may write into it.
         """
-        if k.device.type == "cpu" or not is_bundled(type(self.config.cache)):
+        cache = self.config.cache
+        if k.device.type == "cpu" or cache is None or not is_bundled(type(cache)):
             return k.new_full(k.shape[:3], value, dtype=torch.float32)
         number = self._blanks.get((k.device, value))
         if number is None:

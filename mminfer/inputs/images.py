@@ -53,10 +53,17 @@ def load_image_bytes(content: bytes, name: str, most_pixels: int = MAX_PIXELS) -
     Raises:
         InputError: not an image, damaged, empty or too large.
     """
+    image_size(content, name, most_pixels)
+    return _to_rgb(_opened(BytesIO(content), name), name)
+
+
+def image_size(content: bytes, name: str, most_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """Width and height of an image by the header of its file; arguments and errors as of `load_image_bytes`."""
     image = _opened(BytesIO(content), name)
+    check_size(name, image.height, image.width)
     if image.width * image.height > most_pixels:
         raise InputError(f"{name}: {image.width} x {image.height} pixels: scale it down to {most_pixels:,} pixels")
-    return _to_rgb(image, name)
+    return image.width, image.height
 
 
 def _opened(file: IO[bytes], name: str) -> Image.Image:

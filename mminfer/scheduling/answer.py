@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -14,8 +14,9 @@ from transformers import EosTokenCriteria, MaxLengthCriteria
 from mminfer.errors import InputError
 from mminfer.forward.kv_cache import CACHE_NAME, CompressedCache
 from mminfer.models.adapter import ModelAdapter
-from mminfer.running import GenerationSettings, Made, made_by_host
+from mminfer.running import GenerationSettings, made_by_host
 
+_MOST_RULES = 64  # settings of which it is kept what the host makes
 _ROOM = 256  # tokens by which the ids of an answer that somebody looks at grow
 
 
@@ -71,18 +72,22 @@ class Answer:
 
     Args:
         request: how it is generated.
-        adapter: the host model.
+        rules: what the host makes of settings.
         prompt_ids: token ids of the prompt.
     """
 
-    def __init__(self, request: AnswerRequest, adapter: ModelAdapter, prompt_ids: Sequence[int]) -> None:
+    def __init__(self, request: AnswerRequest, rules: HostRules, prompt_ids: Sequence[int]) -> None:
         self.listener, self.token_ids = request.listener, list[int]()
         self.is_done = self.failed = False
-        self._row = torch.tensor([prompt_ids], device=adapter.model.get_input_embeddings().weight.device)
-        self._length = len(prompt_ids)
-        host = _prepared(adapter, request.settings, self._row)
-        self._processors, self._samples = host.processors, bool(host.config.do_sample)
-        self._ends, self._longest, self._criteria = _told_apart(host.criteria)
+        self._row, self._length = torch.tensor([prompt_ids], device=rules.device), len(prompt_ids)
+        own = rules.of(request.settings, self._row)
+        self._processors, self._samples, self._ends, self._criteria = (
+            own.processors,
+            own.samples,
+            own.ends,
+            own.criteria,
+        )
+        self._longest = own.longest
         self._generator: torch.Generator | None = None
         if request.seed is not None:
             self._generator = torch.Generator(self._row.device).manual_seed(request.seed)
@@ -137,16 +142,70 @@ class Answer:
         self._row[0, place] = token_id
 
 
-def _prepared(adapter: ModelAdapter, settings: GenerationSettings, prompt: Tensor) -> Made:
-    """What the host's `generate` makes of settings for an answer behind a prompt ([1, N] ids)."""
-    axes = adapter.position_axes
-    inputs = {
-        "input_ids": prompt,
-        "attention_mask": torch.ones_like(prompt),
-        "position_ids": prompt.new_zeros(prompt.shape if axes == 1 else (axes, *prompt.shape)),  # nobody reads them
-        CACHE_NAME: CompressedCache(),
-    }
-    return made_by_host(adapter.model, inputs, settings.arguments, settings.stopping_criteria)
+class Rules(NamedTuple):
+    """By what an answer is generated.
+
+    Args:
+        processors: of logits.
+        samples: whether tokens are drawn.
+        ends: tokens that end it.
+        longest: tokens of prompt and answer at most.
+        criteria: others that end it.
+    """
+
+    processors: list[Any]
+    samples: bool
+    ends: frozenset[int]
+    longest: int
+    criteria: list[Any]
+
+
+class HostRules:
+    """What the host's `generate` makes of settings: of those that only take the likeliest token it is asked once.
+
+    Args:
+        adapter: the host model.
+    """
+
+    def __init__(self, adapter: ModelAdapter) -> None:
+        self._adapter = adapter
+        self._plain: dict[int, tuple[GenerationSettings, Rules]] = {}  # by `id` of settings, which stay alive here
+
+    @property
+    def device(self) -> torch.device:
+        """Of token ids."""
+        device: torch.device = self._adapter.model.get_input_embeddings().weight.device
+        return device
+
+    def of(self, settings: GenerationSettings, prompt: Tensor) -> Rules:
+        """For an answer behind a prompt ([1, N] ids)."""
+        length, known = prompt.shape[1], self._plain.get(id(settings))
+        if known is not None:
+            return known[1]._replace(longest=length + known[1].longest)
+        rules = self._asked(settings, prompt)
+        if _follows_length_alone(settings, rules, length):
+            while len(self._plain) >= _MOST_RULES:
+                del self._plain[next(iter(self._plain))]
+            self._plain[id(settings)] = settings, rules._replace(longest=rules.longest - length)
+        return rules
+
+    def _asked(self, settings: GenerationSettings, prompt: Tensor) -> Rules:
+        axes = self._adapter.position_axes
+        inputs = {
+            "input_ids": prompt,
+            "attention_mask": torch.ones_like(prompt),
+            "position_ids": prompt.new_zeros(prompt.shape if axes == 1 else (axes, *prompt.shape)),  # nobody reads them
+            CACHE_NAME: CompressedCache(),
+        }
+        made = made_by_host(self._adapter.model, inputs, settings.arguments, settings.stopping_criteria)
+        return Rules(made.processors, bool(made.config.do_sample), *_told_apart(made.criteria))
+
+
+def _follows_length_alone(settings: GenerationSettings, rules: Rules, length: int) -> bool:
+    """Whether the host would make the same of these settings behind any prompt, but for the number of tokens."""
+    plain = all(value is None or isinstance(value, (bool, int, float, str)) for value in settings.arguments.values())
+    simple = not (rules.processors or rules.samples or rules.criteria or settings.stopping_criteria)
+    return plain and simple and rules.longest == length + (settings.max_new_tokens or 0)
 
 
 def _told_apart(criteria: Sequence[Any]) -> tuple[frozenset[int], int, list[Any]]:

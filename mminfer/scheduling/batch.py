@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from mminfer.forward.kv_cache import CompressedCache
 from mminfer.forward.rotary import frequency_factors
 from mminfer.models.adapter import ModelAdapter
 from mminfer.scheduling.answer import Answer
+from mminfer.scheduling.prompt import Prompting, is_plain
 from mminfer.technique import PositionTechnique
 
 
@@ -33,11 +34,40 @@ class Kind(NamedTuple):
     alone: int
 
 
+class _Coming(NamedTuple):
+    """An answer that joins, and where its prompt stands."""
+
+    cache: CompressedCache
+    row: int
+    answer: Answer
+
+
 def kind_of(adapter: ModelAdapter, config: InferenceConfig, cache: CompressedCache, answer: Answer) -> Kind:
     """Of an answer behind this cache, which was made with these settings."""
     scaled = frequency_factors(config, adapter.spec, cache.rotary_length) is not None
     alone = id(answer) if adapter.rotary_follows_length else 0
     return Kind(config.positions, cache.rotary_length if scaled else 0.0, cache.is_packed, alone)
+
+
+def pass_of(adapter: ModelAdapter, config: InferenceConfig, prompting: Prompting) -> tuple[Any, ...] | None:
+    """What prompts must have in common so that one pass can take their next pieces; None: none does.
+
+    Args:
+        adapter: the host model.
+        config: the techniques.
+        prompting: one of them.
+    """
+    piece, cache = prompting.piece, prompting.cache
+    if piece is None or not is_plain(piece) or adapter.rotary_follows_length:
+        return None
+    if cache.layers:
+        scaled = frequency_factors(config, adapter.spec, cache.rotary_length) is not None
+        held: tuple[Any, ...] = (cache.is_packed, cache.rotary_length if scaled else 0.0)
+    elif frequency_factors(config, adapter.spec, 1e12) is not None:
+        return None  # frequencies follow the longest prompt of a pass
+    else:
+        held = ()
+    return id(prompting.handle), held, *(name for name, value in piece.items() if value is not None)
 
 
 class Batch:
@@ -54,16 +84,16 @@ class Batch:
         self._decoder = Decoder(adapter, InferenceConfig(positions), compile)
         self._cache: CompressedCache | None = None
         self._rows: list[Answer] = []  # of the cache
-        self._coming: list[tuple[CompressedCache, Answer]] = []
+        self._coming: list[_Coming] = []
 
     @property
     def answers(self) -> list[Answer]:
         """Those that are not done."""
-        return [answer for answer in (*self._rows, *(answer for _, answer in self._coming)) if not answer.is_done]
+        return [answer for answer in (*self._rows, *(one.answer for one in self._coming)) if not answer.is_done]
 
-    def join(self, cache: CompressedCache, answer: Answer) -> None:
-        """Takes an answer in behind the prompt of this cache, which several answers may share."""
-        self._coming.append((cache, answer))
+    def join(self, cache: CompressedCache, row: int, answer: Answer) -> None:
+        """Takes an answer in behind the prompt in this row of a cache, which others may share."""
+        self._coming.append(_Coming(cache, row, answer))
 
     @torch.no_grad()
     def step(self, leaving: Callable[[CompressedCache, int, Answer], object]) -> None:
@@ -86,20 +116,27 @@ class Batch:
     def _regroup(self) -> None:
         """The rows that still generate, and those that come."""
         staying = [row for row, answer in enumerate(self._rows) if not answer.is_done]
-        coming = [(cache, answer) for cache, answer in self._coming if not answer.is_done]
+        coming = [one for one in self._coming if not one.answer.is_done]
         self._coming = []
         if len(staying) == len(self._rows) and not coming:
             return
-        rows = [(cache, 0) for cache, _ in coming]
+        rows = [(one.cache, one.row) for one in coming]
         if self._cache is not None:
             rows = [*((self._cache, row) for row in staying), *rows]
-        self._rows = [*(self._rows[row] for row in staying), *(answer for _, answer in coming)]
+        self._rows = [*(self._rows[row] for row in staying), *(one.answer for one in coming)]
         if coming:
             self._decoder.refresh()
-        if len(rows) == len(coming) == 1:
-            self._cache = coming[0][0]  # nobody else goes on from it
-        else:
-            self._cache = CompressedCache.of_rows(rows) if rows else None
+        self._cache = _cache_of(rows)
+
+
+def _cache_of(rows: Sequence[tuple[CompressedCache, int]]) -> CompressedCache | None:
+    """The cache of these rows: theirs, if they are all there are in it, since nobody else goes on from it."""
+    if not rows:
+        return None
+    first = rows[0][0]
+    if all(cache is first for cache, _ in rows) and [row for _, row in rows] == list(range(len(first.tokens))):
+        return first
+    return CompressedCache.of_rows(rows)
 
 
 def take_tokens(answers: Sequence[Answer], logits: Tensor) -> None:

@@ -63,7 +63,14 @@ class Ticket:
     def __init__(self, prompt: Prompt, config: InferenceConfig, requests: Sequence[AnswerRequest]) -> None:
         self.prompt, self.config, self.requests = prompt, config, requests
         self.answers: list[Answer] = []
-        self.is_cancelled = False
+        self.is_cancelled = self._failed = False
+
+    @property
+    def text_left(self) -> int | None:
+        """As of the prompt; None also where it fails to tell."""
+        with suppress(Exception):
+            return self.prompt.text_left
+        return None
 
     def cancel(self) -> None:
         """Ends the request within a step, or within a layer of its prompt. It may be called from any thread."""
@@ -76,11 +83,14 @@ class Ticket:
 
     @property
     def is_over(self) -> bool:
-        """Whether all its answers are done."""
-        return bool(self.answers) and all(answer.is_done for answer in self.answers)
+        """Whether all its answers are done, or there will be none."""
+        return self._failed or (bool(self.answers) and all(answer.is_done for answer in self.answers))
 
     def fail(self, error: BaseException) -> None:
-        """Ends what is not done yet."""
+        """Ends what is not done yet; once is enough."""
+        if self._failed:
+            return
+        self._failed = True
         if not self.answers:
             for request in self.requests:
                 with suppress(Exception):  # nobody may be there any more to be told

@@ -12,18 +12,20 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
 
+from mminfer.serving.budget import Share
 from mminfer.serving.errors import RequestError, request_error
 from mminfer.serving.exchange import GONE, Exchange
 from mminfer.serving.figures import Figures
 from mminfer.serving.limits import ServerSettings
 from mminfer.serving.schema import parse_request
-from mminfer.serving.service import Service, pieces_of
+from mminfer.serving.service import Prepared, Service, pieces_of
 
 
 def make_app(service: Service) -> FastAPI:
     """The app of a service. It has no pages of documentation, whose assets would come from elsewhere, and no CORS."""
-    server, figures = service.server, Figures(service.scheduler, service.store)
+    server, figures = service.server, Figures(service.scheduler, service.store, service.budget)
     app = FastAPI(title="mminfer", docs_url=None, redoc_url=None, openapi_url=None)
     if server.api_key is None:  # else a page of any site could ask by a name that leads here
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(server.hosts))
@@ -71,8 +73,8 @@ def check_key(request: Request, server: ServerSettings) -> None:
         raise RequestError(401, "wanted the header 'Authorization: Bearer <key>'", code="invalid_api_key")
 
 
-async def body_of(request: Request, server: ServerSettings) -> bytes:
-    """The body of a request.
+async def body_of(request: Request, server: ServerSettings, share: Share) -> bytes:
+    """The body of a request; share: what it holds of all memory.
 
     Raises:
         RequestError: it is no JSON by its type, too large, or takes too long to come.
@@ -88,6 +90,7 @@ async def body_of(request: Request, server: ServerSettings) -> bytes:
     try:
         async with asyncio.timeout(server.limits.body_s):
             async for chunk in request.stream():
+                share.take(2 * len(chunk))  # the text of its fields is as long again
                 body += chunk
                 if len(body) > most:
                     raise too_large
@@ -98,20 +101,43 @@ async def body_of(request: Request, server: ServerSettings) -> bytes:
 
 async def _answered(service: Service, figures: Figures, request: Request) -> Response:
     start, deadline = time.perf_counter(), time.monotonic() + service.server.limits.request_s
-    body = await body_of(request, service.server)
-    prepared = await asyncio.to_thread(lambda: service.prepare(parse_request(body)))
-    answering, pieces = pieces_of(service, prepared, deadline)
-    exchange = Exchange(prepared.request, answering, pieces, figures, start)
+    share = service.budget.share()
+    try:
+        prepared = await _prepared(service, request, share)
+        answering, pieces = pieces_of(service, prepared, deadline)
+    except BaseException:
+        share.release()
+        raise
+    exchange = Exchange(prepared.request, answering, pieces, figures, (start, share))
     try:
         await exchange.begin(request)
-        if prepared.request.stream:
-            return StreamingResponse(
-                exchange.events(), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
-            )
-        return JSONResponse(await exchange.whole())
+        return Events(exchange) if prepared.request.stream else JSONResponse(await exchange.whole())
     except BaseException:
         exchange.end()
         raise
+
+
+async def _prepared(service: Service, request: Request, share: Share) -> Prepared:
+    body = await body_of(request, service.server, share)
+    return await asyncio.to_thread(lambda: service.prepare(parse_request(body), share))
+
+
+class Events(StreamingResponse):
+    """A response that streams; whatever becomes of it, its request is over then.
+
+    Args:
+        exchange: whose events it sends.
+    """
+
+    def __init__(self, exchange: Exchange) -> None:
+        super().__init__(exchange.events(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        self._exchange = exchange
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._exchange.end()
 
 
 async def _told(request: Request, error: Exception) -> Response:

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
+from PIL import Image
+
 from mminfer.errors import InputError
-from mminfer.inputs.images import load_image_bytes
+from mminfer.inputs.images import image_size, load_image_bytes
 from mminfer.inputs.parts import ImagePart, Message, Part, TextPart
 from mminfer.inputs.remote import fetch
 from mminfer.inputs.sources import data_url_bytes
@@ -33,8 +35,54 @@ class Chat:
     digests: tuple[tuple[bytes, ...], ...]
 
 
+class SentImage(ImagePart):
+    """An image whose header was checked. It is decoded whenever somebody looks at it, since what is known is not.
+
+    Args:
+        content: of its file.
+        where: in the request.
+        server: says how large it may be.
+    """
+
+    def __init__(self, content: bytes, where: str, server: ServerSettings) -> None:
+        self._set(content, where, server.limits.pixels)
+        try:
+            width, height = image_size(content, where, server.limits.pixels)
+        except InputError:
+            raise self._refusal from None
+        digest = hashlib.sha256(b"image" + content).digest()
+        self._set(content, where, server.limits.pixels, 3 * width * height, digest)
+
+    def _set(self, *facts: Any) -> None:
+        vars(self)["_facts"] = facts  # past the dataclass, which is frozen
+
+    @property
+    def digest(self) -> bytes:
+        """Of its file's bytes."""
+        return bytes(vars(self)["_facts"][4])
+
+    @property
+    def decoded_bytes(self) -> int:
+        """What it takes once it is decoded."""
+        return int(vars(self)["_facts"][3])
+
+    @property
+    def image(self) -> Image.Image:
+        content, where, pixels, *_ = vars(self)["_facts"]
+        try:
+            return load_image_bytes(content, where, pixels)
+        except InputError:
+            raise self._refusal from None
+
+    @property
+    def _refusal(self) -> RequestError:
+        _, where, pixels, *_ = vars(self)["_facts"]
+        message = f"{where}: no image that can be read, or of more than {pixels} pixels"
+        return RequestError(400, message, param=where, code="invalid_image")
+
+
 def read_chat(request: ChatRequest, server: ServerSettings) -> Chat:
-    """Checks and decodes the messages of a request.
+    """Checks the messages of a request; images are looked at, but not decoded.
 
     Raises:
         RequestError: there are too many images, one is too large, damaged or from where none is taken, or the messages
@@ -71,16 +119,8 @@ def _load(part: Any, where: str, server: ServerSettings) -> tuple[Part, bytes]:
         text = part if isinstance(part, str) else part.text
         return TextPart(text), text_digest(text)
     content = _image_bytes(part.image_url.url, where, server)
-    try:
-        image = load_image_bytes(content, "the image", server.limits.pixels)
-    except InputError:
-        raise RequestError(
-            400,
-            f"{where}: no image that can be read, or of more than {server.limits.pixels} pixels",
-            param=where,
-            code="invalid_image",
-        ) from None
-    return ImagePart(image), hashlib.sha256(b"image" + content).digest()
+    image = SentImage(content, where, server)
+    return image, image.digest
 
 
 def _image_bytes(url: str, where: str, server: ServerSettings) -> bytes:

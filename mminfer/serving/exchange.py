@@ -11,6 +11,7 @@ from starlette.requests import ClientDisconnect
 
 from mminfer.serving.answering import Piece
 from mminfer.serving.bodies import Completion, event
+from mminfer.serving.budget import Share
 from mminfer.serving.errors import RequestError
 from mminfer.serving.figures import Figures
 from mminfer.serving.schema import ChatRequest
@@ -27,7 +28,7 @@ class Exchange:
         answering: its place with the scheduler.
         pieces: of its answers.
         figures: take note of it.
-        start: `time.perf_counter()` when it came.
+        begun: `time.perf_counter()` when it came, and what of all memory it holds.
     """
 
     def __init__(
@@ -36,10 +37,10 @@ class Exchange:
         answering: Answering,
         pieces: AsyncIterator[Piece],
         figures: Figures,
-        start: float,
+        begun: tuple[float, Share],
     ) -> None:
         self._asked, self._answering, self._pieces = asked, answering, pieces
-        self._figures, self._start = figures, start
+        self._figures, (self._start, self._share) = figures, begun
         self._completion = Completion(asked.model, asked.n)
         self._gone: asyncio.Task[None] | None = None
 
@@ -93,6 +94,7 @@ class Exchange:
     def end(self) -> None:
         """Nobody waits for more."""
         self._answering.ticket.cancel()
+        self._share.release()
         if self._gone is not None:
             self._gone.cancel()
 

@@ -7,6 +7,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from mminfer.scheduling import Scheduler
+from mminfer.serving.budget import Budget
 from mminfer.serving.prefixes import PrefixStore
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -18,9 +19,10 @@ class Figures:
     Args:
         scheduler: whose queue is told.
         store: whose bytes are told.
+        budget: likewise, of what requests hold.
     """
 
-    def __init__(self, scheduler: Scheduler, store: PrefixStore) -> None:
+    def __init__(self, scheduler: Scheduler, store: PrefixStore, budget: Budget) -> None:
         self._registry = registry = CollectorRegistry()
         self._requests = Counter("mminfer_requests", "Requests for answers by status.", ["status"], registry=registry)
         self._tokens = Counter("mminfer_tokens", "Tokens by kind.", ["kind"], registry=registry)
@@ -30,6 +32,7 @@ class Figures:
             "waiting": ("Requests that wait for their prompt to be read.", lambda: scheduler.waiting),
             "running": ("Answers that are being decoded.", lambda: scheduler.running),
             "store_bytes": ("Bytes of the prompts that are kept.", lambda: store.nbytes),
+            "held_bytes": ("Bytes of bodies and decoded images of requests under way.", lambda: budget.nbytes),
             "store_entries": ("Prompts that are kept.", lambda: len(store)),
         }
         for name, (told, ask) in gauges.items():

@@ -20,6 +20,8 @@ class ServerLimits:
         answers: that one request may ask for by `n`.
         request_s: from the body's arrival to the last token.
         body_s: for the body to arrive.
+        held_bytes: of the bodies and decoded images of all requests together.
+        text_tokens: of the words of a request.
     """
 
     body_bytes: int = 64 * 2**20
@@ -29,6 +31,8 @@ class ServerLimits:
     answers: int = 8
     request_s: float = 600.0
     body_s: float = 60.0
+    held_bytes: int = 2 * 2**30
+    text_tokens: int = 131_072
 
 
 @dataclass(frozen=True)
@@ -49,4 +53,4 @@ class ServerSettings:
     limits: ServerLimits = field(default_factory=ServerLimits)
     api_key: str | None = None
     remote_domains: frozenset[str] = frozenset()
-    hosts: tuple[str, ...] = ("localhost", "127.0.0.1", "[::1]")
+    hosts: tuple[str, ...] = ("localhost", "127.0.0.1", "[::1]", "::1")

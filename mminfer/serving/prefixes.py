@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from mminfer.config import InferenceConfig
 from mminfer.forward.kv_cache import CompressedCache
-from mminfer.inputs.parts import ImagePart, Message
+from mminfer.inputs.parts import ImagePart, Message, Part, TextPart
 from mminfer.inputs.reader import RequestReader
 from mminfer.inputs.reading import Reading
 from mminfer.inputs.transcript import Transcript
@@ -35,11 +35,12 @@ class PromptFacts:
     merged: int = 0
     kept: int = 0
 
-    def behind(self, record: PromptRecord) -> PromptFacts:
-        """The same with one more pass."""
-        entries = [layer.entries[0] for layer in record.layers]
+    def behind(self, record: PromptRecord, row: int) -> PromptFacts:
+        """The same with one more pass, in which this was the row."""
+        entries = [layer.entries[row] for layer in record.layers]
         kept = round(sum(entries) / max(1, len(entries)))
-        return replace(self, visual=self.visual + record.visual[0], merged=self.merged + record.merged[0], kept=kept)
+        visual, merged = self.visual + record.visual[row], self.merged + record.merged[row]
+        return replace(self, visual=visual, merged=merged, kept=kept)
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,16 @@ class Known:
     cache: CompressedCache
     transcript: Transcript
     facts: PromptFacts
+
+
+class Shelf(Protocol):
+    """A slower place than the store, where beginnings are kept for one engine; any thread may call."""
+
+    def get(self, key: bytes) -> Known | None:
+        """What stands under a key."""
+
+    def put(self, key: bytes, known: Known) -> None:
+        """Keeps it, if it can be kept."""
 
 
 class PrefixStore:
@@ -74,28 +85,40 @@ class PrefixStore:
     def __len__(self) -> int:
         return len(self._known)
 
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._known
+
     def get(self, key: bytes) -> Known | None:
         """What stands under a key, which is used by that."""
         if key in self._known:
             self._known.move_to_end(key)
         return self._known.get(key)
 
-    def put(self, key: bytes, cache: CompressedCache, row: int, transcript: Transcript, facts: PromptFacts) -> None:
-        """Keeps a copy of a row of a cache, unless it is there already or alone larger than all may be."""
+    def put(
+        self, key: bytes, cache: CompressedCache, row: int, transcript: Transcript, facts: PromptFacts
+    ) -> Known | None:
+        """Keeps a copy of a row of a cache, and gives it, unless it is there already or larger than all may be."""
         if not self._most_bytes or self.get(key) is not None:
-            return
+            return None
         # A guess before it is copied: a cache may be as large as all that is kept.
         if cache.nbytes // max(1, len(cache.tokens)) > 2 * self._most_bytes:
-            return
+            return None
         held = CompressedCache.of_rows([(cache, row)])
         held.settle()
-        if held.allocated_bytes > self._most_bytes:
-            return
-        self.nbytes += held.allocated_bytes
-        self._known[key] = Known(held, transcript, facts)
+        known = Known(held, transcript, facts)
+        return known if self.add(key, known) else None
+
+    def add(self, key: bytes, known: Known) -> bool:
+        """Keeps what nobody else holds, if it is not larger than all may be."""
+        size = known.cache.allocated_bytes
+        if size > self._most_bytes or key in self._known:
+            return False
+        self.nbytes += size
+        self._known[key] = known
         while self.nbytes > self._most_bytes:
             _, gone = self._known.popitem(last=False)
             self.nbytes -= gone.cache.allocated_bytes
+        return True
 
 
 class Station(NamedTuple):
@@ -136,26 +159,73 @@ class ChainPrompt:
         self._keeps = not any(technique.needs_whole_prompt for technique in config.techniques)
         beginning = hashlib.sha256(f"{config.to_json()} {size}".encode()).digest()
         self._stations, self._end = stations_of(chat, beginning)
-        self._transcript, self._cache = Transcript(), CompressedCache()
+        self._transcript, self._cache, self._row = Transcript(), CompressedCache(), 0
         self.facts = PromptFacts()
+        self._shelf: Shelf | None = None
+        self._fetched: tuple[bytes, Known] | None = None
+
+    def use(self, shelf: Shelf) -> None:
+        """Takes the longest beginning from a slower place that knows one longer than the store; by any thread."""
+        self._shelf = shelf
+        for station in reversed(self._stations) if self._keeps else ():
+            if station.key in self._store:
+                return
+            known = shelf.get(station.key)
+            if known is not None:
+                self._fetched = station.key, known
+                return
 
     def begin(self) -> CompressedCache:
         self._left = [station for station in self._stations if station.is_read_to] if self._keeps else []
-        for station in reversed(self._stations):
-            known = self._store.get(station.key) if self._keeps else None
-            if known is not None:
-                self._cache, self._transcript = known.cache.clone(), known.transcript
-                self.facts = replace(known.facts, cached=len(known.transcript.ids))
-                self._left = [one for one in self._left if one[1:3] > station[1:3]]
-                break
+        if self._fetched is not None:
+            self._store.add(*self._fetched)
+        station = self._known_to()
+        known = None if station is None else self._store.get(station.key)
+        if known is None and station is not None and self._fetched is not None:  # too large for the store
+            known = self._fetched[1]
+        if station is not None and known is not None:
+            self._cache, self._transcript = known.cache.clone(), known.transcript
+            self.facts = replace(known.facts, cached=len(known.transcript.ids))
+            self._left = [one for one in self._left if one[1:3] > station[1:3]]
         return self._cache
+
+    @property
+    def text_left(self) -> int | None:
+        first, taken = self._known_place
+        left = [
+            *self._messages[first].parts[taken:],
+            *(part for one in self._messages[first + 1 :] for part in one.parts),
+        ]
+        texts = [part.text for part in left if isinstance(part, TextPart)]
+        return sum(map(len, texts)) if len(texts) == len(left) else None
+
+    def open_images(self, opened: Callable[[Part], Part]) -> None:
+        """Has the images decoded that are not known, as far as is known now; it may be called by any thread."""
+        first, taken = self._known_place
+        messages = list(self._messages)
+        for place in range(first, len(messages)):
+            parts, begin = messages[place].parts, taken if place == first else 0
+            messages[place] = Message(messages[place].role, (*parts[:begin], *map(opened, parts[begin:])))
+        self._messages = tuple(messages)
+
+    @property
+    def _known_place(self) -> tuple[int, int]:
+        """A message, and how many of its parts are known with all before."""
+        station = self._known_to()
+        return (0, 0) if station is None else (station.messages - 1, station.parts)
+
+    def _known_to(self) -> Station | None:
+        """Where the longest beginning ends that is known."""
+        stations = reversed(self._stations) if self._keeps else iter(())
+        fetched = None if self._fetched is None else self._fetched[0]
+        return next((station for station in stations if station.key in self._store or station.key == fetched), None)
 
     def readings(self) -> Iterator[Reading]:
         for station in self._left:
             *earlier, last = self._messages[: station.messages]
             upto = [*earlier, Message(last.role, last.parts[: station.parts])]
             yield from self._stretch(upto, closes=False)
-            self._store.put(station.key, self._cache, 0, self._transcript, replace(self.facts, cached=0))
+            self._keep(station.key, self._cache, self._row, self._transcript)
         yield from self._stretch(self._messages, closes=True)
 
     def _stretch(self, messages: list[Message] | tuple[Message, ...], *, closes: bool) -> Iterator[Reading]:
@@ -163,8 +233,9 @@ class ChainPrompt:
         yield reading
         self._transcript = reading.transcript
 
-    def took(self, record: PromptRecord) -> None:
-        self.facts = self.facts.behind(record)
+    def took(self, record: PromptRecord, cache: CompressedCache, row: int) -> None:
+        self._cache, self._row = cache, row
+        self.facts = self.facts.behind(record, row)
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -179,7 +250,12 @@ class ChainPrompt:
         if not plain or self._reader.tokens_of(listener.text) != plain:
             return
         key = _behind_message(self._end, "assistant", [text_digest(listener.text)])
-        self._store.put(key, cache, row, self._transcript.answered(ids), replace(self.facts, cached=0))
+        self._keep(key, cache, row, self._transcript.answered(ids))
+
+    def _keep(self, key: bytes, cache: CompressedCache, row: int, transcript: Transcript) -> None:
+        known = self._store.put(key, cache, row, transcript, replace(self.facts, cached=0))
+        if known is not None and self._shelf is not None:
+            self._shelf.put(key, known)
 
 
 def stations_of(chat: Chat, beginning: bytes) -> tuple[list[Station], bytes]:

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from mminfer.serving.errors import RequestError
 
 MOST_STOPS, MOST_STOP_LENGTH = 4, 256
+MOST_PARTS = 4096  # of a message, and messages
 Words = Annotated[str, Field(min_length=1, max_length=MOST_STOP_LENGTH)]
 
 
@@ -36,7 +37,7 @@ Content = Annotated[TextContent | ImageContent, Field(discriminator="type")]
 
 class ChatMessage(_Strict):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Content]
+    content: str | Annotated[list[Content], Field(max_length=MOST_PARTS)]
 
 
 class JsonSchema(_Strict):
@@ -63,13 +64,14 @@ class StreamOptions(_Strict):
 
 class OwnSettings(_Strict):
     preset: str | None = None
+    min_tokens: Annotated[int, Field(ge=1)] | None = None
 
 
 class ChatRequest(_Strict):
     """The body of `/v1/chat/completions`."""
 
     model: str
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MOST_PARTS)]
     stream: bool = False
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1)] = 1

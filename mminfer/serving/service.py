@@ -11,18 +11,23 @@ from functools import cached_property
 from threading import Lock
 from typing import Any
 
+from mminfer.chat_files import ChatIdentity
 from mminfer.config import InferenceConfig
 from mminfer.engine import Engine
+from mminfer.inputs.parts import ImagePart, Part, TextPart
 from mminfer.running import GenerationSettings
 from mminfer.scheduling import AnswerRequest, Scheduler, Ticket
 from mminfer.scheduling.scheduler import chunk_size_for
 from mminfer.serving.answering import AnswerOptions, Piece, TextListener
-from mminfer.serving.content import Chat, read_chat
+from mminfer.serving.budget import Budget, Share
+from mminfer.serving.content import Chat, SentImage, read_chat
+from mminfer.serving.disk import DiskStore, EngineShelf
 from mminfer.serving.errors import RequestError, request_error
 from mminfer.serving.limits import ServerSettings
 from mminfer.serving.prefixes import ChainPrompt, PrefixStore
 from mminfer.serving.schema import ChatRequest
 
+MOST_CHARACTERS = 32  # that a token of a text is expected to have; the longest have more, and stand for spaces
 MOST_SETTINGS = 256  # of generation, kept between requests
 
 
@@ -34,15 +39,29 @@ class Service:
         scheduler: of the model.
         server: what the operator allows.
         store: what was read before.
+        disk: likewise, on disk; None: nothing is kept there.
     """
 
-    def __init__(self, engine: Engine, scheduler: Scheduler, server: ServerSettings, store: PrefixStore) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        scheduler: Scheduler,
+        server: ServerSettings,
+        store: PrefixStore,
+        disk: DiskStore | None = None,
+    ) -> None:
         self.scheduler, self.server, self.store = scheduler, server, store
+        self.budget = Budget(server.limits.held_bytes)
         self._engine, self._lock = engine, Lock()
+        self._disk, self._shelves = disk, dict[str, EngineShelf]()
         self._resolved: dict[tuple[Any, ...], GenerationSettings] = {}
 
-    def prepare(self, request: ChatRequest) -> Prepared:
+    def prepare(self, request: ChatRequest, share: Share) -> Prepared:
         """Checks a request and decodes its images; for a thread beside the server's own.
+
+        Args:
+            request: as it was sent.
+            share: what it holds of all memory.
 
         Raises:
             RequestError: it is not answered.
@@ -53,17 +72,47 @@ class Service:
         asked = request.new_tokens
         if asked is not None and asked > limits.new_tokens:
             raise RequestError(400, f"wanted {limits.new_tokens} tokens at most", param="max_tokens")
+        least = request.mminfer.min_tokens or 0
+        if least > (asked or limits.new_tokens):
+            raise RequestError(400, f"wanted {asked or limits.new_tokens} at most", param="mminfer.min_tokens")
         if request.n > min(limits.answers, self.scheduler.limits.running):
             raise RequestError(400, f"wanted {limits.answers} answers at most", param="n")
         if request.top_logprobs is not None and not request.logprobs:
             raise RequestError(400, "top_logprobs: wanted logprobs=true beside it", param="top_logprobs")
         chat = read_chat(request, self.server)
+        self._check_text(chat)
         try:
             messages = self._engine.check(list(chat.messages))
             settings = self._settings(request, asked or limits.new_tokens)
+            size = chunk_size_for(config, self.scheduler.limits.chunk_size)
+            chat = replace(chat, messages=tuple(messages))
+            prompt = ChainPrompt(self._engine.reader, self.store, chat, config, size)
+            if self._disk is not None:
+                prompt.use(self._shelf_of(request, self._disk))
+            prompt.open_images(_opener(share))
+            return Prepared(request, prompt, config, [self._guided(request, settings) for _ in range(request.n)])
         except Exception as error:
             raise request_error(error) from None
-        return Prepared(request, replace(chat, messages=tuple(messages)), config, settings)
+
+    def _shelf_of(self, request: ChatRequest, disk: DiskStore) -> EngineShelf:
+        """The store on disk for a request's preset."""
+        name = request.mminfer.preset or next(iter(self.server.settings))
+        with self._lock:
+            if name not in self._shelves:
+                engine = self._engine
+                identity = ChatIdentity(engine.adapter, engine.processor, self.server.settings[name])
+                self._shelves[name] = EngineShelf(disk, identity, engine.device)
+            return self._shelves[name]
+
+    def _check_text(self, chat: Chat) -> None:
+        """Refuses more words than a prompt may have tokens, before anybody waits for them."""
+        most = self.server.limits.text_tokens
+        texts = [part.text for message in chat.messages for part in message.parts if isinstance(part, TextPart)]
+        too_long = sum(map(len, texts)) > MOST_CHARACTERS * most
+        if not too_long and sum(map(len, texts)) > most // MOST_CHARACTERS:
+            too_long = sum(len(self._engine.reader.tokens_of(text)) for text in texts) > most
+        if too_long:
+            raise RequestError(400, f"wanted {most} tokens of text at most", param="messages", code="text_too_long")
 
     def begin(self, prepared: Prepared, emit: Callable[[Piece], object]) -> Answering:
         """Submits it; `emit` gets the pieces, from the scheduler's thread.
@@ -71,17 +120,17 @@ class Service:
         Raises:
             RequestError: too many wait.
         """
-        request, size = prepared.request, chunk_size_for(prepared.config, self.scheduler.limits.chunk_size)
-        prompt = ChainPrompt(self._engine.reader, self.store, prepared.chat, prepared.config, size)
+        request, prompt = prepared.request, prepared.prompt
         options = AnswerOptions(
-            request.stops, prepared.settings.end_ids, (request.top_logprobs or 0) if request.logprobs else None
+            request.stops, prepared.settings[0].end_ids, (request.top_logprobs or 0) if request.logprobs else None
         )
         tokenizer = self._engine.processor.tokenizer
         listeners = [TextListener(n, tokenizer, options, emit, prompt.answered) for n in range(request.n)]
         seed = secrets.randbits(62) if request.seed is None else request.seed
         try:
             requests = [
-                AnswerRequest(self._guided(prepared), listener, seed + n) for n, listener in enumerate(listeners)
+                AnswerRequest(settings, listener, seed + n)
+                for n, (settings, listener) in enumerate(zip(prepared.settings, listeners, strict=True))
             ]
             return Answering(self.scheduler.submit(prompt, prepared.config, requests), prompt, listeners)
         except Exception as error:
@@ -93,9 +142,9 @@ class Service:
 
         return Grammars(self._engine.processor.tokenizer, self._engine.adapter.spec.vocab_size)
 
-    def _guided(self, prepared: Prepared) -> GenerationSettings:
-        """The settings, with a processor of this answer's own where it keeps to a schema."""
-        wanted, settings = prepared.request.response_format, prepared.settings
+    def _guided(self, request: ChatRequest, settings: GenerationSettings) -> GenerationSettings:
+        """The settings, with a processor of one answer's own where it keeps to a schema."""
+        wanted = request.response_format
         if wanted is None or wanted.type == "text":
             return settings
         schema = {"type": "object"} if wanted.json_schema is None else wanted.json_schema.schema_
@@ -114,6 +163,8 @@ class Service:
 
     def _settings(self, request: ChatRequest, new_tokens: int) -> GenerationSettings:
         given: dict[str, Any] = {"max_new_tokens": new_tokens}
+        if request.mminfer.min_tokens is not None:
+            given["min_new_tokens"] = request.mminfer.min_tokens
         if request.temperature == 0:
             given["do_sample"] = False
         elif request.temperature is not None or request.top_p is not None:
@@ -129,10 +180,27 @@ class Service:
 
 
 class Prepared:
-    """A request that can be submitted: its messages, techniques and settings of generation."""
+    """A request that can be submitted: its prompt, techniques and settings of generation, for each answer."""
 
-    def __init__(self, request: ChatRequest, chat: Chat, config: InferenceConfig, settings: GenerationSettings) -> None:
-        self.request, self.chat, self.config, self.settings = request, chat, config, settings
+    def __init__(
+        self, request: ChatRequest, prompt: ChainPrompt, config: InferenceConfig, settings: list[GenerationSettings]
+    ) -> None:
+        self.request, self.prompt, self.config, self.settings = request, prompt, config, settings
+
+
+def _opener(share: Share) -> Callable[[Part], Part]:
+    """Decodes images, the same one once."""
+    opened: dict[bytes, Part] = {}
+
+    def open_part(part: Part) -> Part:
+        if not isinstance(part, SentImage):
+            return part
+        if part.digest not in opened:
+            share.take(part.decoded_bytes)
+            opened[part.digest] = ImagePart(part.image)
+        return opened[part.digest]
+
+    return open_part
 
 
 class Answering:

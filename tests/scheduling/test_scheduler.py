@@ -2,6 +2,7 @@
 
 import threading
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,8 +10,11 @@ import torch
 from mminfer import V2PE, DynamicNTK, Engine, InferenceConfig, InputError, nano
 from mminfer.errors import ConfigError
 from mminfer.inputs.content import MediaOptions
+from mminfer.running import lock_of
 from mminfer.scheduling import AnswerRequest, Busy, Cancelled, Closed, Limits, Scheduler, WholePrompt
+from mminfer.scheduling import scheduler as scheduler_module
 from mminfer.scheduling.scheduler import chunk_size_for
+from mminfer.scheduling.waiting import WaitingLine
 
 CHUNK = 128
 SHORT, OTHER = "What is the code of owl?", "Tell me of the nest and the owl, please."
@@ -125,6 +129,71 @@ def test_logits_are_the_models_own(engine):
         ask(scheduler, engine, OTHER, ANSWER)
         waiter = ask(scheduler, engine, SHORT, given, seed=5)[1].wait()
     torch.testing.assert_close(torch.stack(waiter.logits), whole.logits, rtol=0, atol=1e-4)
+
+
+class Told(WholePrompt):
+    """A prompt that says how little there is of it."""
+
+    text_left = 40
+
+
+def test_short_prompts_go_through_together(engine, monkeypatch):
+    """By one pass for each setting; every answer is that alone, and what goes wrong or goes away takes nobody along."""
+    passes, read = [], scheduler_module.read_pieces
+
+    def note(group, *rest):
+        passes.append(len(group))
+        read(group, *rest)
+
+    monkeypatch.setattr(scheduler_module, "read_pieces", note)
+    replay = with_config(engine, InferenceConfig.from_preset("replay-20"))
+    asked = [(one, text) for one in (engine, replay) for text in (SHORT, OTHER, "Tell me.", "What is it? " * 6)]
+    wanted = [alone(*one) for one in asked]
+
+    def submit(prompt, one=engine):
+        waiter = Waiter()
+        return scheduler.submit(prompt, one.config, [AnswerRequest(one.runner.settings(ANSWER), waiter)]), waiter
+
+    with Scheduler(engine.adapter, Limits(running=12, chunk_size=CHUNK)) as scheduler:
+        with lock_of(engine.model).turn():  # nothing is read before all are there
+            waiters = [submit(Told(one.reader.readings(text, MediaOptions(), CHUNK)), one)[1] for one, text in asked]
+            broken = submit(Told(lambda: 1 / 0))[1]
+            ticket, gone = submit(Told(engine.reader.readings(SHORT, MediaOptions(), CHUNK)))
+            ticket.cancel()
+        assert [waiter.wait().ids for waiter in waiters] == wanted
+        assert isinstance(broken.wait().error, ZeroDivisionError) and isinstance(gone.wait().error, Cancelled)
+    assert sorted(passes) == [4, 4]
+
+
+def test_a_pass_of_several_that_fails_is_tried_one_by_one(engine, monkeypatch):
+    read = scheduler_module.read_pieces
+
+    def fail(group, *rest):
+        if len(group) > 1 or group[0].prompt is bad:
+            raise RuntimeError("out of memory")
+        read(group, *rest)
+
+    monkeypatch.setattr(scheduler_module, "read_pieces", fail)
+    wanted = alone(engine, SHORT)
+    prompts = [Told(engine.reader.readings(SHORT, MediaOptions(), CHUNK)) for _ in range(3)]
+    bad, waiters = prompts[1], [Waiter() for _ in prompts]
+    with Scheduler(engine.adapter, Limits(chunk_size=CHUNK)) as scheduler:
+        with lock_of(engine.model).turn():
+            for prompt, waiter in zip(prompts, waiters, strict=True):
+                scheduler.submit(prompt, OFF, [AnswerRequest(engine.runner.settings(ANSWER), waiter)])
+        assert [waiter.wait().ids for waiter in waiters] == [wanted, [], wanted]
+    assert str(waiters[1].error) == "out of memory"
+
+
+def test_short_prompts_overtake_a_long_one_and_nobody_who_waits_for_room():
+    line = WaitingLine()
+    tickets = [SimpleNamespace(text_left=left, requests=[0] * n) for left, n in [(None, 1), (9, 1), (4096, 1), (9, 3)]]
+    for ticket in tickets:
+        line.add(ticket)
+    assert line.brief(room=0) == [] and line.first(room=0) is None
+    assert line.brief(room=5) == [tickets[1]]  # the next is too much for one pass, the last one has no room
+    assert line.first(room=1) is tickets[0] and list(line) == tickets[2:]
+    assert line.brief(room=5) == [tickets[2]] and len(line) == 1
 
 
 def test_criteria_and_processors_of_the_callers_are_asked(engine):

@@ -6,7 +6,7 @@ import json
 import socket
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import httpx
 import openai
@@ -16,6 +16,10 @@ from PIL import Image
 
 from mminfer import Engine, InferenceConfig, nano
 from mminfer.scheduling import Limits
+from mminfer.serving import connections
+from mminfer.serving.budget import Budget
+from mminfer.serving.connections import WatchedConnection
+from mminfer.serving.errors import RequestError
 from mminfer.serving.limits import ServerLimits, ServerSettings
 from mminfer.serving.running import app_of
 
@@ -30,11 +34,13 @@ def engine():
 
 
 @contextmanager
-def serving(engine, server=None, limits=None, store_bytes=2**28):
+def serving(engine, server=None, limits=None, store_bytes=2**28, disk=None):
     """A server on a port of its own: its address."""
     server = server or ServerSettings("nano", PRESETS, SMALL)
-    with app_of(engine, server, limits or Limits(running=8, chunk_size=256), store_bytes) as app:
-        config = uvicorn.Config(app, port=0, log_level="critical", http="h11", ws="none", timeout_graceful_shutdown=1)
+    with app_of(engine, server, limits or Limits(running=8, chunk_size=256), store_bytes, disk) as app:
+        config = uvicorn.Config(
+            app, port=0, log_level="critical", http=WatchedConnection, ws="none", timeout_graceful_shutdown=1
+        )
         running = uvicorn.Server(config)
         thread = threading.Thread(target=running.run, daemon=True)
         thread.start()
@@ -276,6 +282,64 @@ def test_the_key_is_asked_for(engine):
         with pytest.raises(openai.AuthenticationError):
             ask(wrong, text())
         assert ask(right, text()).choices
+
+
+def test_all_requests_together_hold_so_much(engine):
+    """A picture of few bytes may be large once it is decoded; what is given back can be had again."""
+    budget = Budget(100)
+    first, second = budget.share(), budget.share()
+    first.take(60)
+    for count, status in ((50, 429), (101, 413)):
+        with pytest.raises(RequestError) as refused:
+            second.take(count)
+        assert refused.value.status == status
+    first.release()
+    first.release()
+    second.take(100)
+    assert budget.nbytes == 100
+    bomb = image_message(url_of(Image.new("RGB", (900, 900))))
+    limits = ServerLimits(held_bytes=3 * 900 * 900, text_tokens=100)
+    with serving(engine, ServerSettings("nano", PRESETS, limits)) as address:
+        for messages, status in ((bomb, 413), (text("owl " * 200), 400), (text("o" * 4000), 400), (text(), 200)):
+            found = httpx.post(f"{address}/v1/chat/completions", json={**BODY, "messages": messages})
+            assert found.status_code == status, found.text
+        assert httpx.get(f"{address}/health", headers={"Host": "[::1]:80"}).status_code == 200
+
+
+def test_connections_on_which_nothing_moves_are_closed(engine, monkeypatch):
+    monkeypatch.setattr(connections, "PATIENCE_S", 0.2)
+    with serving(engine) as address:
+        port, head = int(address.rpartition(":")[2]), b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
+        for sent in (b"", head, head + b"\r\n" + head):  # nothing, half a request, and half a second one
+            with socket.create_connection(("127.0.0.1", port), 20) as idle:
+                idle.sendall(sent)
+                idle.settimeout(20)
+                with suppress(ConnectionResetError):
+                    while idle.recv(4096):
+                        pass
+        assert httpx.get(f"{address}/health").status_code == 200
+
+
+def test_who_does_not_read_is_let_go(engine, monkeypatch):
+    """Its answer does not stay in memory."""
+    made = WatchedConnection.connection_made
+
+    def narrow(self, transport):
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        made(self, transport)
+
+    monkeypatch.setattr(WatchedConnection, "connection_made", narrow)
+    monkeypatch.setattr(connections, "PATIENCE_S", 0.3)
+    limits = ServerLimits(new_tokens=3000)
+    with serving(engine, ServerSettings("nano", PRESETS, limits)) as address:
+        body = json.dumps({**endless(True), "logprobs": True, "top_logprobs": 20}).encode()
+        with socket.socket() as slow:
+            slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+            slow.connect(("127.0.0.1", int(address.rpartition(":")[2])))
+            head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            slow.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            until(lambda: value(address, 'mminfer_requests_total{status="499"}') == 1)
+        until(lambda: value(address, "mminfer_running") == 0 == value(address, "mminfer_held_bytes"))
 
 
 def endless(stream):
