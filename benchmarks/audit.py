@@ -18,7 +18,7 @@ from benchmarks.common import DIRTY, RESULTS, ROOT, read_rows
 TECHNIQUES = tuple(f"mminfer/{room}" for room in ("positions", "tokens", "operators", "cache", "technique/entries.py"))
 # What decides which rows and entries there are, and what is read among them.
 PASS = (
-    "mminfer/layout.py",
+    "mminfer/layout",
     *(f"mminfer/models/{name}.py" for name in ("entry", "internvl", "packing")),
     *(
         f"mminfer/forward/{name}.py"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from enum import IntEnum
 from functools import cached_property
 from itertools import accumulate
 from typing import Any
@@ -13,81 +12,11 @@ from mminfer_kernels import merge_rows, top_places
 from torch import Tensor
 
 from mminfer.errors import InputError
-
-GIVEN_ROWS = "given_rows"  # the name among model inputs under which `GivenRows` travel
-
+from mminfer.layout.columns import Modality, RowCounts, SideBySide
 
 # Those with an entry for each row, but companions, which stay where the rows are.
 _COLUMNS = ("sequence", "modality", "image_id", "size", "source", "position", "block")
-
-
 _TYPES = {"modality": torch.int8, "size": torch.float32, "position": torch.float64}  # of the others int64
-
-
-class Modality(IntEnum):
-    """Where a token came from."""
-
-    TEXT = 0
-    IMAGE = 1
-    VIDEO = 2
-
-
-@dataclass(frozen=True, eq=False)
-class RowCounts:
-    """What the host knows of rows on another device, so that it need not wait for that to ask.
-
-    Args:
-        lengths: rows of each sequence.
-        visual_lengths: visual ones among them.
-        ends_visual: of each sequence, whether its last row is visual.
-        is_visual: [T] bool, on the CPU; None: which rows are visual is not known, only how many.
-    """
-
-    lengths: tuple[int, ...]
-    visual_lengths: tuple[int, ...]
-    ends_visual: tuple[bool, ...]
-    is_visual: Tensor | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class SideBySide:
-    """Columns of a layout as they lie in one tensor, so that one gather, or one copy, takes them all.
-
-    Args:
-        data: [K, T] int64, a row or more for each column; smaller types take the first bytes of theirs.
-        names: of the columns, in the rows' order; `position` has the rows that are left.
-        columns: these, as views.
-        is_visual: [T] bool, a view as well.
-    """
-
-    data: Tensor
-    names: tuple[str, ...]
-    columns: dict[str, Tensor]
-    is_visual: Tensor
-
-    @classmethod
-    def of(cls, columns: dict[str, Tensor]) -> SideBySide:
-        """From columns that lie anywhere."""
-        names = (*(name for name in columns if name != "position"), "position")
-        modality = columns["modality"].long()
-        parts = {
-            "modality": modality + ((modality != Modality.TEXT) << 8),  # its second byte
-            "size": columns["size"].view(torch.int32).long(),
-            "position": columns["position"].view(torch.int64),
-        }
-        rows = [parts.get(name, columns[name]) for name in names]
-        return cls.read(torch.cat([x if x.dim() == 2 else x[None] for x in rows]), names)
-
-    @classmethod
-    def read(cls, data: Tensor, names: tuple[str, ...]) -> SideBySide:
-        columns = dict(zip(names, data, strict=False)) | {"position": data[len(names) - 1 :].view(torch.float64)}
-        columns["size"] = columns["size"].view(torch.float32)[::2]
-        bytes_of_modality = columns["modality"].view(torch.int8)
-        columns["modality"] = bytes_of_modality[::8]
-        return cls(data, names, columns, bytes_of_modality[1::8].view(torch.bool))
-
-    def select(self, index: Tensor) -> SideBySide:
-        return self.read(self.data.index_select(1, index), self.names)
 
 
 @dataclass(frozen=True, eq=False)
@@ -412,32 +341,3 @@ def places_of(mask: Tensor, count: int | None = None) -> Tensor:
         found = mask.nonzero()[:, -1]
         return found if mask.dim() == 1 else found.view(*mask.shape[:-1], -1)
     return top_places(mask, count)
-
-
-@dataclass(frozen=True)
-class GivenRows:
-    """Rows of a prompt whose embeddings the user gave.
-
-    Args:
-        mask: [B, N] bool, the places of the rows in the padded batch.
-        features: [K, C], the rows in order.
-        modality: [K] int8, a `Modality`.
-        part: [K] int64, which part a row belongs to.
-    """
-
-    mask: Tensor
-    features: Tensor
-    modality: Tensor
-    part: Tensor
-
-    def repeated(self, copies: int) -> GivenRows:
-        """Every sequence so many times in a row, as beams repeat a batch; copies are parts of their own."""
-        rows = torch.arange(len(self.part), device=self.part.device).split(self.mask.sum(1).tolist())
-        order = torch.cat([own for own in rows for _ in range(copies)])
-        copy = torch.cat([torch.full_like(own, n) for own in rows for n in range(copies)])
-        return GivenRows(
-            self.mask.repeat_interleave(copies, 0),
-            self.features[order],
-            self.modality[order],
-            self.part[order] + copy * (int(self.part.max()) + 1),
-        )
