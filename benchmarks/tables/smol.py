@@ -65,11 +65,11 @@ class Cell:
 def cells(file: str = "smol") -> dict[Key, Cell]:
     """All cells that were measured; none where there is no file."""
     path = RESULTS / f"{file}.csv"
-    return _cells(file, path.stat().st_mtime_ns) if path.exists() else {}
+    return _cells(file, str(path), path.stat().st_mtime_ns) if path.exists() else {}
 
 
 @lru_cache(maxsize=2)
-def _cells(file: str, changed: int) -> dict[Key, Cell]:
+def _cells(file: str, path: str, changed: int) -> dict[Key, Cell]:
     """Those of a file as it was changed then: every table asks for them."""
     found: dict[Key, list[Row]] = {}
     for row in read_rows(file):

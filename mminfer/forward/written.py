@@ -69,7 +69,9 @@ class OutputWeights:
 
     def lengths(self, rows: Tensor) -> Tensor:
         """[n] float32: how much attention writes to rows whose heads' outputs are these, [n, H * D]."""
-        return torch.linalg.vector_norm(self._project(rows[None])[0], dim=-1, dtype=torch.float32)
+        written = self._project(rows[None])[0]
+        dtype = torch.promote_types(written.dtype, torch.float32)
+        return torch.linalg.vector_norm(written, dim=-1, dtype=dtype).float()
 
 
 def output_weights(attention: nn.Module, heads: int, like: Tensor) -> OutputWeights | None:

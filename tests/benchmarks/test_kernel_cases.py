@@ -55,7 +55,7 @@ def test_runs_beside_it_run(call):
 
 
 def test_bytes_are_those_of_inputs_and_results(call):
-    assert call.flops > 0 or call.op == "gather_rows"
+    assert call.flops > 0 or call.op in ("gather_rows", "top_places")
     if call.mutates:
         return
     everything = sum(x.nbytes for x in (*call._tensors, *tree_leaves(call.run("reference")())))
