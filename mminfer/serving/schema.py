@@ -99,7 +99,7 @@ class ChatRequest(_Strict):
     @classmethod
     def _is_taken(cls, value: float | None) -> float | None:
         if value is not None and 0 < value < LEAST_TEMPERATURE:
-            raise PydanticCustomError("temperature", f"Input should be 0, or {LEAST_TEMPERATURE:g} at least")  # type: ignore[arg-type]
+            raise PydanticCustomError("temperature", f"Input should be 0, or {LEAST_TEMPERATURE:g} at least")
         return value
 
     @property

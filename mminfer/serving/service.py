@@ -86,7 +86,7 @@ class Service:
             raise RequestError(400, f"wanted {limits.answers} answers at most", param="n")
         if request.top_logprobs is not None and not request.logprobs:
             raise RequestError(400, "top_logprobs: wanted logprobs=true beside it", param="top_logprobs")
-        chat = read_chat(request, self.server)
+        chat = read_chat(request, self.server, share)
         self._check_text(chat)
         try:
             messages = self._engine.check(list(chat.messages))
