@@ -70,7 +70,7 @@ def template_digest(processor: Any) -> str:
 
 def media_digest(processor: Any) -> str:
     """Of how a processor makes pixels of media: the same picture is read in another way where that differs."""
-    owners = [getattr(processor, f"{kind}_processor", None) for kind in ("image", "video")]
+    owners: list[Any] = [getattr(processor, f"{kind}_processor", None) for kind in ("image", "video")]
     settings = [owner.to_dict() if hasattr(owner, "to_dict") else str(type(owner)) for owner in owners]
     return digest_of(json.dumps(settings, default=str, sort_keys=True).encode())
 
