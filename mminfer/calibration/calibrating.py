@@ -26,6 +26,7 @@ from mminfer.calibration.search import SEARCHING, Search, strip
 from mminfer.calibration.sensitivity import Sensing, Sensitivities
 from mminfer.calibration.store import Store
 from mminfer.calibration.trials import FEWEST, Bench, Trial
+from mminfer.chat_files.digests import media_digest, template_digest, tokenizer_digest
 from mminfer.config import InferenceConfig, check_flag
 from mminfer.engine import Engine
 from mminfer.errors import ConfigError, shown
@@ -278,6 +279,8 @@ def _identity(engine: Engine, parts: Split, plan: Plan, model: Fingerprint) -> d
         "samples": parts.digest,
         "tokens": plan.tokens,
         "positions": positions,
+        "processor": [digest(engine.processor) for digest in (template_digest, media_digest)],
+        "tokenizer": tokenizer_digest(engine.processor.tokenizer),
         "machine": [str(engine.device), str(engine.model.dtype), torch.get_num_threads()],
         "mminfer": mminfer.__version__,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -154,6 +155,7 @@ class Calibration:
             "model": None if model is None else model.to_dict(),
             "calibration": {
                 "target": self.target,
+                "settings": _digest(self.config),
                 "cost": self.cost,
                 "promise": asdict(self.promise),
                 "curve": [asdict(point) for point in self.curve],
@@ -181,12 +183,17 @@ class Calibration:
 
         Raises:
             InputError: the file cannot be read, or is damaged.
-            ConfigError: it holds no calibration.
+            ConfigError: it holds no calibration, or its settings were changed, of which its promise says nothing.
         """
         found = read_settings(path)
         if found.model is None:
             raise ConfigError(f"{shown(str(path))}: bare settings, no calibration: run mminfer calibrate")
         config, noted = InferenceConfig.from_file(path), found.calibration
+        if noted.get("settings", _digest(config)) != _digest(config):
+            raise ConfigError(
+                f"{shown(str(path))}: its settings were changed since, so that its promise is of others: "
+                "calibrate anew, or take the bare settings by InferenceConfig.from_file"
+            )
         try:
             promise = Promise(**{**noted["promise"], "protocols": tuple(noted["promise"]["protocols"])})
             operators = {
@@ -202,6 +209,10 @@ class Calibration:
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"{shown(str(path))}: a damaged calibration ({error!r:.200}): calibrate anew") from error
+
+
+def _digest(config: InferenceConfig) -> str:
+    return hashlib.sha256(config.to_json().encode()).hexdigest()[:16]
 
 
 def _check_numbers(values: Sequence[Any]) -> None:

@@ -157,18 +157,23 @@ def _placed(path: str, folder: Path) -> str:
 
 
 def _sample(messages: list[Message]) -> Sample:
-    media, texts = hashlib.sha256(), hashlib.sha256()
+    media, texts, order = hashlib.sha256(), hashlib.sha256(), list[tuple[str, int]]()
     has_media = False
     for message in messages:
         texts.update(message.role.encode())
+        order.append((message.role, len(message.parts)))
         for part in message.parts:
             if isinstance(part, TextPart):
                 texts.update(part.text.encode("utf-8", "surrogatepass"))
+                order.append((part.kind, len(part.text)))
             else:
                 has_media = True
+                order.append((part.kind, 0))
+                if isinstance(part, VideoPart):
+                    texts.update(repr(sorted(part.metadata.items())).encode())
                 for piece in _bytes_of(part):
                     media.update(piece)
-    both = hashlib.sha256(media.digest() + texts.digest()).hexdigest()[:16]
+    both = hashlib.sha256(media.digest() + texts.digest() + repr(order).encode()).hexdigest()[:16]
     return Sample(tuple(messages), media.hexdigest()[:16] if has_media else both, both)
 
 

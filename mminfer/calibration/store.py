@@ -66,12 +66,17 @@ class Store:
         """
         if self._path is None:
             return
-        found = {"kind": _KIND, "identity": self._identity, "outcomes": self._outcomes, "numbers": self._numbers}
+        measured = {"outcomes": self._outcomes, "numbers": self._numbers, "sha256": self._checksum}
+        found = {"kind": _KIND, "identity": self._identity, **measured}
         try:
             write_whole(self._path, json.dumps(found).encode())
         except OSError as error:
             raise InputError(f"{shown(self._path)}: {error}: wanted a file that can be written") from error
         self._written = time.monotonic()
+
+    @property
+    def _checksum(self) -> str:
+        return _checksum(self._outcomes, self._numbers)
 
     def remove(self) -> None:
         """The calibration is through: nobody goes on from here."""
@@ -92,7 +97,11 @@ class Store:
             outcomes, numbers = dict(found["outcomes"]), dict(found["numbers"])
             for outcome in outcomes.values():
                 Outcome.from_dict(outcome)
-        except (OSError, ValueError, TypeError, KeyError) as error:
+            if found["sha256"] != _checksum(outcomes, numbers):
+                raise ValueError("it was changed since it was written")
+            if not isinstance(identity, dict):
+                raise TypeError("its identity is none")
+        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
             raise InputError(f"{shown(path)}: no state of a calibration ({error!s:.200}): remove it") from error
         if identity != self._identity:
             names = [name for name in self._identity if identity.get(name) != self._identity[name]]
@@ -101,6 +110,11 @@ class Store:
                 "or go on with what began it"
             )
         self._outcomes, self._numbers = outcomes, numbers
+
+
+def _checksum(outcomes: Mapping[str, Any], numbers: Mapping[str, Any]) -> str:
+    """Of what was measured: a promise is by these numbers."""
+    return hashlib.sha256(json.dumps([outcomes, numbers], sort_keys=True).encode()).hexdigest()[:24]
 
 
 def _digest(config: InferenceConfig) -> str:

@@ -34,14 +34,24 @@ _DTYPES = {
 }
 
 
-def write_chat(path: Any, cache: CompressedCache, transcript: Transcript, identity: ChatIdentity) -> None:
+def write_chat(
+    path: Any, cache: CompressedCache, transcript: Transcript, identity: ChatIdentity, content: str = ""
+) -> None:
     """Writes a chat to a safetensors file, whole or not at all. Pixels are not kept.
+
+    Args:
+        path: of the file.
+        cache: what is held.
+        transcript: of that.
+        identity: of the engine.
+        content: digest of what the chat was made of, where files are found by it.
 
     Raises:
         InputError: the file cannot be written; what was there is as it was.
     """
     path = checked_path(path)
-    facts = json.dumps({**identity.facts(), "cache": cache_facts(cache), **transcript.to_dict()})
+    told = {"content": content} if content else {}
+    facts = json.dumps({**identity.facts(), "cache": cache_facts(cache), **transcript.to_dict(), **told})
     tensors = {name: tensor.cpu().contiguous() for name, tensor in cache_tensors(cache).items()}
     try:
         write_whole(path, save(tensors, {CHAT: facts, CHECKSUM: checksum(facts, tensors)}))
@@ -51,13 +61,16 @@ def write_chat(path: Any, cache: CompressedCache, transcript: Transcript, identi
         ) from error
 
 
-def read_chat(path: Any, identity: ChatIdentity, device: torch.device) -> tuple[CompressedCache, Transcript]:
+def read_chat(
+    path: Any, identity: ChatIdentity, device: torch.device, content: str = ""
+) -> tuple[CompressedCache, Transcript]:
     """Reads a chat from its file; nothing in the file is trusted before it was looked at.
 
     Args:
         path: of the file.
         identity: of the engine that goes on with it.
         device: where the cache goes.
+        content: as it was written; a chat of other content is refused.
 
     Raises:
         InputError: there is no such file, it holds no chat or a damaged one, or another model or config made it.
@@ -67,7 +80,7 @@ def read_chat(path: Any, identity: ChatIdentity, device: torch.device) -> tuple[
         _check_regular(path)
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            facts = _facts(metadata)
+            facts = _facts(metadata, content)
             check_facts(facts, identity)
             names = list(file.keys())
             check_shapes({name: _shape(file.get_slice(name)) for name in names}, facts, identity)
@@ -103,7 +116,7 @@ def _check_regular(path: str) -> None:
         raise InputError("no saved chat: what is there is no regular file")
 
 
-def _facts(metadata: Mapping[str, str]) -> dict[str, Any]:
+def _facts(metadata: Mapping[str, str], content: str) -> dict[str, Any]:
     """What the header says of the chat."""
     facts = json.loads(metadata[CHAT])
     if not isinstance(facts, dict):
@@ -113,8 +126,10 @@ def _facts(metadata: Mapping[str, str]) -> dict[str, Any]:
             f"its format is {facts.get('format')!s:.200}, this version's {FILE_FORMAT}: chats of other versions cannot "
             "be taken up; read their content once more"
         )
-    if set(metadata) != {CHAT, CHECKSUM} or set(facts) != FACTS:
+    if set(metadata) != {CHAT, CHECKSUM} or set(facts) != {*FACTS, *(["content"] if content else [])}:
         raise InputError("what it says of itself is not what chat.save() writes")
+    if content and facts["content"] != content:
+        raise InputError("it was made of other content than its name tells: the file was moved or changed")
     return facts
 
 

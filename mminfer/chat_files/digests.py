@@ -68,6 +68,13 @@ def template_digest(processor: Any) -> str:
     return digest_of(json.dumps([templates, marks], default=str).encode())
 
 
+def media_digest(processor: Any) -> str:
+    """Of how a processor makes pixels of media: the same picture is read in another way where that differs."""
+    owners: list[Any] = [getattr(processor, f"{kind}_processor", None) for kind in ("image", "video")]
+    settings = [owner.to_dict() if hasattr(owner, "to_dict") else str(type(owner)) for owner in owners]
+    return digest_of(json.dumps(settings, default=str, sort_keys=True).encode())
+
+
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Every parameter and saved buffer once, under a name that wrapping does not change."""
     seen: set[int] = set()

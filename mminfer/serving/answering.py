@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from mminfer.forward.kv_cache import CompressedCache
-from mminfer.serving.texts import Detokenizer, StopWords
+from mminfer.serving.texts import BROKEN, Detokenizer, StopWords
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,13 @@ class AnswerOptions:
         stops: words before which it ends.
         end_ids: tokens that end a turn.
         logprobs: how many of the likeliest tokens are told beside each token; None: nothing is.
+        least_tokens: before which no stop word ends it.
     """
 
     stops: Sequence[str]
     end_ids: Collection[int]
     logprobs: int | None = None
+    least_tokens: int = 0
 
 
 class TextListener:
@@ -90,7 +92,8 @@ class TextListener:
         self.token_ids.append(token_id)
         if self._options.logprobs is not None:
             self._logprobs.append(self._logprob(token_id, logits, self._options.logprobs))
-        text = self._words.add(self._detokenizer.add(token_id))
+        may_end = len(self.token_ids) >= self._options.least_tokens
+        text = self._words.add(self._detokenizer.add(token_id), may_end)
         if text:
             self._tell(text)
         return self._words.found
@@ -121,4 +124,8 @@ class TextListener:
 
     def _spelt(self, token_id: int, logprob: float) -> dict[str, Any]:
         token = str(self._tokenizer.decode([token_id]))
-        return {"token": token, "logprob": max(logprob, -9999.0), "bytes": list(token.encode("utf-8", "replace"))}
+        return {
+            "token": token,
+            "logprob": max(logprob, -9999.0),
+            "bytes": None if BROKEN in token else list(token.encode()),
+        }

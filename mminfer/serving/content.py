@@ -15,6 +15,7 @@ from mminfer.inputs.images import image_size, load_image_bytes
 from mminfer.inputs.parts import ImagePart, Message, Part, TextPart
 from mminfer.inputs.remote import fetch
 from mminfer.inputs.sources import data_url_bytes
+from mminfer.serving.budget import Share
 from mminfer.serving.errors import RequestError
 from mminfer.serving.limits import ServerSettings
 from mminfer.serving.schema import ChatMessage, ChatRequest, ImageContent
@@ -81,8 +82,13 @@ class SentImage(ImagePart):
         return RequestError(400, message, param=where, code="invalid_image")
 
 
-def read_chat(request: ChatRequest, server: ServerSettings) -> Chat:
+def read_chat(request: ChatRequest, server: ServerSettings, share: Share) -> Chat:
     """Checks the messages of a request; images are looked at, but not decoded.
+
+    Args:
+        request: as it was sent.
+        server: what the operator allows.
+        share: what it holds of all memory; what is fetched is taken from it.
 
     Raises:
         RequestError: there are too many images, one is too large, damaged or from where none is taken, or the messages
@@ -100,7 +106,9 @@ def read_chat(request: ChatRequest, server: ServerSettings) -> Chat:
         )
     messages, digests = [], []
     for place, message in enumerate(request.messages):
-        loaded = [_load(part, f"messages.{place}.content.{k}", server) for k, part in enumerate(_content(message))]
+        loaded = [
+            _load(part, f"messages.{place}.content.{k}", server, share) for k, part in enumerate(_content(message))
+        ]
         messages.append(Message(roles[place], tuple(part for part, _ in loaded)))
         digests.append(tuple(digest for _, digest in loaded))
     return Chat(tuple(messages), tuple(digests))
@@ -114,19 +122,26 @@ def _parts(messages: list[ChatMessage]) -> Iterator[tuple[ChatMessage, Any]]:
     return ((message, part) for message in messages for part in _content(message))
 
 
-def _load(part: Any, where: str, server: ServerSettings) -> tuple[Part, bytes]:
+def _load(part: Any, where: str, server: ServerSettings, share: Share) -> tuple[Part, bytes]:
     if not isinstance(part, ImageContent):
         text = part if isinstance(part, str) else part.text
         return TextPart(text), text_digest(text)
     content = _image_bytes(part.image_url.url, where, server)
+    if not _is_data(part.image_url.url):
+        share.take(len(content))
     image = SentImage(content, where, server)
     return image, image.digest
+
+
+def _is_data(url: str) -> bool:
+    """Whether the content stands in the URL itself, which came with the body."""
+    return url[:5].lower() == "data:"
 
 
 def _image_bytes(url: str, where: str, server: ServerSettings) -> bytes:
     """What stands under a data: URL, or one of a domain that the operator named."""
     try:
-        if url[:5].lower() == "data:":
+        if _is_data(url):
             return data_url_bytes(url)
         parts = urlsplit(url)
         is_plain = parts.username is None and "\\" not in url  # which readers of URLs take for different things

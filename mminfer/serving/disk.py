@@ -14,6 +14,7 @@ from threading import Lock
 import torch
 
 from mminfer.chat_files import ChatIdentity, read_chat, write_chat
+from mminfer.chat_files.digests import digest_of, media_digest
 from mminfer.errors import InputError, shown
 from mminfer.serving.prefixes import Known, PromptFacts
 
@@ -26,7 +27,8 @@ class DiskStore:
     """Beginnings of prompts in a folder, those used least recently out first, bounded in bytes.
 
     A file is written whole or not at all, and looked at all through before it is used. One that another model,
-    tokenizer or version made, or that is damaged, is taken away. Any thread may call.
+    tokenizer, image processor or version made, that is damaged, or that stands under the name of another content, is
+    taken away. Any thread may call.
 
     Args:
         folder: made if it is not there; no other server should have it at the same time.
@@ -69,7 +71,7 @@ class DiskStore:
             self._files.move_to_end(key)
             path, _ = self._files[key]
         try:
-            cache, transcript = read_chat(path, identity, device)
+            cache, transcript = read_chat(path, identity, device, _content(key, identity))
             os.utime(path)
         except (InputError, OSError):
             self._forget(key)
@@ -94,7 +96,7 @@ class DiskStore:
         facts = known.facts
         path = self._folder / f"{key.hex()}-{facts.visual}-{facts.merged}-{facts.kept}.safetensors"
         with suppress(InputError, OSError):  # no room, for instance: it stays in memory
-            write_chat(path, known.cache, known.transcript, identity)
+            write_chat(path, known.cache, known.transcript, identity, _content(key, identity))
             self._note(key, path)
             self._shrink()
 
@@ -126,6 +128,11 @@ class DiskStore:
     def _shrink(self) -> None:
         while self.nbytes > self._most and self._files:
             self._forget(next(iter(self._files)))
+
+
+def _content(key: bytes, identity: ChatIdentity) -> str:
+    """Of what a file was made: what its key tells, and how pictures became pixels."""
+    return digest_of(key, media_digest(identity.processor).encode())
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from mminfer.serving.errors import RequestError
 
 MOST_STOPS, MOST_STOP_LENGTH = 4, 256
+LEAST_TEMPERATURE = 1e-6  # above 0; logits that are divided by less may be no numbers any more
 MOST_PARTS = 4096  # of a message, and messages
 Words = Annotated[str, Field(min_length=1, max_length=MOST_STOP_LENGTH)]
 
@@ -92,6 +94,18 @@ class ChatRequest(_Strict):
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
     frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
+
+    @field_validator("temperature")
+    @classmethod
+    def _is_taken(cls, value: float | None) -> float | None:
+        if value is not None and 0 < value < LEAST_TEMPERATURE:
+            raise PydanticCustomError("temperature", f"Input should be 0, or {LEAST_TEMPERATURE:g} at least")
+        return value
+
+    @property
+    def keeps_to_schema(self) -> bool:
+        """Whether answers are JSON."""
+        return self.response_format is not None and self.response_format.type != "text"
 
     @property
     def stops(self) -> list[str]:

@@ -75,11 +75,18 @@ class Service:
         least = request.mminfer.min_tokens or 0
         if least > (asked or limits.new_tokens):
             raise RequestError(400, f"wanted {asked or limits.new_tokens} at most", param="mminfer.min_tokens")
+        if request.mminfer.min_tokens is not None and request.keeps_to_schema:
+            raise RequestError(
+                400,
+                "a schema says where its answers end: leave one of the two out",
+                param="mminfer.min_tokens",
+                code="schema_and_min_tokens",
+            )
         if request.n > min(limits.answers, self.scheduler.limits.running):
             raise RequestError(400, f"wanted {limits.answers} answers at most", param="n")
         if request.top_logprobs is not None and not request.logprobs:
             raise RequestError(400, "top_logprobs: wanted logprobs=true beside it", param="top_logprobs")
-        chat = read_chat(request, self.server)
+        chat = read_chat(request, self.server, share)
         self._check_text(chat)
         try:
             messages = self._engine.check(list(chat.messages))
@@ -122,7 +129,10 @@ class Service:
         """
         request, prompt = prepared.request, prepared.prompt
         options = AnswerOptions(
-            request.stops, prepared.settings[0].end_ids, (request.top_logprobs or 0) if request.logprobs else None
+            request.stops,
+            prepared.settings[0].end_ids,
+            (request.top_logprobs or 0) if request.logprobs else None,
+            request.mminfer.min_tokens or 0,
         )
         tokenizer = self._engine.processor.tokenizer
         listeners = [TextListener(n, tokenizer, options, emit, prompt.answered) for n in range(request.n)]
@@ -145,7 +155,7 @@ class Service:
     def _guided(self, request: ChatRequest, settings: GenerationSettings) -> GenerationSettings:
         """The settings, with a processor of one answer's own where it keeps to a schema."""
         wanted = request.response_format
-        if wanted is None or wanted.type == "text":
+        if wanted is None or not request.keeps_to_schema:
             return settings
         schema = {"type": "object"} if wanted.json_schema is None else wanted.json_schema.schema_
         processor = self._grammars.processor(schema)

@@ -53,14 +53,14 @@ class StopWords:
     def __init__(self, words: Sequence[str]) -> None:
         self._words, self._held, self._begun, self.found = tuple(words), "", False, False
 
-    def add(self, text: str) -> str:
-        """The text that can be told now."""
-        held = self._held + text
-        places = [place for word in self._words if (place := held.find(word)) >= 0]
+    def add(self, text: str, may_end: bool = True) -> str:
+        """The text that can be told now; may_end: whether a stop word in it ends the answer."""
+        held, words = self._held + text, self._words if may_end else ()
+        places = [place for word in words if (place := held.find(word)) >= 0]
         if places:
             self.found, self._held = True, ""
             return self._told(held[: min(places)].rstrip())
-        keep = max((self._overlap(held, word) for word in self._words), default=0)
+        keep = max((self._overlap(held, word) for word in words), default=0)
         certain = held[: len(held) - keep].rstrip()
         self._held = held[len(certain) :]
         return self._told(certain)

@@ -22,10 +22,12 @@ from mminfer import (
 )
 from mminfer.bench.contexts import made_contexts
 from mminfer.cache.lookm import LookM
-from mminfer.calibration import Plan, beside, bounds, recheck, sensitivity, trials
+from mminfer.calibration import Plan, beside, bounds, calibrating, recheck, sensitivity, trials
 from mminfer.calibration.pictures import draw, left_out
+from mminfer.calibration.samples import Split
 from mminfer.calibration.space import Family, families
 from mminfer.calibration.trials import Bench
+from mminfer.models.fingerprint import fingerprint_of
 from mminfer.technique import Stage
 
 pytest.importorskip("sklearn")
@@ -180,6 +182,23 @@ def test_files_that_are_none(tmp_path, found):
     path.write_text(json.dumps(damaged))
     with pytest.raises(InputError, match="a damaged calibration"):
         Calibration.load(path)
+
+
+def test_a_promise_is_of_no_other_settings_than_those_it_was_made_of(tmp_path, found):
+    path, changed = tmp_path / "settings.json", found.to_dict()
+    changed["config"] = InferenceConfig(merge=AIMMerge(0.01)).to_dict()
+    path.write_text(json.dumps(changed))
+    with pytest.raises(ConfigError, match="its settings were changed since, so that its promise is of others"):
+        Calibration.load(path)
+    assert InferenceConfig.from_file(path).merge == AIMMerge(0.01)
+
+
+def test_pictures_of_another_size_go_on_from_no_state(nano_engine, monkeypatch):
+    parts, model = Split((), ()), fingerprint_of(nano_engine.adapter.spec, nano_engine.model)
+    before = calibrating._identity(nano_engine, parts, Plan(), model)
+    monkeypatch.setattr(nano_engine.processor.image_processor, "size", {"height": 64, "width": 64})
+    after = calibrating._identity(nano_engine, parts, Plan(), model)
+    assert [name for name in before if before[name] != after[name]] == ["processor"]
 
 
 def test_a_stop_in_between(tmp_path, nano_engine, monkeypatch):

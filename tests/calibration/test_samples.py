@@ -27,6 +27,14 @@ def test_samples_of_one_content_stay_on_one_side(nano_engine):
     assert len(split(samples, 0.99, 0).tuning) == len(split(samples, 0.01, 0).held_out) == 4
 
 
+def test_samples_that_differ_in_their_order_alone_are_two(nano_engine):
+    """What was measured of one is never taken for the other's."""
+    (turn,) = chat(200, "one")
+    other = [{"role": "user", "content": turn["content"][::-1]}]
+    samples = checked_samples(nano_engine, [*(chat(shade, "one") for shade in (0, 50, 100)), [turn], other])
+    assert len(samples) == 5 and samples[3].content == samples[4].content
+
+
 @pytest.mark.parametrize(
     ("samples", "message"),
     [

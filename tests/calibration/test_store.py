@@ -36,7 +36,19 @@ def test_another_calibration_does_not_take_it(tmp_path):
     assert json.loads(path.read_text())["identity"]["tokens"] == 16
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"kind": "x"}', '{"kind": "state of an mminfer calibration"}'])
+def test_numbers_that_somebody_changed_are_not_taken(tmp_path):
+    path = tmp_path / "state"
+    store = Store(path, {})
+    store.outcome(InferenceConfig(), "s", lambda: OUTCOME)
+    store.write()
+    path.write_text(path.read_text().replace("0.25", "0.01"))
+    with pytest.raises(InputError, match="it was changed since it was written"):
+        Store(path, {})
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, "", "{}", "[1]", '{"kind": "x"}', '{"kind": "state of an mminfer calibration"}']
+)
 def test_damaged_files(tmp_path, text):
     path = tmp_path / "state"
     path.write_text(text)

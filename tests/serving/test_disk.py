@@ -79,6 +79,24 @@ def test_what_is_damaged_or_anothers_is_taken_away(engine, known, tmp_path, dama
     assert store.get(KEYS[1], identity(engine), engine.device) is not None
 
 
+def test_what_stands_under_the_name_of_another_content_is_not_taken_for_it(engine, known, tmp_path):
+    """Two pictures of one size have the same tokens: nothing but the file itself can tell them apart."""
+    filled(tmp_path, engine, known, keys=KEYS[:2])
+    first, second = sorted(tmp_path.iterdir())
+    content = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(content)
+    store = DiskStore(tmp_path, 2**30)
+    assert [store.get(key, identity(engine), engine.device) for key in KEYS[:2]] == [None, None]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pictures_of_another_image_processor_are_not_taken(engine, known, tmp_path, monkeypatch):
+    filled(tmp_path, engine, known)
+    monkeypatch.setattr(engine.processor.image_processor, "image_mean", [0.5, 0.5, 0.5])
+    assert DiskStore(tmp_path, 2**30).get(KEYS[0], identity(engine), engine.device) is None
+
+
 def test_a_folder_is_looked_at_and_nothing_else_in_it_is_touched(tmp_path):
     (tmp_path / f".{'a' * 16}.tmp").write_bytes(b"left behind")
     (tmp_path / "notes.txt").write_text("mine")

@@ -223,6 +223,12 @@ WRONG = {
     "placeholder": ({**BODY, "messages": text(f"{SECRET} <IMG_CONTEXT> <image>")}, 400, "prompt_refused"),
     "surrogate": (b'{"model": "nano", "messages": [{"role": "user", "content": "a5ecret \\ud800"}]}', 400, None),
     "temperature": ({**BODY, "temperature": -1}, 400, None),
+    "temperature of nothing": ({**BODY, "temperature": 1e-40}, 400, "temperature"),
+    "length of a schema": (
+        {**BODY, "response_format": {"type": "json_object"}, "mminfer": {"min_tokens": 2}},
+        400,
+        "schema_and_min_tokens",
+    ),
     "tools": ({**BODY, "tools": [{"a": SECRET}]}, 400, None),
     "answers": ({**BODY, "n": 5}, 400, None),
     "tokens": ({**BODY, "max_tokens": 3001}, 400, None),
