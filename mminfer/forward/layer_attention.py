@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from mminfer_kernels import prompt_attention_mass
@@ -55,7 +56,9 @@ class PassSettings:
         On a GPU it is a view of one number for all layers; not for anybody's own technique, which may write into it.
         """
         cache = self.config.cache
-        if k.device.type == "cpu" or cache is None or not is_bundled(type(cache)):
+        recorded: Any = getattr(cache, "technique", cache)
+        ours = cache is not None and is_bundled(type(cache)) and is_bundled(type(recorded))
+        if k.device.type == "cpu" or not ours:
             return k.new_full(k.shape[:3], value, dtype=torch.float32)
         number = self._blanks.get((k.device, value))
         if number is None:

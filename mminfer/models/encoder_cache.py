@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from mminfer.errors import ConfigError, shown
 from mminfer.models.spec import VisualUnit
@@ -26,9 +27,10 @@ MOST_BYTES = 2**62
 class EncoderCache:
     """What a vision tower and its projector gave for pictures, least recently used ones dropped beyond a bound.
 
-    A picture is known by the values of its pixels as the tower is given them, and by the tower's settings. What is kept
-    is dropped when a weight of the tower or projector is replaced or changed in place. Changes that leave no trace on a
-    weight (through `.data`, by adapters switched on or off, by hooks) need a call of `clear`.
+    A picture is known by the values of its pixels as the tower is given them, by the tower's settings, and by what it
+    computes in under autocast. What is kept is dropped when a weight of the tower or projector is replaced or changed
+    in place, or when they go into training mode. Changes that leave no trace on a weight (in place through `.data` or
+    in inference mode, by adapters switched on or off, by hooks) need a call of `clear`.
 
     Threads may share it.
 
@@ -106,6 +108,9 @@ def picture_key(picture: Mapping[str, Any], technique: TowerTechnique | None, ki
         kind: image or video.
     """
     digest = hashlib.sha256(f"{kind} {technique!r}".encode())
+    for device in {x.device.type for x in picture.values() if isinstance(x, Tensor)}:
+        if torch.is_autocast_enabled(device):
+            digest.update(f"{torch.get_autocast_dtype(device)} ".encode())
     for name, value in sorted(picture.items()):
         if isinstance(value, Tensor):
             digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
@@ -116,22 +121,36 @@ def picture_key(picture: Mapping[str, Any], technique: TowerTechnique | None, ki
 
 
 def tower_stamp(adapter: ModelAdapter) -> object:
-    """Another one whenever a weight ahead of the language model was replaced or changed, or a setting of the tower."""
+    """Another one whenever a weight ahead of the language model was replaced or changed, a setting of the tower, or
+    whether it is in training.
+    """
     modules = [child for child in adapter.base.children() if child is not adapter.language_model]
     held = [x for child in modules for x in (*child.parameters(), *child.buffers())]
     held += [x for x in (*adapter.base._parameters.values(), *adapter.base._buffers.values()) if x is not None]
     config = adapter.model.config
     settings = [getattr(config, name, None) for name in SETTINGS]
     vision = getattr(getattr(config, "vision_config", None), "_attn_implementation", None)
-    return tuple(_trace(x) for x in held), repr(settings), vision
+    training = tuple(child.training for child in modules)
+    return tuple(_trace(x) for x in held), repr(settings), vision, training
 
 
-def _trace(weight: Tensor) -> tuple[int, int]:
-    """Where a weight lies, and how often it was changed in place."""
+def _trace(weight: Tensor) -> tuple[object, int, torch.dtype]:
+    """Where a weight lies, how often it was changed in place, and its dtype.
+
+    An address alone may be another weight's by now, as after `half()` and `float()`: of memory that is referred to
+    weakly there is no second one.
+    """
     try:
-        return weight.data_ptr(), weight._version
-    except RuntimeError:  # made in inference mode, or of a kind that lies nowhere
-        return id(weight), 0
+        version = weight._version
+    except RuntimeError:  # made in inference mode
+        version = 0
+    if weight.is_meta:  # its place is held for one that lies elsewhere, by another tensor each time
+        return None, version, weight.dtype
+    try:
+        place = StorageWeakRef(weight.untyped_storage()), weight.storage_offset()
+    except RuntimeError:  # of a kind that lies nowhere
+        return id(weight), version, weight.dtype
+    return place, version, weight.dtype
 
 
 def _bytes_of(unit: VisualUnit) -> int:

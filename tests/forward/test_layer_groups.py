@@ -13,7 +13,10 @@ from mminfer.cache.random_evict import RandomEvict
 from mminfer.cache.snapkv import SnapKV
 from mminfer.forward import layer_groups, prefill
 from mminfer.forward.kv_cache import CACHE_NAME
+from mminfer.forward.layer_attention import PassSettings
 from mminfer.forward.layer_groups import MOST_BYTES, PART, most_together
+from mminfer.inspection.recording import recording
+from mminfer.models.registry import adapter_for
 from mminfer.technique import CacheEntries, LayerView, fetched
 from tests.tiny import IMAGE, LAYERS, tiny_inputs, tiny_model
 from tests.views import layer_view
@@ -182,3 +185,16 @@ def test_numbers_are_fetched_together():
     assert fetched([]) == [] and fetched([None, 3, torch.tensor(2)]) == [None, 3, 2]
     found = fetched([torch.tensor(1.5), 0.0, torch.tensor(2.5)])
     assert found == [1.5, 0.0, 2.5] and isinstance(found[0], float)
+
+
+@dataclass(frozen=True)
+class WritingLookM(LookM, register=False):
+    """Anybody's own, which may write into the columns that it is given."""
+
+
+@pytest.mark.parametrize(("cache", "written"), [(LookM(), False), (WritingLookM(), True)])
+def test_columns_for_anybodys_own_technique_can_be_written_into_also_while_it_is_recorded(cache, written):
+    config, adapter = InferenceConfig(cache=cache), adapter_for(tiny_model("llava"))
+    for own in (config, recording(config)[0]):
+        column = PassSettings(adapter, own, (5,)).blank(torch.empty(1, 2, 5, 8, device="meta"), 1.0)
+        assert column.is_contiguous() == written

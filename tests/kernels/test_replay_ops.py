@@ -87,6 +87,16 @@ def test_fitted_masses_in_triton(monkeypatch, most_queries):
     assert misses[0] < misses[1]
 
 
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_masses_where_nothing_stays_are_1(backend):
+    shares, counts = torch.rand(2, 3, 4), torch.tensor([0, 3])
+    shares[0] = 0
+    found = fit_masses(shares, counts, 0.3, 2, 20.0, backend=backend)
+    assert torch.equal(found[0], torch.ones(3)) and torch.equal(
+        found[1:], fit_masses(shares[1:], counts[1:], 0.3, 2, 20.0)
+    )
+
+
 @pytest.mark.parametrize("among", [True, False])
 @pytest.mark.parametrize("count", [1, 63, 200])
 def test_top_places_in_triton(count, among):

@@ -128,6 +128,37 @@ def test_other_weights_other_pixels_and_other_settings_are_other_pictures():
     assert encoder.encode(other).hits == 0
 
 
+def test_weights_that_lie_where_others_lay_are_not_those():
+    adapter, inputs = adapter_for(tiny_model("llava")), tiny_inputs("llava", [[IMAGE]])
+    encoder, bias = HostEncoder(adapter, None, EncoderCache(ROOM)), adapter.base.multi_modal_projector.linear_2.bias
+    before, memory = bias.data, bias.detach().clone().numpy()
+    try:
+        bias.data = torch.from_numpy(memory)
+        encoder.encode(inputs)
+        memory += 1  # given back, and taken by another tensor
+        bias.data = torch.from_numpy(memory)
+        found = encoder.encode(inputs)
+        assert found.hits == 0 and same(HostEncoder(adapter).encode(inputs), found)
+        assert encoder.encode(inputs).hits == 1
+    finally:
+        bias.data = before
+
+
+def test_what_was_computed_otherwise_is_computed_again():
+    adapter, inputs = adapter_for(tiny_model("llava")), tiny_inputs("llava", [[IMAGE]])
+    encoder, plain = HostEncoder(adapter, None, EncoderCache(ROOM)), HostEncoder(adapter)
+    encoder.encode(inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert same(plain.encode(inputs), encoder.encode(inputs))
+    assert encoder.encode(inputs).hits == 1
+    tower = adapter.base.vision_tower.train()
+    try:
+        assert encoder.encode(inputs).hits == 0  # there may be dropout
+    finally:
+        tower.eval()
+    assert encoder.encode(inputs).hits == 0
+
+
 def same_units(one, other):
     pairs = [pair for kind in one.units for pair in zip(one.units[kind], other.units[kind], strict=True)]
     return all(torch.equal(a.features, b.features) for a, b in pairs)

@@ -47,7 +47,7 @@ def fit_masses(
 
     Args:
         shares: [P, k, R], none negative, what each query gives to each entry that stays; 0 beyond the counts.
-        counts: [P] integers, how many entries stay.
+        counts: [P] integers, how many entries stay; of none, all factors are 1.
         ridge: beside the mean attention that an entry receives.
         iterations: steps, from 0 to 1,024.
         most: the largest factor; the smallest is 1 / most.

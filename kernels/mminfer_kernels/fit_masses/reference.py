@@ -7,7 +7,7 @@ import torch
 def fit_masses(shares: torch.Tensor, counts: torch.Tensor, ridge: float, iterations: int, most: float) -> torch.Tensor:
     """See `mminfer_kernels.fit_masses`."""
     tiny = torch.finfo(torch.float32).tiny
-    held = (shares.square().sum((1, 2)) * ridge / counts + tiny)[:, None, None]
+    held = (shares.square().sum((1, 2)) * ridge / counts.clamp_min(1) + tiny)[:, None, None]
     wanted = shares.sum(2, keepdim=True).add_(held)  # [P, k, 1]
     step = _product(shares, shares.sum(1)[..., None]).add_(held).reciprocal_()
     factor = ahead = torch.ones_like(wanted)

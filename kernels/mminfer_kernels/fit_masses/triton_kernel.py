@@ -39,7 +39,7 @@ def fit_masses_fwd_kernel(
         b_s = tl.load(p_shares + start * R, mask=(start + rows[:, None] < K) & m_q, other=0.0)
         b_sum += tl.sum(b_s, 0)
         squares += tl.sum(tl.sum(b_s * b_s, 1), 0)
-    held = squares * ridge / tl.load(counts + tl.program_id(0)).to(tl.float32) + tiny
+    held = squares * ridge / tl.maximum(tl.load(counts + tl.program_id(0)).to(tl.float32), 1.0) + tiny
     for start in range(0, K, BLOCK_K):
         m_k = start + rows < K
         b_s = tl.load(p_shares + start * R, mask=m_k[:, None] & m_q, other=0.0)
