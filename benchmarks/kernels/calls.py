@@ -246,12 +246,12 @@ def row_dots(like: Tensor, lines: int, columns: int) -> Call:
 
 
 def grow_regions(like: Tensor, lines: int, columns: int) -> Call:
-    """Of a square grid whose lower half is blank, but for a little noise: squares of two by two."""
+    """Of a square grid whose lower half is blank: squares of two by two. With noise a rounding would choose."""
     grid = torch.arange(lines * lines, device=like.device).view(lines, lines)
     pairs = torch.cat([torch.stack([grid[:, :-1].flatten(), grid[:, 1:].flatten()]),
                        torch.stack([grid[:-1].flatten(), grid[1:].flatten()])], 1)  # fmt: skip
     x = _normal(like, lines * lines, columns)
-    x[len(x) // 2 :] = 1 + 0.01 * x[len(x) // 2 :]
+    x[len(x) // 2 :] = 1
     sizes = torch.ones(len(x), device=like.device)
     flops = 2 * (pairs.shape[1] + 2 * len(x)) * columns  # at least: each pair once
     moved = bytes_of(x, sizes, pairs) + 8 * len(x)
