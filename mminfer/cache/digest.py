@@ -20,7 +20,7 @@ from mminfer.cache.digest_demand import (
     visual_on_host,
 )
 from mminfer.cache.digest_pieces import digested
-from mminfer.cache.digest_rules import PIECE, SPREADS, Piece, Rule, pieces_of, runs_of, share_out
+from mminfer.cache.digest_rules import PIECE, SPREADS, Piece, Rule, pieces_of, runs_of, share_out, sizes_of
 from mminfer.errors import ConfigError, shown
 from mminfer.technique import (
     CACHE_SHARES,
@@ -229,17 +229,12 @@ def _known_on_host(views: Sequence[LayerView]) -> _Facts | None:
 def _on_host(layers: Sequence[CacheEntries]) -> _Facts:
     """The same of any entries that know what is visual, fetched together."""
     flags = [v for v in map(visual_of, layers) if v is not None]
-    columns = [*flags, *map(_sizes, layers)]
+    columns = [*flags, *(sizes_of(entries)[0] for entries in layers)]
     if columns[0].device.type == "cpu" or len({column.device for column in columns}) > 1:
         here = [column.cpu() for column in columns]
     else:
         here = list(torch.cat([x.float() for x in columns]).cpu().split([len(column) for column in columns]))
     return _Facts([v.bool() for v in here[: len(layers)]], here[len(layers) :])
-
-
-def _sizes(entries: CacheEntries) -> Tensor:
-    """[N] float32."""
-    return entries.keys.new_ones(len(entries), dtype=torch.float32) if entries.size is None else entries.size[0, 0]
 
 
 def _pieces(is_visual: Tensor, sizes: Tensor, kept: tuple[int, int, int]) -> list[Piece]:

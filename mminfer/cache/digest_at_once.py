@@ -14,10 +14,9 @@ from mminfer_kernels import k_centres
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from mminfer.cache.digest_rules import Piece
+from mminfer.cache.digest_rules import Piece, parts_of, sizes_of
 from mminfer.technique import CacheEntries
 
-AT_A_TIME = 8  # layers that are side by side in memory
 MOST_BYTES = 1 << 27  # of their entries; what becomes of them takes a few times as much
 COSINES = 1 << 26  # at a time, each to each
 LENGTHS_ALIKE = 0.5  # of pieces that go together, the shortest as a part of the longest: the rest is padding
@@ -55,16 +54,15 @@ class _Left(NamedTuple):
     size: Tensor
 
 
-def parts_of(layers: Sequence[CacheEntries]) -> list[slice]:
-    """Which of these layers go together, in about equal parts."""
-    largest = max(entries.keys.nbytes + entries.values.nbytes for entries in layers)
-    most = max(1, min(AT_A_TIME, MOST_BYTES // max(largest, 1)))
-    count = -(-len(layers) // most)
-    return [slice(len(layers) * n // count, len(layers) * (n + 1) // count) for n in range(count)]
-
-
 def digested_at_once(layers: Sequence[CacheEntries], pieces: Sequence[Sequence[Piece]]) -> list[CacheEntries]:
     """As `digested`, by its default rule: what is left of all layers' entries, in their order."""
+    largest = max(entries.keys.nbytes + entries.values.nbytes for entries in layers)
+    parts = parts_of(len(layers), largest, MOST_BYTES)
+    return [kept for part in parts for kept in _of_part(layers[part], pieces[part])]
+
+
+def _of_part(layers: Sequence[CacheEntries], pieces: Sequence[Sequence[Piece]]) -> list[CacheEntries]:
+    """Layers that are side by side in memory."""
     begins = [0, *accumulate(map(len, layers))][:-1]
     moved = [
         piece._replace(first=begin + piece.first)
@@ -74,7 +72,7 @@ def digested_at_once(layers: Sequence[CacheEntries], pieces: Sequence[Sequence[P
     ends = list(accumulate((piece.kept for piece in moved), initial=0))
     places = [_Place(*piece, into) for piece, into in zip(moved, ends[:-1], strict=True)]
     both = torch.cat([_and_nothing([getattr(e, name)[0] for e in layers]) for name in ("keys", "values")], -1)
-    size = _and_nothing([_sizes(entries) for entries in layers])
+    size = _and_nothing([sizes_of(entries) for entries in layers])
     with torch.autocast(both.device.type, enabled=False):
         found = [_clustered(both, size, batch) for batch in _batches(places, both.shape[0])]
     if whole := [place for place in places if place.kept == place.length]:
@@ -106,13 +104,6 @@ def _others(layers: Sequence[CacheEntries], place: Tensor) -> dict[str, Tensor |
         if name not in ("keys", "values", "size") and len(held) == len(layers):
             out[name] = torch.cat(held, 2).gather(2, place[None])
     return out
-
-
-def _sizes(entries: CacheEntries) -> Tensor:
-    """[G, N] float32."""
-    if entries.size is None:
-        return entries.keys.new_ones(entries.keys.shape[1:3], dtype=torch.float32)
-    return entries.size[0]
 
 
 def _as_they_are(both: Tensor, size: Tensor, whole: Sequence[_Place]) -> _Left:

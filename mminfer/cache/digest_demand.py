@@ -7,11 +7,10 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
-from mminfer.cache.digest_rules import runs_of
+from mminfer.cache.digest_rules import parts_of, runs_of
 from mminfer.technique import CacheEntries, LayerView, fetched
 
-AT_A_TIME = 8  # layers whose need is told at once, on a GPU
-MOST_BYTES = 1 << 30  # of what that takes
+MOST_BYTES = 1 << 30  # of what telling the need of several layers at once takes
 
 
 def visual_of(entries: CacheEntries) -> Tensor | None:
@@ -73,18 +72,12 @@ def demands(views: Sequence[LayerView], flags: Sequence[Tensor]) -> list[float]:
             alike.setdefault((view.kind, is_visual.numpy().tobytes()), []).append(i)
     needs: list[float | Tensor] = [0.0] * len(views)
     for own in alike.values():
-        parts = [LayerView.stacked([views[i] for i in part]) for part in _parts(own, _bytes_of(views[own[0]]))]
+        of_parts = parts_of(len(own), _bytes_of(views[own[0]]), MOST_BYTES)
+        parts = [LayerView.stacked([views[i] for i in own[part]]) for part in of_parts]
         changes = [change_of_readings(part.queries, part.entries, flags[own[0]], part.scale) for part in parts]
         for i, need in zip(own, quartile(torch.cat(changes)), strict=True):
             needs[i] = need
     return fetched(needs)
-
-
-def _parts(own: Sequence[int], bytes_each: int) -> list[Sequence[int]]:
-    """About equal parts of as many layers as go together."""
-    most = max(1, min(AT_A_TIME, MOST_BYTES // max(bytes_each, 1)))
-    count = -(-len(own) // most)
-    return [own[len(own) * n // count : len(own) * (n + 1) // count] for n in range(count)]
 
 
 def _bytes_of(view: LayerView) -> int:

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.functional import normalize, one_hot, pad
 
 from mminfer.cache import digest_rules
-from mminfer.cache.digest_at_once import digested_at_once, parts_of
-from mminfer.cache.digest_rules import Piece, Rule
+from mminfer.cache.digest_at_once import digested_at_once
+from mminfer.cache.digest_rules import Piece, Rule, sizes_of
 from mminfer.technique import CacheEntries
 
 KEPT_ALIKE = 0.5  # what pieces that go together keep, at least, as a share of the most: the rest is padding
@@ -62,7 +62,7 @@ def digested(layers: Sequence[CacheEntries], pieces: Sequence[Sequence[Piece]], 
         rule: how they become fewer.
     """
     if rule == Rule() and layers[0].keys.device.type in AT_ONCE_ON:
-        return [kept for part in parts_of(layers) for kept in digested_at_once(layers[part], pieces[part])]
+        return digested_at_once(layers, pieces)
     found: list[_Left] = []
     shorter: dict[int, list[_Place]] = {}
     lengths, begun = [sum(piece.kept for piece in own) for own in pieces], 0
@@ -88,19 +88,12 @@ def digested(layers: Sequence[CacheEntries], pieces: Sequence[Sequence[Piece]], 
     return [entries.merged(*own) for entries, *own in of_layers]
 
 
-def _sizes(entries: CacheEntries) -> Tensor:
-    """[G, S]"""
-    if entries.size is None:
-        return entries.keys.new_ones(entries.keys.shape[1:3], dtype=torch.float32)
-    return entries.size[0]
-
-
 def _as_they_are(entries: CacheEntries, whole: Sequence[_Place]) -> _Left:
     """Pieces of one layer that keep all they have."""
     rows = torch.cat([torch.arange(p.first, p.first + p.length) for _, p, _ in whole])
     into = torch.cat([torch.arange(start, start + p.length) for _, p, start in whole])
     there = rows.to(entries.keys.device, non_blocking=True)
-    taken = [x.index_select(1, there) for x in (entries.keys[0], entries.values[0], _sizes(entries))]
+    taken = [x.index_select(1, there) for x in (entries.keys[0], entries.values[0], sizes_of(entries))]
     return _Left(into, there.expand(entries.keys.shape[1], -1), *taken)
 
 
@@ -125,7 +118,7 @@ def _clustered(layers: Sequence[CacheEntries], batch: Sequence[_Place], rule: Ru
     for layer, own in groupby(batch, key=lambda p: p.layer):
         index = torch.tensor([p.piece.first for p in own])[:, None] + torch.arange(length)
         entries, index = layers[layer], index.to(layers[layer].keys.device, non_blocking=True)
-        columns = (entries.keys[0], entries.values[0], _sizes(entries))
+        columns = (entries.keys[0], entries.values[0], sizes_of(entries))
         blocks.append((index.expand(entries.keys.shape[1], *index.shape), *(x[:, index] for x in columns)))
     place, keys, values, size = (torch.cat(column, 1) for column in zip(*blocks, strict=True))  # [G, R, n, ...]
     groups, runs, n, width = keys.shape

@@ -9,7 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mminfer.technique import CacheEntries
+
 SPREADS = ("farthest", "even")
+AT_A_TIME = 8  # layers that are side by side in memory
 PIECE = 128  # entries among which alike ones are looked for; a longer run is cut
 
 
@@ -130,3 +133,17 @@ def farthest_first(similarity: Tensor, m: int) -> Tensor:
         nearest = nearest.maximum(last[..., 0, :]).scatter_(-1, chosen[-1], torch.inf)  # never again
         chosen.append(nearest.argmin(-1, keepdim=True))
     return torch.cat(chosen, -1)
+
+
+def sizes_of(entries: CacheEntries) -> Tensor:
+    """[G, N] float32: how many entries of the prompt each stands for."""
+    if entries.size is None:
+        return entries.keys.new_ones(entries.keys.shape[1:3], dtype=torch.float32)
+    return entries.size[0]
+
+
+def parts_of(layers: int, bytes_each: int, most_bytes: int) -> list[slice]:
+    """Which of so many layers go together, in about equal parts of `AT_A_TIME` at most, or of so many bytes."""
+    most = max(1, min(AT_A_TIME, most_bytes // max(bytes_each, 1)))
+    count = -(-layers // most)
+    return [slice(layers * n // count, layers * (n + 1) // count) for n in range(count)]

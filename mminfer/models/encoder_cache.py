@@ -161,4 +161,5 @@ def _bytes_of(unit: VisualUnit) -> int:
 def _copied(unit: VisualUnit) -> VisualUnit:
     """With memory of its own: what the host gives are parts of a whole call's."""
     companions = None if unit.companions is None else unit.companions.clone()
-    return replace(unit, features=unit.features.clone(), companions=companions)
+    back = None if unit.back is None else unit.back.clone()
+    return replace(unit, features=unit.features.clone(), companions=companions, back=back)

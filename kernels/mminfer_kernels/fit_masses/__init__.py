@@ -21,12 +21,7 @@ def _fake(shares: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor
 
 
 def _flops(
-    shares: torch.Tensor,
-    counts: torch.Tensor,
-    ridge: float,
-    iterations: int,
-    most: float,
-    backend: str = "auto",
+    shares: torch.Tensor, counts: torch.Tensor, ridge: float, iterations: int, *args: object, **kwargs: object
 ) -> int:
     return 4 * shares.numel() * (iterations + 1)
 

@@ -22,11 +22,7 @@ register("k_centres", "triton", "mminfer_kernels.k_centres.triton_kernel:k_centr
 
 
 def _fake(
-    similarity: torch.Tensor,
-    counts: torch.Tensor,
-    most: int,
-    points: torch.Tensor | None = None,
-    backend: str = "auto",
+    similarity: torch.Tensor, counts: torch.Tensor, most: int, *args: object, **kwargs: object
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return counts.new_empty((*counts.shape, most)), counts.new_empty(similarity.shape[:-1])
 

@@ -46,9 +46,10 @@ def attend_to(
     return b_out, b_max, b_sum
 
 
-def _fits(arguments: dict[str, Any]) -> bool:
+def fits(arguments: dict[str, Any]) -> bool:
     """Queries stay; keys and values stream. The output takes half of a thread's registers at most."""
-    room = 64 if arguments["log_mass"] is None or arguments["BLOCK_D"] > 128 else 32  # it takes registers of its own
+    weighed = arguments.get("log_mass") is not None  # it takes registers of its own
+    room = 32 if weighed and arguments["BLOCK_D"] <= 128 else 64
     if arguments["BLOCK_S"] * arguments["BLOCK_D"] > room * 32 * arguments["num_warps"]:
         return False
     sizes = arguments["BLOCK_S"], 2 * arguments["BLOCK_N"]
@@ -66,7 +67,7 @@ def _fits(arguments: dict[str, Any]) -> bool:
     ],
     lengths=("N",),
     interpreted_blocks={"BLOCK_S": 32, "BLOCK_N": 32},
-    fits=_fits,
+    fits=fits,
 )
 @triton.jit(do_not_specialize=["S", "N", "stride_lb", "stride_lh", "stride_mb", "stride_mg"])
 def prompt_attention_fwd_kernel(

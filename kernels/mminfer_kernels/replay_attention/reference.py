@@ -1,6 +1,7 @@
 """Attention of rows that go by again in plain PyTorch, group by group."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -10,7 +11,8 @@ Peak = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
 @torch.no_grad()
-def replay_attention(
+def by_groups(
+    attend: Peak,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -21,21 +23,7 @@ def replay_attention(
     longest: int,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `mminfer_kernels.replay_attention`."""
-    return by_groups(prompt_attention_peak, q, k, v, keys, values, groups, scale)
-
-
-def by_groups(
-    attend: Peak,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    groups: torch.Tensor,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same by any `prompt_attention_peak`; arguments as `mminfer_kernels.replay_attention`'s."""
+    """`mminfer_kernels.replay_attention` by some `prompt_attention_peak`, `attend`."""
     peak = torch.zeros(keys.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
     if q.numel() == 0:
         return rows_first(torch.empty_like(q)), peak
@@ -51,3 +39,6 @@ def by_groups(
         highest = peak[:, :, begin:end]
         torch.maximum(highest, found[:, :, ahead:], out=highest)
     return rows_first(torch.cat(out, 2)), peak
+
+
+replay_attention = partial(by_groups, prompt_attention_peak)

@@ -1,24 +1,14 @@
 """Attention of rows that go by again in Triton: one launch for all groups, one for the peaks of what they looked at."""
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 
 from mminfer_kernels.column_mass.triton_kernel import add_columns
-from mminfer_kernels.launching import configured, dense_rows, interpretable, launch, strides, tile_fits
+from mminfer_kernels.launching import configured, dense_rows, interpretable, launch, strides
 from mminfer_kernels.prompt_attention.reference import rows_first
-from mminfer_kernels.prompt_attention.triton_kernel import attend_to
+from mminfer_kernels.prompt_attention.triton_kernel import attend_to, fits
 from mminfer_kernels.tiles.triton_kernel import LOG2_E, Ranges, attention_arguments, load_rows
-
-
-def _fits(arguments: dict[str, Any]) -> bool:
-    """As in the prompt's attention: queries stay, keys and values stream; the output takes half of the registers."""
-    if arguments["BLOCK_S"] * arguments["BLOCK_D"] > 64 * 32 * arguments["num_warps"]:
-        return False
-    sizes = arguments["BLOCK_S"], 2 * arguments["BLOCK_N"]
-    return tile_fits(arguments, arguments["q"], *sizes, arguments["BLOCK_D"])
 
 
 @configured(
@@ -31,7 +21,7 @@ def _fits(arguments: dict[str, Any]) -> bool:
     ],
     lengths=("N",),
     interpreted_blocks={"BLOCK_S": 32, "BLOCK_N": 32},
-    fits=_fits,
+    fits=fits,
 )
 @triton.jit(do_not_specialize=["S", "N", "longest", "stride_lb", "stride_lh"])
 def replay_attention_fwd_kernel(
